@@ -1,0 +1,37 @@
+"""The saved configuration: one JSON file, at ``NEUROEXAPT_CONFIG`` or in the user's home."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from neuroexapt.errors import UserError
+
+
+def config_path() -> Path:
+    """Where the configuration is saved."""
+    default = Path.home() / ".config" / "neuroexapt" / "config.json"
+    return Path(os.environ.get("NEUROEXAPT_CONFIG") or default)
+
+
+def load_config(path: Path | None = None) -> dict[str, Any]:
+    """The saved configuration, empty where none was saved."""
+    path = path or config_path()
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the configuration {path}: {error}; mend or delete it") from error
+
+
+def save_config(changes: dict[str, Any], path: Path | None = None) -> Path:
+    """Merge ``changes`` into the saved configuration and return its path."""
+    path = path or config_path()
+    try:
+        config = {**load_config(path), **changes}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the configuration {path}: {error}") from error
+    return path
