@@ -1,0 +1,203 @@
+"""Genotypes: what a search chose, in the published text form, as JSON, and by the names of the papers."""
+
+import ast
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neuroexapt.errors import UserError
+
+Edge = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Genotype:
+    """A pair of cells in the notation of DARTS.
+
+    ``normal`` and ``reduce`` list two ``(operation, source state)`` pairs for each node. States 0 and 1 are the
+    outputs of the two cells before, node i is state i + 2. ``*_concat`` are the states whose concatenation is
+    the cell's output. ``str(genotype)`` is the published text, which ``from_text`` reads back.
+    """
+
+    normal: tuple[Edge, ...]
+    normal_concat: tuple[int, ...]
+    reduce: tuple[Edge, ...]
+    reduce_concat: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for cell in ("normal", "reduce"):
+            edges, concat = getattr(self, cell), getattr(self, f"{cell}_concat")
+            object.__setattr__(self, cell, _checked_edges(edges, cell))
+            object.__setattr__(self, f"{cell}_concat", _checked_concat(concat, len(edges) // 2, cell))
+
+    def edges(self, cell: str) -> tuple[tuple[int, int, str], ...]:
+        """``(source, target, operation)`` of each edge of ``cell`` (``"normal"`` or ``"reduce"``)."""
+        return tuple((source, 2 + i // 2, op) for i, (op, source) in enumerate(getattr(self, cell)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "normal": [list(edge) for edge in self.normal],
+            "normal_concat": list(self.normal_concat),
+            "reduce": [list(edge) for edge in self.reduce],
+            "reduce_concat": list(self.reduce_concat),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "Genotype":
+        expected = ("normal", "normal_concat", "reduce", "reduce_concat")
+        if not isinstance(fields, dict) or sorted(fields) != sorted(expected):
+            raise UserError(f"a genotype is an object with exactly the fields {', '.join(expected)}")
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        return (
+            f"Genotype(normal={list(self.normal)}, normal_concat={list(self.normal_concat)}, "
+            f"reduce={list(self.reduce)}, reduce_concat={list(self.reduce_concat)})"
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> "Genotype":
+        """Read ``Genotype(normal=[('sep_conv_3x3', 1), …], normal_concat=range(2, 6), …)`` or JSON."""
+        text = text.strip()
+        if text.startswith("{"):
+            try:
+                return cls.from_dict(json.loads(text))
+            except json.JSONDecodeError as error:
+                raise UserError(f"the genotype is not valid JSON: {error}") from error
+        try:
+            call = ast.parse(text, mode="eval").body
+            assert isinstance(call, ast.Call) and not call.args
+            fields = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
+        except (SyntaxError, ValueError, AssertionError) as error:
+            raise UserError("the genotype is neither JSON nor of the form Genotype(normal=[...], ...)") from error
+        return cls.from_dict(fields)
+
+
+def _literal(node: ast.expr) -> Any:
+    """``ast.literal_eval`` that also reads the published ``range(2, 6)``."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+        return list(range(*(ast.literal_eval(argument) for argument in node.args)))
+    return ast.literal_eval(node)
+
+
+def _checked_edges(edges: Iterable[Sequence[Any]], cell: str) -> tuple[Edge, ...]:
+    try:
+        pairs = tuple((op, source) for op, source in edges)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"genotype, {cell} cell: expected (operation, source state) pairs") from error
+    if not pairs or len(pairs) % 2:
+        raise UserError(f"genotype, {cell} cell: every node takes two edges, {len(pairs)} edges were given")
+    for i, (op, source) in enumerate(pairs):
+        if not isinstance(op, str) or not isinstance(source, int):
+            raise UserError(f"genotype, {cell} cell: {(op, source)} is not an (operation, source state) pair")
+        if not 0 <= source < 2 + i // 2:
+            raise UserError(
+                f"genotype, {cell} cell: node {i // 2} takes {op} from state {source}, which does not exist "
+                f"there; states 0 to {1 + i // 2} do"
+            )
+    return pairs
+
+
+def _checked_concat(concat: Iterable[int], nodes: int, cell: str) -> tuple[int, ...]:
+    states = tuple(concat)
+    valid = range(2, 2 + nodes)
+    if not states or len(set(states)) != len(states) or not all(state in valid for state in states):
+        raise UserError(
+            f"genotype, {cell} cell: the output joins states {list(states)}; name distinct states of "
+            f"{valid.start} to {valid.stop - 1}"
+        )
+    return states
+
+
+def _published(normal: str, reduce: str, normal_concat: Iterable[int], reduce_concat: Iterable[int]) -> Genotype:
+    """Genotype from compact text: ``op:source`` words, two to a node."""
+
+    def parse(cell: str) -> list[Edge]:
+        return [(op, int(source)) for op, source in (word.split(":") for word in cell.split())]
+
+    return Genotype(parse(normal), tuple(normal_concat), parse(reduce), tuple(reduce_concat))  # type: ignore[arg-type]
+
+
+# Zoph et al., CVPR 2018; Real et al., AAAI 2019; Liu et al., ICLR 2019 (first and second order);
+# Xu et al., ICLR 2020 (CIFAR-10 and ImageNet); Chen et al., ICCV 2019.
+GENOTYPES: dict[str, Genotype] = {
+    "NASNet": _published(
+        "sep_conv_5x5:1 sep_conv_3x3:0 sep_conv_5x5:0 sep_conv_3x3:0 avg_pool_3x3:1 skip_connect:0 "
+        "avg_pool_3x3:0 avg_pool_3x3:0 sep_conv_3x3:1 skip_connect:1",
+        "sep_conv_5x5:1 sep_conv_7x7:0 max_pool_3x3:1 sep_conv_7x7:0 avg_pool_3x3:1 sep_conv_5x5:0 "
+        "skip_connect:3 avg_pool_3x3:2 sep_conv_3x3:2 max_pool_3x3:1",
+        range(2, 7),
+        (4, 5, 6),
+    ),
+    "AmoebaNet": _published(
+        "avg_pool_3x3:0 max_pool_3x3:1 sep_conv_3x3:0 sep_conv_5x5:2 sep_conv_3x3:0 avg_pool_3x3:3 "
+        "sep_conv_3x3:1 skip_connect:1 skip_connect:0 avg_pool_3x3:1",
+        "avg_pool_3x3:0 sep_conv_3x3:1 max_pool_3x3:0 sep_conv_7x7:2 sep_conv_7x7:0 avg_pool_3x3:1 "
+        "max_pool_3x3:0 max_pool_3x3:1 conv_7x1_1x7:0 sep_conv_3x3:5",
+        (4, 5, 6),
+        (3, 4, 6),
+    ),
+    "DARTS_V1": _published(
+        "sep_conv_3x3:1 sep_conv_3x3:0 skip_connect:0 sep_conv_3x3:1 skip_connect:0 sep_conv_3x3:1 "
+        "sep_conv_3x3:0 skip_connect:2",
+        "max_pool_3x3:0 max_pool_3x3:1 skip_connect:2 max_pool_3x3:0 max_pool_3x3:0 skip_connect:2 "
+        "skip_connect:2 avg_pool_3x3:0",
+        range(2, 6),
+        range(2, 6),
+    ),
+    "DARTS_V2": _published(
+        "sep_conv_3x3:0 sep_conv_3x3:1 sep_conv_3x3:0 sep_conv_3x3:1 sep_conv_3x3:1 skip_connect:0 "
+        "skip_connect:0 dil_conv_3x3:2",
+        "max_pool_3x3:0 max_pool_3x3:1 skip_connect:2 max_pool_3x3:1 max_pool_3x3:0 skip_connect:2 "
+        "skip_connect:2 max_pool_3x3:1",
+        range(2, 6),
+        range(2, 6),
+    ),
+    "PC_DARTS_cifar": _published(
+        "sep_conv_3x3:1 skip_connect:0 sep_conv_3x3:0 dil_conv_3x3:1 sep_conv_5x5:0 sep_conv_3x3:1 "
+        "avg_pool_3x3:0 dil_conv_3x3:1",
+        "sep_conv_5x5:1 max_pool_3x3:0 sep_conv_5x5:1 sep_conv_5x5:2 sep_conv_3x3:0 sep_conv_3x3:3 "
+        "sep_conv_3x3:1 sep_conv_3x3:2",
+        range(2, 6),
+        range(2, 6),
+    ),
+    "PC_DARTS_image": _published(
+        "skip_connect:1 sep_conv_3x3:0 sep_conv_3x3:0 skip_connect:1 sep_conv_3x3:1 sep_conv_3x3:3 "
+        "sep_conv_3x3:1 dil_conv_5x5:4",
+        "sep_conv_3x3:0 skip_connect:1 dil_conv_5x5:2 max_pool_3x3:1 sep_conv_3x3:2 sep_conv_3x3:1 "
+        "sep_conv_5x5:0 sep_conv_3x3:3",
+        range(2, 6),
+        range(2, 6),
+    ),
+    "PDARTS": _published(
+        "skip_connect:0 dil_conv_3x3:1 skip_connect:0 sep_conv_3x3:1 sep_conv_3x3:1 sep_conv_3x3:3 "
+        "sep_conv_3x3:0 dil_conv_5x5:4",
+        "avg_pool_3x3:0 sep_conv_5x5:1 sep_conv_3x3:0 dil_conv_5x5:2 max_pool_3x3:0 dil_conv_3x3:1 "
+        "dil_conv_3x3:1 dil_conv_5x5:3",
+        range(2, 6),
+        range(2, 6),
+    ),
+}
+NASNet, AmoebaNet, DARTS_V1, DARTS_V2, PC_DARTS_cifar, PC_DARTS_image, PDARTS = GENOTYPES.values()
+
+
+def load_genotype(name_or_file: str) -> Genotype:
+    """A published genotype by name (case and ``-``/``_`` do not matter), or one read from a file."""
+    wanted = name_or_file.lower().replace("-", "_")
+    aliases = {"darts": "darts_v2", "pc_darts": "pc_darts_cifar", "pcdarts": "pc_darts_cifar", "p_darts": "pdarts"}
+    for name, genotype in GENOTYPES.items():
+        if name.lower() == aliases.get(wanted, wanted):
+            return genotype
+    path = Path(name_or_file)
+    if path.is_dir():
+        path = path / "genotype.json"
+    if not path.is_file():
+        raise UserError(
+            f"no genotype {name_or_file!r}: it is neither a file nor one of {', '.join(GENOTYPES)}"
+        )
+    try:
+        return Genotype.from_text(path.read_text())
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error

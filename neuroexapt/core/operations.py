@@ -1,0 +1,234 @@
+"""The candidate operations of the vision search spaces and the MixedOp that blends them.
+
+Definitions follow DARTS (Liu et al., ICLR 2019): every operation maps [B, C, H, W] to
+[B, C, ceil(H / stride), ceil(W / stride)]. Add your own with one line, ``OPS["name"] = factory``; a factory
+takes ``(channels, stride, affine)`` and returns a module of that shape contract.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from neuroexapt.errors import UserError
+from neuroexapt.kernels import reference as functional
+
+OpFactory = Callable[[int, int, bool], nn.Module]
+
+PRIMITIVES = (
+    "none",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
+
+
+class Zero(nn.Module):
+    """No connection: zeros, subsampled by ``stride``. Its input gets no gradient."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
+
+
+class Identity(nn.Module):
+    """Skip connection at stride 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FactorizedReduce(nn.Module):
+    """Skip connection at stride 2: two 1x1 convolutions on grids shifted by one pixel, side by side.
+
+    Odd heights and widths are padded at the bottom and right for the shifted grid, so that the output is
+    [B, channels_out, ceil(H / 2), ceil(W / 2)] for any picture.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, affine: bool = True) -> None:
+        super().__init__()
+        if channels_out % 2:
+            raise UserError(
+                f"FactorizedReduce makes two halves of its output: {channels_out} channels are odd, "
+                "use an even number"
+            )
+        self.conv_1 = nn.Conv2d(channels_in, channels_out // 2, 1, stride=2, bias=False)
+        self.conv_2 = nn.Conv2d(channels_in, channels_out // 2, 1, stride=2, bias=False)
+        self.bn = nn.BatchNorm2d(channels_out, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        height, width = x.shape[-2:]
+        shifted = x[:, :, 1:, 1:]
+        if height % 2 or width % 2:
+            shifted = F.pad(shifted, (0, width % 2, 0, height % 2))
+        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+
+
+class ReLUConvBN(nn.Module):
+    """relu → convolution → batch normalisation."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        affine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels_in, channels_out, kernel_size, stride, padding, bias=False),
+            nn.BatchNorm2d(channels_out, affine=affine),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class DilConv(nn.Module):
+    """relu → dilated depthwise → pointwise convolution → batch normalisation."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel_size: int,
+        stride: int,
+        dilation: int = 2,
+        affine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.op = nn.Sequential(*_sepconv_block(channels_in, channels_out, kernel_size, stride, dilation, affine))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class SepConv(nn.Module):
+    """(relu → depthwise → pointwise convolution → batch normalisation) twice, the stride in the first."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel_size: int, stride: int, affine: bool = True
+    ) -> None:
+        super().__init__()
+        self.op = nn.Sequential(
+            *_sepconv_block(channels_in, channels_in, kernel_size, stride, 1, affine),
+            *_sepconv_block(channels_in, channels_out, kernel_size, 1, 1, affine),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+def _sepconv_block(
+    channels_in: int, channels_out: int, kernel_size: int, stride: int, dilation: int, affine: bool
+) -> tuple[nn.Module, ...]:
+    padding = dilation * (kernel_size // 2)
+    return (
+        nn.ReLU(),
+        nn.Conv2d(
+            channels_in, channels_in, kernel_size, stride, padding, dilation, groups=channels_in, bias=False
+        ),
+        nn.Conv2d(channels_in, channels_out, 1, bias=False),
+        nn.BatchNorm2d(channels_out, affine=affine),
+    )
+
+
+class FactorizedConv(nn.Module):
+    """relu → 1xk → kx1 convolution → batch normalisation (``conv_7x1_1x7`` of NASNet and AmoebaNet)."""
+
+    def __init__(self, channels: int, kernel_size: int, stride: int, affine: bool = True) -> None:
+        super().__init__()
+        k, pad = kernel_size, kernel_size // 2
+        self.op = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, (1, k), stride=(1, stride), padding=(0, pad), bias=False),
+            nn.Conv2d(channels, channels, (k, 1), stride=(stride, 1), padding=(pad, 0), bias=False),
+            nn.BatchNorm2d(channels, affine=affine),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Pool(nn.Module):
+    """``avg`` (padding not counted) or ``max`` pooling with padding ``kernel_size // 2``."""
+
+    def __init__(self, kind: str, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.kind, self.kernel_size, self.stride = kind, kernel_size, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        pool = functional.avg_pool if self.kind == "avg" else functional.max_pool
+        return pool(x, self.kernel_size, self.stride)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, kernel_size={self.kernel_size}, stride={self.stride}"
+
+
+OPS: dict[str, OpFactory] = {
+    "none": lambda channels, stride, affine: Zero(stride),
+    "avg_pool_3x3": lambda channels, stride, affine: Pool("avg", 3, stride),
+    "max_pool_3x3": lambda channels, stride, affine: Pool("max", 3, stride),
+    "skip_connect": lambda channels, stride, affine: (
+        Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
+    ),
+    "sep_conv_3x3": lambda channels, stride, affine: SepConv(channels, channels, 3, stride, affine),
+    "sep_conv_5x5": lambda channels, stride, affine: SepConv(channels, channels, 5, stride, affine),
+    "sep_conv_7x7": lambda channels, stride, affine: SepConv(channels, channels, 7, stride, affine),
+    "dil_conv_3x3": lambda channels, stride, affine: DilConv(channels, channels, 3, stride, 2, affine),
+    "dil_conv_5x5": lambda channels, stride, affine: DilConv(channels, channels, 5, stride, 2, affine),
+    "conv_7x1_1x7": lambda channels, stride, affine: FactorizedConv(channels, 7, stride, affine),
+}
+
+
+def make_op(name: str, channels: int, stride: int, affine: bool) -> nn.Module:
+    """Build the operation that ``OPS`` registers under ``name``; an unknown name is a UserError."""
+    if name not in OPS:
+        close = difflib.get_close_matches(name, OPS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(OPS)}"
+        raise UserError(f"unknown operation {name!r}: {hint}")
+    return OPS[name](channels, stride, affine)
+
+
+class MixedOp(nn.Module):
+    """``y = Σ_k weights[k] · op_k(x)`` over the candidate operations of one edge.
+
+    ``x``: [B, C, H, W], ``weights``: [K] in the order of ``primitives``, already relaxed (softmax is the
+    strategy's business). Pools are followed by a BatchNorm without affine parameters, as published.
+    ``none`` contributes exactly nothing, so an Inf or NaN in ``x`` does not spread through it.
+    """
+
+    def __init__(self, channels: int, stride: int, primitives: Sequence[str] = PRIMITIVES) -> None:
+        super().__init__()
+        if len(set(primitives)) != len(primitives):
+            raise UserError(f"an edge lists an operation twice: {', '.join(primitives)}")
+        self.stride = stride
+        self.ops = nn.ModuleDict()
+        for name in primitives:
+            op = make_op(name, channels, stride, affine=False)
+            if isinstance(op, Pool):
+                op = nn.Sequential(op, nn.BatchNorm2d(channels, affine=False))
+            self.ops[name] = op
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        active = [k for k, op in enumerate(self.ops.values()) if not isinstance(op, Zero)]
+        if not active:
+            return Zero(self.stride)(x)
+        outputs = [op(x) for op in self.ops.values() if not isinstance(op, Zero)]
+        if len(active) < len(self.ops):
+            weights = torch.stack([weights[k] for k in active])
+        return functional.weighted_sum(outputs, weights)
