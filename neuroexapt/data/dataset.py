@@ -1,0 +1,135 @@
+"""What a data set is to the rest of the package: two labelled parts and the facts a network needs."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuroexapt.data.augment import Augmentation
+from neuroexapt.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentImages:
+    """Decoded images in memory: `images` uint8 [N, C, H, W] and `labels` int64 [N], on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The images at `indices` (int64 [B]) as uint8 [B, C, H, W]."""
+        return self.images[indices]
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedImages:
+    """Image files decoded when they are read, for data larger than memory; `labels` int64 [N]."""
+
+    paths: Sequence[Path]
+    labels: Tensor
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The images at `indices` (int64 [B]), decoded, as uint8 [B, C, H, W]."""
+        return torch.stack([decode_image(self.paths[i], self.shape) for i in indices.tolist()])
+
+
+ImagePart = ResidentImages | StreamedImages
+Part = TypeVar("Part", bound=ImagePart, covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Splits(Generic[Part]):
+    """What a source reads."""
+
+    train: Part
+    test: Part
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Labelled images, split into a training and a test part.
+
+    mean, std: per channel, over the training images, in units of the full scale (0..1).
+    augmentation: what suits these images in training, without cutout.
+    """
+
+    name: str
+    train: ImagePart
+    test: ImagePart
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation
+
+    @property
+    def in_channels(self) -> int:
+        return self.train.shape[0]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.train.shape[1:]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 [N, C, H, W], in units of the full scale.
+
+    Counted in integers, hence the same on every machine. A constant channel gets one grey level as its
+    deviation, which keeps the normalised images finite.
+    """
+    means, deviations = [], []
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = (share * levels).sum()
+        deviation = (share * (levels - mean).square()).sum().sqrt()
+        means.append(mean.item())
+        deviations.append(max(deviation.item(), 1 / 255))
+    return tuple(means), tuple(deviations)
+
+
+def decode_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    """One image file as uint8 [C, H, W]: upright, scaled to cover H x W, the overhang cropped evenly."""
+    from PIL import Image, ImageOps
+
+    channels, height, width = shape
+    try:
+        with Image.open(path) as image, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on metadata, from threads, once an image
+            # A JPEG decodes at 1/2, 1/4 or 1/8 scale for a fraction of the time; twice the target is spared
+            # for the resampling.
+            image.draft(None, (2 * width, 2 * height))
+            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
+    except Exception as error:  # decoders raise anything on bad bytes
+        raise unreadable(path, error) from error
+    pixels = np.array(fitted).reshape(height, width, channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{path} is not a readable picture ({reason}); repair or remove it")

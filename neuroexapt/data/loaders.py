@@ -1,0 +1,247 @@
+"""Batches for searching, training and evaluating.
+
+Which images make up batch number t, and how they are augmented, are functions of (seed, t) alone, t counted
+over all epochs. So nothing needs saving: a run resumed at step t sees the very batches it would have seen.
+"""
+
+import functools
+import hashlib
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from neuroexapt.data.augment import Augmentation, augment, normalise
+from neuroexapt.data.dataset import ImagePart, ResidentImages, StreamedImages
+from neuroexapt.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+
+
+def split_indices(labels: Tensor, train_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split each class at random in the ratio train_fraction : 1 - train_fraction.
+
+    labels: int64 [N]. Returns two int64 tensors in ascending order, disjoint, together 0..N-1, each with at
+    least one image of every class. Raises UserError if a class has a single image.
+    """
+    if not 0 < train_fraction < 1:
+        raise UserError(f"the training fraction is {train_fraction}; choose one between 0 and 1")
+    generator = torch.Generator().manual_seed(_derive_seed(seed, "split"))
+    train, valid = [], []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        if len(members) < 2:
+            raise UserError(
+                f"class {label} has one training image; add more, a search splits each class in two"
+            )
+        members = members[torch.randperm(len(members), generator=generator)]
+        cut = min(max(round(len(members) * train_fraction), 1), len(members) - 1)
+        train.append(members[:cut])
+        valid.append(members[cut:])
+    return torch.cat(train).sort().values, torch.cat(valid).sort().values
+
+
+def make_loader(
+    part: ImagePart,
+    indices: Tensor | None = None,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    seed: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    augmentation: Augmentation | None = None,
+    workers: int | None = None,
+    drop_last: bool = True,
+) -> "Loader":
+    """The loader for this part: on the device if the part is in memory, else streaming.
+
+    indices: int64 [M], the images to use (None: all). mean, std: one float a channel, see ImageDataset.
+    seed: give each loader of a run its own. workers: decoding processes of a streaming loader (None: one a
+    core, at most 8; 0: decode in this process). drop_last: leave out the incomplete batch of an epoch.
+    Raises UserError if that leaves no batch.
+    """
+    indices = torch.arange(len(part)) if indices is None else indices
+    if drop_last and len(indices) < batch_size:
+        raise UserError(f"{len(indices)} images do not fill a batch of {batch_size}; lower the batch size")
+    settings = {
+        "batch_size": batch_size,
+        "device": torch.device(device),
+        "seed": seed,
+        "mean": mean,
+        "std": std,
+        "augmentation": augmentation,
+        "drop_last": drop_last,
+    }
+    if isinstance(part, ResidentImages):
+        return ResidentLoader(part, indices, **settings)
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), 8)
+    return StreamingLoader(part, indices, workers, **settings)
+
+
+class Loader(ABC):
+    """Batches (images float32 [B, C, H, W] normalised, labels int64 [B]) on the device."""
+
+    def __init__(
+        self,
+        indices: Tensor,
+        batch_size: int,
+        device: torch.device,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: Augmentation | None,
+        drop_last: bool,
+    ):
+        self.count = len(indices)
+        self.batch_size = batch_size
+        self.device = device
+        self.seed = seed
+        self.augmentation = augmentation
+        self.steps_per_epoch = self.count // batch_size if drop_last else -(-self.count // batch_size)
+        self._mean = torch.tensor(mean, device=device)
+        self._std = torch.tensor(std, device=device)
+        self._generator = torch.Generator(device)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The shuffled, augmented batches of one epoch, from its step `start_step` on."""
+        first = epoch * self.steps_per_epoch
+        return self._training_batches(range(first + start_step, first + self.steps_per_epoch))
+
+    def forever(self, start: int = 0) -> Iterator[Batch]:
+        """epoch(0), epoch(1), … without end, from step `start` on, counted over all epochs."""
+        return self._training_batches(range(start, sys.maxsize))
+
+    def evaluation(self) -> Iterator[Batch]:
+        """Every image once, in the order of the indices, not augmented; the last batch may be smaller."""
+        for images, labels in self._read_in_order():
+            yield normalise(images, self._mean, self._std), labels
+
+    def _training_batches(self, steps: range) -> Iterator[Batch]:
+        for step, (images, labels) in zip(steps, self._read_shuffled(steps), strict=True):
+            if self.augmentation is None:
+                yield normalise(images, self._mean, self._std), labels
+            else:
+                self._generator.manual_seed(_derive_seed(self.seed, "augmentation", step))
+                yield augment(images, self._mean, self._std, self.augmentation, self._generator), labels
+
+    def _shuffled_positions(self, step: int, device: torch.device | str) -> Tensor:
+        """Which of the indices, by position, make up the batch of this step."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        permutation = _permutation(self.count, self.seed, epoch, device)
+        return permutation[step_in_epoch * self.batch_size : (step_in_epoch + 1) * self.batch_size]
+
+    @abstractmethod
+    def _read_shuffled(self, steps: range) -> Iterator[Batch]:
+        """Images uint8 [B, C, H, W] and labels on the device, for these steps."""
+
+    @abstractmethod
+    def _read_in_order(self) -> Iterator[Batch]:
+        """Images uint8 [B, C, H, W] and labels on the device, for the evaluation pass."""
+
+
+class ResidentLoader(Loader):
+    """Keeps its images on the device as uint8: a batch costs one gather there and no transfer."""
+
+    def __init__(self, part: ResidentImages, indices: Tensor, **settings):
+        super().__init__(indices, **settings)
+        self._images = part.images[indices].to(self.device)
+        self._labels = part.labels[indices].to(self.device)
+
+    def _read_shuffled(self, steps: range) -> Iterator[Batch]:
+        for step in steps:
+            positions = self._shuffled_positions(step, self.device)
+            yield self._images[positions], self._labels[positions]
+
+    def _read_in_order(self) -> Iterator[Batch]:
+        return zip(self._images.split(self.batch_size), self._labels.split(self.batch_size), strict=True)
+
+
+class StreamingLoader(Loader):
+    """Decodes images in worker processes, which live as long as the loader, and transfers them as uint8.
+
+    One training iteration (`epoch` or `forever`) and one `evaluation` can be under way at a time; starting
+    another of the same kind ends the earlier one.
+    """
+
+    def __init__(self, part: StreamedImages, indices: Tensor, workers: int, **settings):
+        super().__init__(indices, **settings)
+        self._indices = indices
+        pin_memory = self.device.type == "cuda"
+        self._training_stream = _Stream(part, workers, pin_memory)
+        self._evaluation_stream = _Stream(part, workers, pin_memory)
+
+    def _read_shuffled(self, steps: range) -> Iterator[Batch]:
+        chosen = (self._indices[self._shuffled_positions(step, "cpu")] for step in steps)
+        return self._transfer(self._training_stream.read(chosen))
+
+    def _read_in_order(self) -> Iterator[Batch]:
+        return self._transfer(self._evaluation_stream.read(self._indices.split(self.batch_size)))
+
+    def _transfer(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for images, labels in batches:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class _Stream:
+    """A DataLoader that is told anew, before each iteration, which batches to read; its workers stay."""
+
+    def __init__(self, part: StreamedImages, workers: int, pin_memory: bool):
+        self._chosen = _ChosenBatches()
+        self._loader = DataLoader(
+            _DecodedBatches(part),
+            batch_size=None,
+            sampler=self._chosen,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            # Its own generator: a DataLoader draws a seed at each start, which would shift the global state.
+            generator=torch.Generator(),
+        )
+
+    def read(self, chosen: Iterable[Tensor]) -> Iterator[Batch]:
+        """Images uint8 [B, C, H, W] and labels int64 [B] for each tensor of indices, on the CPU."""
+        self._chosen.batches = chosen
+        for batch in self._loader:
+            assert self._chosen.batches is chosen, "a later iteration has taken over this loader's workers"
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _ChosenBatches(Sampler[Tensor]):
+    def __init__(self) -> None:
+        self.batches: Iterable[Tensor] = ()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+class _DecodedBatches(Dataset):
+    """Indexed by a tensor of indices: a whole batch. Runs in the workers."""
+
+    def __init__(self, part: StreamedImages):
+        self._part = part
+
+    def __getitem__(self, indices: Tensor) -> Batch | UserError:
+        try:
+            return self._part.read(indices), self._part.labels[indices]
+        except UserError as error:
+            return error  # raised in the main process, where DataLoader would add the worker's traceback
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(count: int, seed: int, epoch: int, device: torch.device | str) -> Tensor:
+    """The order of an epoch; drawn on the CPU, so that it is the same on every device."""
+    generator = torch.Generator().manual_seed(_derive_seed(seed, "order", epoch))
+    return torch.randperm(count, generator=generator).to(device)
+
+
+def _derive_seed(*parts: int | str) -> int:
+    """A 64-bit seed that differs in every bit as soon as one part differs."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
