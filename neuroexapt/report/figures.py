@@ -1,0 +1,119 @@
+"""The figures of a search: α as a heat map and over time, its entropy, curves, exapt against from-scratch."""
+
+from collections.abc import Mapping, Sequence
+from math import log
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
+
+from neuroexapt.report.style import ACCENT, CONTRAST, INK, MUTED, RC_PARAMS, SURFACE, op_style, state_name
+
+_CURVE_SIZE = (4.6, 2.7)
+_PANEL_SIZE = (2.3, 1.7)
+
+
+def edge_names(edges: Sequence[tuple[int, int]], node_names: Sequence[str]) -> list[str]:
+    """A name for each (source, target) edge, as `cₖ₋₂ → 0`."""
+    return [
+        f"{state_name(node_names[source])} → {state_name(node_names[target])}" for source, target in edges
+    ]
+
+
+@matplotlib.rc_context(RC_PARAMS)
+def alpha_heat_map(
+    weights: ArrayLike, edge_names: Sequence[str], primitives: Sequence[str], title: str = ""
+) -> Figure:
+    """Softmax weights of one cell type, [edges, primitives], as an annotated grid, each row's largest in bold.
+
+    The colour scale is full at 0.5, or at the largest weight above that, so that grids of different epochs
+    compare and weights near uniform look even.
+    """
+    weights = np.asarray(weights, dtype=float)
+    edge_count, op_count = weights.shape
+    full = max(0.5, weights.max())
+    figure = Figure(figsize=(1.1 + 0.62 * op_count, 1.0 + 0.26 * edge_count), layout="constrained")
+    axes = figure.add_subplot()
+    # The scale runs from clear to full instead of from white, and so suits a page of any colour.
+    scale = LinearSegmentedColormap.from_list("weight", [(ACCENT, 0.03), (ACCENT, 1.0)])
+    axes.pcolormesh(weights, cmap=scale, vmin=0, vmax=full, edgecolor=SURFACE, linewidth=1.5)
+    for (edge, op), weight in np.ndenumerate(weights):
+        axes.text(
+            op + 0.5,
+            edge + 0.5,
+            f"{weight:.2f}",
+            ha="center",
+            va="center_baseline",
+            size=8,
+            color=SURFACE if weight > 0.55 * full else INK,
+            weight="bold" if weight == weights[edge].max() else "normal",
+        )
+    axes.set_yticks(np.arange(edge_count) + 0.5, edge_names, color=INK)
+    axes.set_xticks(
+        np.arange(op_count) + 0.5, primitives, rotation=30, ha="left", rotation_mode="anchor", color=INK
+    )
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    axes.invert_yaxis()
+    axes.set_title(title, weight="bold")
+    return figure
+
+
+@matplotlib.rc_context(RC_PARAMS)
+def alpha_history(history: ArrayLike, primitives: Sequence[str], title: str = "") -> Figure:
+    """Softmax weights of one edge over time, [epochs, primitives], in the operations' colours and dashes."""
+    figure, axes = _axes(_PANEL_SIZE, title)
+    history = np.asarray(history, dtype=float)
+    for op, weights in zip(primitives, history.T, strict=True):
+        style = op_style(op)
+        axes.plot(_epochs(weights), weights, color=style.colour, linestyle=style.line, linewidth=1.3)
+    axes.set_ylim(0, None)
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    return figure
+
+
+@matplotlib.rc_context(RC_PARAMS)
+def entropy_history(history: ArrayLike, op_count: int, title: str = "") -> Figure:
+    """Entropy of α in nats over time, [epochs, edges]: edges thin, their mean bold, the maximum dotted."""
+    figure, axes = _axes(_CURVE_SIZE, title)
+    history = np.asarray(history, dtype=float)
+    epochs = _epochs(history)
+    axes.plot(epochs, history, color=MUTED, linewidth=0.7, alpha=0.6)
+    axes.plot(epochs, history.mean(axis=1), color=ACCENT, linewidth=2.2, label="mean of all edges")
+    axes.plot([], [], color=MUTED, linewidth=0.7, label="one edge")
+    axes.axhline(log(op_count), color=INK, linestyle="dotted", linewidth=1, label=f"uniform, ln {op_count}")
+    axes.set_ylabel("entropy (nats)")
+    axes.set_ylim(0, log(op_count) * 1.08)
+    axes.legend(fontsize=8)
+    return figure
+
+
+@matplotlib.rc_context(RC_PARAMS)
+def curves(values: Mapping[str, Sequence[float]], quantity: str, title: str = "") -> Figure:
+    """One to three named curves over the epochs; `quantity` is "loss" or "accuracy" (a fraction)."""
+    figure, axes = _axes(_CURVE_SIZE, title)
+    for (name, curve), colour in zip(values.items(), (ACCENT, CONTRAST, MUTED), strict=False):
+        axes.plot(_epochs(curve), curve, color=colour, label=name, marker="o" if len(curve) == 1 else None)
+    axes.set_ylabel(quantity)
+    if quantity == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _axes(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure, axes
+
+
+def _epochs(values: ArrayLike) -> np.ndarray:
+    return np.arange(1, len(np.asarray(values)) + 1)
