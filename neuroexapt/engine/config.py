@@ -1,0 +1,199 @@
+"""The typed configuration of a run: one object, saved with the run, loadable and overridable field by field.
+
+The command line's options are generated from these fields, so a setting is declared once.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from neuroexapt.errors import UserError
+
+Config = TypeVar("Config", bound="RunConfig")
+
+
+def setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every run needs: data, batches, where it runs and where it is kept."""
+
+    dataset: str = setting(
+        "digits", "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, folder:PATH or npz:PATH"
+    )
+    data_root: Path = setting(Path("data"), "folder in which the standard data sets are looked for")
+    download: bool = setting(False, "download a standard data set that is not there")
+    image_size: int | None = setting(None, "side in pixels to which the pictures of a folder are resized")
+    batch_size: int = setting(64, "pictures in a batch")
+    workers: int | None = setting(None, "decoding processes, for data too large for memory")
+    crop_padding: int | None = setting(None, "random crop after padding by so many pixels")
+    flip: bool | None = setting(None, "random horizontal flip")
+    cutout: int | None = setting(None, "side of the square that is blanked out, in pixels")
+    learning_rate: float = setting(0.025, "learning rate of the weights at the start of the cosine")
+    learning_rate_min: float = setting(0.001, "learning rate of the weights at its end")
+    momentum: float = setting(0.9, "momentum of SGD")
+    weight_decay: float = setting(3e-4, "weight decay of the weights")
+    grad_clip: float = setting(5.0, "largest norm of the weights' gradient")
+    seed: int = setting(0, "seed of everything random")
+    backend: str = setting("auto", "auto, cpu, cuda, cuda:triton, ...")
+    out: Path | None = setting(None, "folder of the run (default: runs/<time>-<data set>)")
+    overwrite: bool = setting(False, "replace the run that the folder holds")
+    checkpoint_seconds: float = setting(60.0, "longest time between two checkpoints within an epoch")
+    quiet: bool = setting(False, "print nothing but errors")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), _field_type(type(self), f.name)))
+        _require_positive(self, "batch_size", "learning_rate", "grad_clip", "checkpoint_seconds", "image_size")
+        _require_not_negative(
+            self, "workers", "crop_padding", "cutout", "learning_rate_min", "momentum", "weight_decay"
+        )
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed}: choose one from 0 to 2**63 - 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, in the order of declaration."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(RunConfig):
+    """A search by gradient descent, and the training of what it found. Defaults are those of DARTS."""
+
+    space: str = setting("darts", "search space")
+    strategy: str = setting("darts", "search strategy: darts (first order) or darts-2nd (second order)")
+    epochs: int = setting(50, "epochs of the search")
+    warmup_epochs: int = setting(0, "first epochs, in which α stays as it is")
+    layers: int = setting(8, "cells, two of them reduction cells")
+    init_channels: int = setting(16, "channels of the first cells")
+    arch_learning_rate: float = setting(3e-4, "learning rate of α (Adam)")
+    arch_weight_decay: float = setting(1e-3, "weight decay of α")
+    train_portion: float = setting(0.5, "share of the training pictures for w; the rest is for α")
+    compile: bool = setting(False, "run each edge's operations through torch.compile")
+    train_epochs: int = setting(10, "epochs of the derived network with the inherited weights; 0: none")
+    control: bool = setting(True, "also train the derived network from scratch, as long, to compare")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "epochs", "layers", "init_channels", "arch_learning_rate")
+        _require_not_negative(self, "warmup_epochs", "arch_weight_decay", "train_epochs")
+        if not 0 < self.train_portion < 1:
+            raise UserError(f"train_portion={self.train_portion}: choose a share between 0 and 1")
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"warmup_epochs={self.warmup_epochs} leaves none of the {self.epochs} epochs for α; choose fewer"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(RunConfig):
+    """Training of a given genotype from scratch. Defaults are those of DARTS for CIFAR-10."""
+
+    space: str = setting("darts", "search space that the genotype belongs to")
+    genotype: str = setting("DARTS_V2", "published name, file, or folder of a run")
+    epochs: int = setting(600, "epochs")
+    batch_size: int = setting(96, "pictures in a batch")
+    layers: int = setting(20, "cells, two of them reduction cells")
+    init_channels: int = setting(36, "channels of the first cells")
+    learning_rate_min: float = setting(0.0, "learning rate of the weights at its end")
+    auxiliary: bool = setting(True, "second classifier at two thirds of the depth while training")
+    auxiliary_weight: float = setting(0.4, "weight of its loss")
+    drop_path: float = setting(0.2, "probability of dropping an operation, reached at the end")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "epochs", "layers", "init_channels")
+        _require_not_negative(self, "auxiliary_weight")
+        if not 0 <= self.drop_path < 1:
+            raise UserError(f"drop_path={self.drop_path}: choose a probability from 0 to below 1")
+
+
+# What a data set calls for where neither the user nor a config file says otherwise.
+PRESETS: dict[str, dict[type[RunConfig], dict[str, Any]]] = {
+    "digits": {
+        SearchConfig: {
+            "epochs": 20,
+            "layers": 4,
+            "init_channels": 8,
+            "batch_size": 64,
+            "train_epochs": 20,
+            "arch_learning_rate": 3e-3,
+            "learning_rate": 0.05,
+        },
+        EvaluateConfig: {
+            "epochs": 20,
+            "layers": 4,
+            "init_channels": 8,
+            "batch_size": 64,
+            "auxiliary": False,
+            "drop_path": 0.0,
+            "learning_rate": 0.05,
+        },
+    },
+    "mnist": {EvaluateConfig: {"epochs": 50, "layers": 8, "init_channels": 16}},
+    "fashion-mnist": {EvaluateConfig: {"epochs": 100, "layers": 8, "init_channels": 16, "cutout": 8}},
+    "cifar10": {EvaluateConfig: {"cutout": 16}},
+    "cifar100": {EvaluateConfig: {"cutout": 16}},
+}
+
+
+def make_config(cls: type[Config], overrides: dict[str, Any], file: Path | None = None) -> Config:
+    """Explicit values, over those of a config file, over the data set's preset, over the defaults."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    given = {**(_read(file) if file else {}), **overrides}
+    for name in given:
+        if name not in names:
+            raise UserError(f"unknown setting {name!r} for {cls.__name__}; known are {', '.join(names)}")
+    dataset = given.get("dataset", cls.__dataclass_fields__["dataset"].default)
+    return cls(**{**PRESETS.get(dataset, {}).get(cls, {}), **given})
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config {file}: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"the config {file} is no JSON object of settings")
+    return fields
+
+
+def _field_type(cls: type, name: str) -> tuple[type, bool]:
+    """The type of a field without None, and whether None is allowed."""
+    hint = typing.get_type_hints(cls)[name]
+    if isinstance(hint, types.UnionType):
+        return next(a for a in typing.get_args(hint) if a is not types.NoneType), True
+    return hint, False
+
+
+def _typed(name: str, value: Any, expected: tuple[type, bool]) -> Any:
+    kind, optional = expected
+    if value is None and optional:
+        return None
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
+        return value
+    raise UserError(f"{name}={value!r}: expected {'a path' if kind is Path else kind.__name__}")
+
+
+def _require_positive(config: RunConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{name}={value}: choose a value above 0")
+
+
+def _require_not_negative(config: RunConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            raise UserError(f"{name}={value}: choose a value of at least 0")

@@ -1,0 +1,97 @@
+"""Training a given genotype from scratch and testing it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuroexapt.core.derived import DerivedNetwork, check_auxiliary_size, count_parameters
+from neuroexapt.core.genotypes import Genotype, load_genotype
+from neuroexapt.engine.config import EvaluateConfig
+from neuroexapt.engine.search import finish, read_curves
+from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
+from neuroexapt.engine.training import TrainPhase
+from neuroexapt.spaces import get_space
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """A trained genotype; ``curves["evaluate"][name]`` holds a value an epoch."""
+
+    genotype: Genotype
+    model: DerivedNetwork
+    curves: dict[str, dict[str, list[Any]]]
+    result: dict[str, Any]
+    run_dir: Path
+
+
+def evaluate(
+    *, resume: str | Path | None = None, config: str | Path | None = None, **settings: Any
+) -> EvaluationResult:
+    """Train the network of ``genotype`` on all training pictures and test it.
+
+    ``settings`` are the fields of ``EvaluateConfig``; ``resume`` and ``config`` as in ``search``.
+    """
+    run_config, folder = open_run(
+        EvaluateConfig,
+        settings,
+        resume=Path(resume) if resume else None,
+        config_file=Path(config) if config else None,
+    )
+    with running(run_config, folder, "evaluate") as run:
+        return _evaluate(run, new=resume is None)
+
+
+def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> EvaluationResult:
+    config, data = run.config, run.data
+    genotype = _genotype(run, new)
+    space = get_space(config.space)
+    space.check(data.image_size, config.init_channels, config.layers)
+    if config.auxiliary:
+        check_auxiliary_size(data.image_size)
+    torch.manual_seed(seed_for(config.seed, "evaluate"))
+    network = space.network(
+        genotype,
+        in_channels=data.in_channels,
+        num_classes=data.num_classes,
+        channels=config.init_channels,
+        layers=config.layers,
+        auxiliary=config.auxiliary,
+    ).to(run.device)
+    phase = TrainPhase(
+        "evaluate",
+        network,
+        run.loader("train", training=True, stream="derived"),
+        run.loader("test", training=False),
+        config,
+        epochs=config.epochs,
+        auxiliary_weight=config.auxiliary_weight,
+        drop_path=config.drop_path,
+    )
+    if new:
+        run.create_folder()
+        run.folder.write_json("genotype.json", genotype.to_dict())
+    run.session.progress.say(
+        f"training {config.genotype} on {config.dataset}: {phase.epochs} epochs of {phase.steps_per_epoch} steps "
+        f"on {run.device}, run folder {run.folder.path}"
+    )
+    seconds = run.train(phase)
+    curves = read_curves(run.folder)
+    result = {
+        "genotype": genotype.to_dict(),
+        "test_accuracy": curves["evaluate"]["test_accuracy"][-1],
+        "seconds": seconds,
+        **run.measurements("evaluate"),
+        "parameters": count_parameters(network),
+        **run.environment(),
+    }
+    finish(run, result)
+    return EvaluationResult(genotype, network, curves, result, run.folder.path)
+
+
+def _genotype(run: OpenRun[EvaluateConfig], new: bool) -> Genotype:
+    """The genotype that was asked for; a resumed run keeps the copy it made, whatever became of the file."""
+    if new:
+        return load_genotype(run.config.genotype)
+    return Genotype.from_dict(run.folder.read_json("genotype.json"))

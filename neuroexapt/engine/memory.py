@@ -1,0 +1,18 @@
+"""Peak memory of this process on its device."""
+
+import resource
+
+import torch
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement; on the CPU the operating system only knows the peak of the process's life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Bytes allocated at the peak on a GPU; largest resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,70 @@
+"""What a run shows while it works: a live line in a terminal, a line an epoch elsewhere, nothing when quiet."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as RichProgress, TextColumn, TimeRemainingColumn
+
+SHOWN = {
+    "train_loss": "loss",
+    "train_accuracy": "acc",
+    "arch_loss": "α loss",
+    "valid_accuracy": "valid acc",
+    "test_accuracy": "test acc",
+}
+
+
+class Progress:
+    """Progress on standard error, so that standard output stays free for results."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._bar: RichProgress | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    @contextmanager
+    def phase(self, name: str, epochs: int, steps: int) -> Iterator[None]:
+        """Show the live line while the block runs."""
+        self._name, self._epochs, self._steps = name, epochs, steps
+        if not self.console.is_terminal or self.console.quiet:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=self.console, transient=True, speed_estimate_period=60) as self._bar:
+            self._task = self._bar.add_task(name, total=epochs * steps, numbers="")
+            yield
+        self._bar = None
+
+    def step(self, epoch: int, step: int, values: dict[str, float]) -> None:
+        if self._bar is None:
+            return
+        speed = self._bar.tasks[0].speed
+        rate = f"  {speed:.1f} steps/s" if speed else ""
+        self._bar.update(
+            self._task,
+            completed=epoch * self._steps + step,
+            description=f"{self._name} epoch {epoch + 1}/{self._epochs} step {step}/{self._steps}",
+            numbers=_numbers(values) + rate,
+        )
+
+    def end_epoch(self, record: dict[str, Any], timing: dict[str, float]) -> None:
+        line = f"{self._name} epoch {record['epoch'] + 1}/{self._epochs}  {_numbers(record)}"
+        self.say(f"{line}  {timing['steps_per_second']:.1f} steps/s")
+
+
+def _numbers(values: dict[str, Any]) -> str:
+    return "  ".join(f"{label} {values[name]:.4f}" for name, label in SHOWN.items() if name in values)
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)

@@ -1,0 +1,178 @@
+"""A whole search: bilevel steps, genotype, derived network with inherited weights, and its control."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuroexapt.core.derived import DerivedNetwork, count_parameters, inherit_weights
+from neuroexapt.core.genotypes import Genotype
+from neuroexapt.core.supernet import Supernet
+from neuroexapt.data import split_indices
+from neuroexapt.engine.checkpoint import load_checkpoint
+from neuroexapt.engine.config import SearchConfig, make_config
+from neuroexapt.engine.run import RunFolder
+from neuroexapt.engine.search_phase import SearchPhase
+from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
+from neuroexapt.engine.training import TrainPhase, evaluate_loss
+from neuroexapt.errors import UserError
+from neuroexapt.spaces import get_space
+from neuroexapt.strategies import get_strategy
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    ``model``: the derived network as trained last; ``curves[phase][name]``: a value an epoch, ``result``: the
+    content of result.json.
+    """
+
+    genotype: Genotype
+    model: DerivedNetwork
+    curves: dict[str, dict[str, list[Any]]]
+    result: dict[str, Any]
+    run_dir: Path
+
+
+def search(
+    *, resume: str | Path | None = None, config: str | Path | None = None, **settings: Any
+) -> SearchResult:
+    """Search an architecture, derive it, train it with the inherited weights, and keep it all in a run folder.
+
+    ``settings`` are the fields of ``SearchConfig``; those not given come from the file ``config``, then from the
+    data set's preset. ``resume`` continues the run in that folder instead, from its last checkpoint to the same
+    result bit for bit on the CPU. Raises UserError for what the caller can mend and Interrupted, after saving,
+    on SIGINT or SIGTERM.
+    """
+    run_config, folder = open_run(
+        SearchConfig,
+        settings,
+        resume=Path(resume) if resume else None,
+        config_file=Path(config) if config else None,
+    )
+    with running(run_config, folder, "search") as run:
+        return _search(run, new=resume is None)
+
+
+def derive(run_dir: str | Path) -> Genotype:
+    """The genotype that α stands for in the last search checkpoint of a run, finished or not."""
+    folder = RunFolder.open(Path(run_dir))
+    config = make_config(SearchConfig, folder.read_json("config.json"))
+    supernet = load_checkpoint(folder.checkpoint(SearchPhase.name))["phase"]["supernet"]
+    alphas = {k.removeprefix("alphas."): v for k, v in supernet.items() if k.startswith("alphas.")}
+    return get_space(config.space).derive(get_strategy(config.strategy).relax(alphas))
+
+
+def _search(run: OpenRun[SearchConfig], *, new: bool) -> SearchResult:
+    config, progress = run.config, run.session.progress
+    phase = _search_phase(run)
+    if new:
+        _create_folder(run)
+    progress.say(
+        f"searching {config.space} on {config.dataset} with {config.strategy}: {phase.epochs} epochs of "
+        f"{phase.steps_per_epoch} steps on {run.device}, run folder {run.folder.path}"
+    )
+    seconds = {"search": run.train(phase)}
+    genotype = phase.genotype()
+    run.folder.write_json("genotype.json", genotype.to_dict())
+    progress.say(f"found {genotype}")
+
+    network, seconds["inherit"], test_accuracy = _train_derived(run, "inherit", genotype, phase.supernet)
+    scratch_accuracy = None
+    if config.control and config.train_epochs:
+        _, seconds["scratch"], scratch_accuracy = _train_derived(run, "scratch", genotype, None)
+
+    curves = read_curves(run.folder)
+    result = {
+        "genotype": genotype.to_dict(),
+        "valid_accuracy": curves["search"]["valid_accuracy"][-1],
+        "test_accuracy": test_accuracy,
+        "scratch_test_accuracy": scratch_accuracy,
+        "seconds": sum(seconds.values()),
+        "seconds_by_phase": seconds,
+        **run.measurements("search"),
+        "parameters": count_parameters(network),
+        **run.environment(),
+    }
+    finish(run, result)
+    return SearchResult(genotype, network, curves, result, run.folder.path)
+
+
+def _search_phase(run: OpenRun[SearchConfig]) -> SearchPhase:
+    config, data = run.config, run.data
+    space = get_space(config.space)
+    space.check(data.image_size, config.init_channels, config.layers)
+    train_indices, valid_indices = _split(run)
+    train_loader = run.loader("train", training=True, indices=train_indices, stream="w")
+    valid_loader = run.loader("train", training=True, indices=valid_indices, stream="alpha")
+    torch.manual_seed(seed_for(config.seed, SearchPhase.name))
+    supernet = space.supernet(
+        in_channels=data.in_channels,
+        num_classes=data.num_classes,
+        channels=config.init_channels,
+        layers=config.layers,
+    ).to(run.device)
+    return SearchPhase(supernet, train_loader, valid_loader, config)
+
+
+def _split(run: OpenRun[SearchConfig]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the training pictures for w and of those for α."""
+    return split_indices(run.data.train.labels, run.config.train_portion, run.config.seed)
+
+
+def _create_folder(run: OpenRun[SearchConfig]) -> None:
+    run.create_folder()
+    run.folder.write_json("space.json", get_space(run.config.space).describe())
+    train_indices, valid_indices = _split(run)
+    run.folder.write_json("split.json", {"w": train_indices.tolist(), "alpha": valid_indices.tolist()})
+
+
+def _train_derived(
+    run: OpenRun[SearchConfig], name: str, genotype: Genotype, supernet: Supernet | None
+) -> tuple[DerivedNetwork, float, float]:
+    """The trained network, the seconds that took, and its test accuracy."""
+    config, data = run.config, run.data
+    torch.manual_seed(seed_for(config.seed, name))
+    network = get_space(config.space).network(
+        genotype,
+        in_channels=data.in_channels,
+        num_classes=data.num_classes,
+        channels=config.init_channels,
+        layers=config.layers,
+    ).to(run.device)
+    if supernet is not None:
+        inherit_weights(network, supernet)
+    test_loader = run.loader("test", training=False)
+    if config.train_epochs == 0:
+        return network, 0.0, evaluate_loss(network.eval(), test_loader)[1]
+    # Both networks see the same batches in the same order.
+    loader = run.loader("train", training=True, stream="derived")
+    phase = TrainPhase(name, network, loader, test_loader, config, epochs=config.train_epochs)
+    seconds = run.train(phase)
+    return network, seconds, read_curves(run.folder)[name]["test_accuracy"][-1]
+
+
+def read_curves(folder: RunFolder) -> dict[str, dict[str, list[Any]]]:
+    """``curves[phase][name]``: what metrics.jsonl holds, a value an epoch."""
+    curves: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for record in folder.records(folder.metrics):
+        for name, value in record.items():
+            curves[record["phase"]][name].append(value)
+    return {phase: dict(values) for phase, values in curves.items()}
+
+
+def finish(run: OpenRun[Any], result: dict[str, Any]) -> None:
+    """Write result.json and the report, and say what came out."""
+    from neuroexapt.report.html import write_report
+
+    run.folder.write_json("result.json", result)
+    report = write_report(run.folder.path)
+    scratch = result.get("scratch_test_accuracy")
+    compared = f" (from scratch {scratch:.2%})" if scratch is not None else ""
+    run.session.progress.say(
+        f"test accuracy {result['test_accuracy']:.2%}{compared}, {result['parameters']:,} parameters, "
+        f"{result['seconds']:.0f} s; report: {report}"
+    )

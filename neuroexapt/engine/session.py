@@ -1,0 +1,153 @@
+"""Opening a run: folder, configuration, data, device and seed, for a new run or one that goes on."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from neuroexapt.backend import resolve
+from neuroexapt.data import ImageDataset, Loader, load_dataset, make_loader
+from neuroexapt.data.augment import Augmentation
+from neuroexapt.engine.config import RunConfig, make_config
+from neuroexapt.engine.interrupt import StopRequest
+from neuroexapt.engine.phase import Phase, PhaseRunner, Session
+from neuroexapt.engine.progress import Progress
+from neuroexapt.engine.run import RunFolder
+from neuroexapt.errors import UserError
+from neuroexapt.version import __version__
+
+Config = TypeVar("Config", bound=RunConfig)
+
+PLACEMENT = frozenset(
+    {
+        "data_root", "download", "workers", "backend", "out", "overwrite", "checkpoint_seconds", "quiet", "compile"
+    }
+)
+"""Settings that say where and how a run is computed, not what: a resumed run may change them."""
+
+
+def open_run(
+    cls: type[Config], overrides: dict[str, Any], *, resume: Path | None, config_file: Path | None
+) -> tuple[Config, RunFolder]:
+    """A new run folder with its config, or one that holds a run, whose settings then stand."""
+    if resume is None:
+        config = make_config(cls, overrides, config_file)
+        out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(config.dataset).name}"
+        return dataclasses.replace(config, out=out), RunFolder(out)
+    run = RunFolder.open(resume)
+    fixed = sorted(set(overrides) - PLACEMENT) + (["config"] if config_file else [])
+    if fixed:
+        raise UserError(f"a resumed run keeps its settings: leave out {', '.join('--' + f.replace('_', '-') for f in fixed)}")
+    saved = run.read_json("config.json")
+    if not isinstance(saved, dict) or not any(run.checkpoints.glob("*.safetensors")):
+        raise UserError(f"{resume} holds no checkpoint to go on from; start anew without --resume")
+    return make_config(cls, {**saved, **overrides, "out": resume}), run
+
+
+@dataclass
+class OpenRun(Generic[Config]):
+    """A run that is under way: what its phases share."""
+
+    config: Config
+    session: Session
+    data: ImageDataset
+    device: torch.device
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.session.run
+
+    def loader(self, part: str, *, training: bool, indices: Tensor | None = None, stream: str = "") -> Loader:
+        """Batches of the ``train`` or ``test`` part; ``stream`` tells loaders of one run apart."""
+        return make_loader(
+            getattr(self.data, part),
+            indices,
+            batch_size=self.config.batch_size,
+            device=self.device,
+            seed=seed_for(self.config.seed, f"{part} {stream}"),
+            mean=self.data.mean,
+            std=self.data.std,
+            augmentation=self._augmentation() if training else None,
+            workers=self.config.workers,
+            drop_last=training,
+        )
+
+    def _augmentation(self) -> Augmentation:
+        chosen = {name: getattr(self.config, name) for name in ("crop_padding", "flip", "cutout")}
+        return dataclasses.replace(self.data.augmentation, **{k: v for k, v in chosen.items() if v is not None})
+
+    def create_folder(self) -> None:
+        """Make the folder of a new run. To be called once everything that may be refused has been checked."""
+        RunFolder.create(self.folder.path, overwrite=self.config.overwrite)
+        self.folder.write_json("config.json", self.config.to_dict())
+
+    def train(self, phase: Phase) -> float:
+        """Carry the phase to its end; seconds it took over all invocations."""
+        return PhaseRunner(phase, self.session).run()
+
+    def measurements(self, phase: str) -> dict[str, Any]:
+        """Speed of one phase and the memory of all so far, from the run's timing records."""
+        timing = list(self.folder.records(self.folder.timing))
+        rates = [record["steps_per_second"] for record in timing if record["phase"] == phase]
+        return {
+            "steps_per_second": statistics.median(rates),
+            "peak_memory_bytes": max(record["peak_memory_bytes"] for record in timing),
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """Versions and device, for result.json."""
+        cuda = self.device.type == "cuda"
+        return {
+            "versions": {
+                "neuroexapt": __version__,
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda if cuda else None,
+                "python": platform.python_version(),
+            },
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
+        }
+
+
+@contextmanager
+def running(config: Config, folder: RunFolder, command: str) -> Iterator[OpenRun[Config]]:
+    """Check everything that can be checked before any work, then hold the run open for its phases."""
+    device = resolve(config.backend).torch_device
+    data = load_dataset(
+        config.dataset, root=config.data_root, download=config.download, image_size=config.image_size
+    )
+    what = {k: v for k, v in config.to_dict().items() if k not in PLACEMENT}
+    with StopRequest().listening() as stop:
+        session = Session(
+            run=folder,
+            identity={**what, "data": fingerprint(data)},
+            progress=Progress(config.quiet),
+            stop=stop,
+            checkpoint_seconds=config.checkpoint_seconds,
+            command=f"neuroexapt {command}",
+        )
+        yield OpenRun(config, session, data, device)
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """A seed of its own for every purpose, so that one phase does not depend on what ran before it."""
+    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def fingerprint(data: ImageDataset) -> str:
+    """Digest of the labels, picture sizes and normalisation: another data set or other labels show."""
+    facts = [data.name, data.classes, data.train.shape, len(data.train), len(data.test), data.mean, data.std]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for part in (data.train, data.test):
+        digest.update(part.labels.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,116 @@
+"""Training a derived network: after a search with inherited weights, or from scratch."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuroexapt.core.derived import DerivedNetwork
+from neuroexapt.data import Loader
+from neuroexapt.engine.bilevel import accuracy
+from neuroexapt.engine.config import RunConfig
+from neuroexapt.engine.phase import Phase
+
+
+def cosine(epoch: int, epochs: int, start: float, end: float) -> float:
+    """Learning rate of an epoch: half a cosine from ``start`` at 0 to ``end`` at ``epochs`` (SGDR, 2017)."""
+    return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def make_sgd(parameters: Sequence[nn.Parameter], config: RunConfig) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        parameters, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+@torch.no_grad()
+def evaluate_loss(network: Callable[[Tensor], Tensor], loader: Loader) -> tuple[float, float]:
+    """Mean cross-entropy and top-1 accuracy (0..1) over every picture of the loader, not augmented."""
+    loss, correct = torch.zeros((), device=loader.device), torch.zeros((), device=loader.device)
+    for images, labels in loader.evaluation():
+        logits = network(images)
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(dim=1) == labels).sum()
+    return loss.item() / loader.count, correct.item() / loader.count
+
+
+class TrainPhase(Phase):
+    """SGD with a cosine schedule on all training pictures, tested after every epoch.
+
+    With an auxiliary head its loss counts ``auxiliary_weight``; drop-path grows linearly to ``drop_path``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: DerivedNetwork,
+        loader: Loader,
+        test_loader: Loader,
+        config: RunConfig,
+        *,
+        epochs: int,
+        auxiliary_weight: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        self.name = name
+        self.epochs = epochs
+        self.steps_per_epoch = loader.steps_per_epoch
+        self.device = loader.device
+        self.network = network
+        self.optimizer = make_sgd(self.parameters(), config)
+        self._loader, self._test_loader = loader, test_loader
+        self._config = config
+        self._auxiliary_weight, self._drop_path = auxiliary_weight, drop_path
+
+    def metric_names(self, epoch: int) -> Sequence[str]:
+        return ("train_loss", "train_accuracy")
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.network.parameters())
+
+    def learning_rate(self, epoch: int) -> float:
+        return cosine(epoch, self.epochs, self._config.learning_rate, self._config.learning_rate_min)
+
+    def steps(self, epoch: int, start: int) -> Iterator[Tensor]:
+        self.network.train()
+        set_learning_rate(self.optimizer, self.learning_rate(epoch))
+        drop = self._drop_path * epoch / self.epochs
+        self.network.drop_path_probability = drop or None
+        for images, labels in self._loader.epoch(epoch, start):
+            yield self._step(images, labels)
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits, auxiliary_logits = self.network.forward_with_auxiliary(images)
+        loss = F.cross_entropy(logits, labels)
+        objective = loss
+        if auxiliary_logits is not None:
+            objective = loss + self._auxiliary_weight * F.cross_entropy(auxiliary_logits, labels)
+        self.optimizer.zero_grad()
+        objective.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), self._config.grad_clip)
+        self.optimizer.step()
+        return torch.stack([loss.detach(), accuracy(logits, labels)])
+
+    def end_epoch(self, epoch: int) -> dict[str, Any]:
+        self.network.eval()
+        test_loss, test_accuracy = evaluate_loss(self.network, self._test_loader)
+        return {
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "learning_rate": self.learning_rate(epoch),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
