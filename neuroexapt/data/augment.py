@@ -33,7 +33,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     Returns float32 [B, C, H, W].
     """
     scale = 1 / (255 * std)
-    return images * scale[:, None, None] - (mean / std)[:, None, None]
+    return (images * scale[:, None, None]).sub_((mean / std)[:, None, None])
 
 
 def augment(

@@ -1,6 +1,5 @@
 """What a data set is to the rest of the package: two labelled parts and the facts a network needs."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,6 @@ class ResidentImages:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
-    def read(self, indices: Tensor) -> Tensor:
-        """The images at `indices` (int64 [B]) as uint8 [B, C, H, W]."""
-        return self.images[indices]
-
 
 @dataclass(frozen=True, eq=False)
 class StreamedImages:
@@ -46,9 +41,9 @@ class StreamedImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: Tensor) -> Tensor:
-        """The images at `indices` (int64 [B]), decoded, as uint8 [B, C, H, W]."""
-        return torch.stack([decode_image(self.paths[i], self.shape) for i in indices.tolist()])
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Decode the images at `indices` to uint8 [B, C, H, W]."""
+        return torch.stack([decode_image(self.paths[i], self.shape) for i in indices])
 
 
 ImagePart = ResidentImages | StreamedImages
@@ -117,8 +112,7 @@ def decode_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
 
     channels, height, width = shape
     try:
-        with Image.open(path) as image, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on metadata, from threads, once an image
+        with Image.open(path) as image:
             # A JPEG decodes at 1/2, 1/4 or 1/8 scale for a fraction of the time; twice the target is spared
             # for the resampling.
             image.draft(None, (2 * width, 2 * height))

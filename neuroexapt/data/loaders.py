@@ -214,21 +214,21 @@ class _Stream:
             yield batch
 
 
-class _ChosenBatches(Sampler[Tensor]):
+class _ChosenBatches(Sampler[list[int]]):
     def __init__(self) -> None:
         self.batches: Iterable[Tensor] = ()
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.batches)
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self.batches)
 
 
 class _DecodedBatches(Dataset):
-    """Indexed by a tensor of indices: a whole batch. Runs in the workers."""
+    """Indexed by the indices of a whole batch; runs in the workers."""
 
     def __init__(self, part: StreamedImages):
         self._part = part
 
-    def __getitem__(self, indices: Tensor) -> Batch | UserError:
+    def __getitem__(self, indices: list[int]) -> Batch | UserError:
         try:
             return self._part.read(indices), self._part.labels[indices]
         except UserError as error:

@@ -56,7 +56,7 @@ class DatasetSpec:
 def load_dataset(
     name: str,
     *,
-    root: Path | None = None,
+    root: Path | str | None = None,
     download: bool = False,
     image_size: int | None = None,
     max_resident_bytes: int | None = None,
@@ -79,7 +79,7 @@ def load_dataset(
     kind, _, path = name.partition(":")
     splits: Splits
     if name in DATASETS:
-        splits = _resize(DATASETS[name].read(root or DEFAULT_ROOT, download), image_size)
+        splits = _resize(DATASETS[name].read(Path(root or DEFAULT_ROOT), download), image_size)
     elif kind == "npz" and path:
         splits = _resize(read_npz(Path(path).expanduser()), image_size)
     elif kind == "folder" and path:
