@@ -1,6 +1,7 @@
 """A cell drawn as a graph, with matplotlib alone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 
 import matplotlib
@@ -13,18 +14,20 @@ from matplotlib.path import Path
 from matplotlib.textpath import text_to_path
 
 from neuroexapt.errors import UserError
-from neuroexapt.report.cell_layout import Edge, Layout, lay_out
+from neuroexapt.report.cell_layout import Edge, Slot, Wire, lay_out
 from neuroexapt.report.style import INK, MUTED, PANEL, RC_PARAMS, op_style, state_name
 
 # Inches, which are the data coordinates of the axes as well.
 _BOX_HEIGHT = 0.25
-_STATE_WIDTH = 0.5
-_ARROW = 0.22
+_BOX_PADDING = 0.09
+_MIN_STATE_WIDTH = 0.5
+_ARROW_SPAN = 0.22
 _CURVE_SPAN = 0.85
 _MARGIN = 0.12
 _TITLE_HEIGHT = 0.3
-_LEGEND_ROW = 0.22
+_LEGEND_ROW_HEIGHT = 0.22
 _LEGEND_ENTRY_WIDTH = 1.75
+
 _FONT_SIZE = 9
 
 
@@ -35,42 +38,49 @@ def draw_cell(
     """Draw a cell: inputs left, output c_k right, a box for every operation before the state it enters.
 
     `edges` are (source, target, operation) with source < target, both indices into `node_names`; `concat`
-    are the states that form the output, joined to it in grey. Raises UserError for an edge that runs
-    backwards and for a state that the cell does not have.
+    are the states that form the output, joined to it in grey. Names may have TeX subscripts. Raises UserError
+    for an edge that does not run forwards between two states and for an output of a state that is not there.
     """
     _check(edges, len(node_names), concat)
     layout = lay_out(edges, len(node_names), concat)
-    op_width = max((_text_width(op) for _, _, op in edges), default=0.0) + 0.18
-    lefts = _column_lefts(len(layout.columns), op_width)
-    width = lefts[-1] + _STATE_WIDTH + _MARGIN
-
-    families = {op_style(op).family: op_style(op).colour for _, _, op in edges}
-    legend_columns = max(1, int(width / _LEGEND_ENTRY_WIDTH))
-    header = _TITLE_HEIGHT if title else 0.0
-    footer = 0.1 + _LEGEND_ROW * ceil(len(families) / legend_columns)
-    slots = [slot for column in layout.columns for slot in column]
-    top = min(slot.y - slot.height / 2 for slot in slots) - _MARGIN - header
-    bottom = max(slot.y + slot.height / 2 for slot in slots) + _MARGIN + footer
-
-    figure = Figure(figsize=(width, bottom - top))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(bottom, top))
-    axes.set_axis_off()
-    if title:
-        axes.text(_MARGIN, top + _MARGIN, title, va="top", weight="bold", size=10)
-    _draw_wires(axes, layout, lefts, op_width)
-    names = [*map(state_name, node_names), state_name("c_{k}")]
-    for slot, name in zip(layout.states, names, strict=True):
-        _draw_box(axes, lefts[slot.column], slot.y, _STATE_WIDTH, name, edge=INK, face=PANEL)
-    figure.legend(
-        [Line2D([], [], color=colour, linewidth=3) for colour in families.values()],
-        families,
-        loc="lower left",
-        ncols=legend_columns,
-        fontsize=8,
-        handlelength=1,
-        borderaxespad=0.6,
+    names = [state_name(name) for name in (*node_names, "c_{k}")]
+    grid = _Grid(
+        state_width=max(_MIN_STATE_WIDTH, *map(_box_width, names)),
+        op_width=max((_box_width(op) for _, _, op in edges), default=0.0),
+        output_column=len(layout.columns) - 1,
     )
+    families = {op_style(op).family: op_style(op).colour for _, _, op in edges}
+    slots = [slot for column in layout.columns for slot in column]
+    figure, axes = _figure(slots, grid.width, title, families)
+    for wire in layout.wires:
+        _draw_wire(axes, grid, wire)
+    for slot, name in zip(layout.states, names, strict=True):
+        _draw_box(axes, grid.state_left(slot.column), slot.y, grid.state_width, name, INK, PANEL)
     return figure
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where the columns stand: operations, then the states they enter; the output has no operations."""
+
+    state_width: float
+    op_width: float
+    output_column: int
+
+    @property
+    def width(self) -> float:
+        return self.state_left(self.output_column) + self.state_width + _MARGIN
+
+    def op_left(self, column: int) -> float:
+        return self.state_left(column) - _ARROW_SPAN - self.op_width
+
+    def state_left(self, column: int) -> float:
+        ops = self.op_width + _ARROW_SPAN
+        left = _MARGIN + column * (self.state_width + _CURVE_SPAN + ops)
+        return left - ops if column == self.output_column else left
+
+    def state_right(self, column: int) -> float:
+        return self.state_left(column) + self.state_width
 
 
 def _check(edges: Sequence[Edge], state_count: int, concat: Sequence[int]) -> None:
@@ -84,52 +94,54 @@ def _check(edges: Sequence[Edge], state_count: int, concat: Sequence[int]) -> No
             raise UserError(f"the output names state {state}, but the cell has only {state_count} states")
 
 
-def _text_width(text: str) -> float:
-    font = FontProperties(family="DejaVu Sans", size=_FONT_SIZE)
+def _box_width(text: str) -> float:
+    font = FontProperties(family=RC_PARAMS["font.sans-serif"], size=_FONT_SIZE)
     width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
-    return width / 72
+    return width / 72 + 2 * _BOX_PADDING
 
 
-def _column_lefts(count: int, op_width: float) -> list[float]:
-    """The x at which the states of each column begin; the output's column, the last, has no operations."""
-    step = _STATE_WIDTH + _CURVE_SPAN + op_width + _ARROW
-    lefts = [_MARGIN + step * column for column in range(count)]
-    lefts[-1] -= op_width + _ARROW
-    return lefts
+def _figure(slots: Sequence[Slot], width: float, title: str, families: dict[str, str]) -> tuple[Figure, Axes]:
+    """A figure that fits the slots, all of it axes, with the title above and the legend below them."""
+    legend_columns = max(1, int(width / _LEGEND_ENTRY_WIDTH))
+    legend_height = _LEGEND_ROW_HEIGHT * ceil(len(families) / legend_columns)
+    top = min(slot.y - slot.height / 2 for slot in slots) - _MARGIN - (_TITLE_HEIGHT if title else 0)
+    bottom = max(slot.y + slot.height / 2 for slot in slots) + 2 * _MARGIN + legend_height
+    figure = Figure(figsize=(width, bottom - top))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(bottom, top))
+    axes.set_axis_off()
+    axes.text(_MARGIN, top + _MARGIN, title, va="top", weight="bold", size=10)
+    axes.legend(
+        [Line2D([], [], color=colour, linewidth=3) for colour in families.values()],
+        families,
+        loc="lower left",
+        ncols=legend_columns,
+        fontsize=8,
+        handlelength=1,
+    )
+    return figure, axes
 
 
-def _draw_wires(axes: Axes, layout: Layout, lefts: list[float], op_width: float) -> None:
-    for wire in layout.wires:
-        colour = op_style(wire.op).colour if wire.op else MUTED
-        last = wire.route[-1]
-        end_x = lefts[last.column] - (op_width + _ARROW if wire.op else 0)
-        points = [(lefts[wire.route[0].column] + _STATE_WIDTH, wire.route[0].y)]
-        for lane in wire.route[1:-1]:
-            points += [
-                (lefts[lane.column] - op_width - _ARROW, lane.y),
-                (lefts[lane.column] + _STATE_WIDTH, lane.y),
-            ]
-        points.append((end_x, wire.end_y))
-        axes.add_patch(
-            PathPatch(_smooth(points), fill=False, edgecolor=colour, linewidth=1.3 if wire.op else 0.9)
-        )
-        if wire.op:
-            _draw_box(axes, end_x, wire.end_y, op_width, wire.op, edge=colour, face=(colour, 0.13))
-            tip = (lefts[last.column], last.y + (wire.end_y - last.y) * 0.3)
-            axes.add_patch(
-                FancyArrowPatch(
-                    (end_x + op_width, wire.end_y),
-                    tip,
-                    arrowstyle="-|>,head_length=3,head_width=2",
-                    color=colour,
-                    shrinkA=0,
-                    shrinkB=0,
-                )
-            )
+def _draw_wire(axes: Axes, grid: _Grid, wire: Wire) -> None:
+    source, *lanes, target = wire.route
+    points = [(grid.state_right(source.column), source.y)]
+    for lane in lanes:
+        points += [(grid.op_left(lane.column), lane.y), (grid.state_right(lane.column), lane.y)]
+    if wire.op is None:
+        points.append((grid.state_left(target.column), target.y))
+        axes.add_patch(PathPatch(_smooth(points), fill=False, edgecolor=MUTED, linewidth=0.9))
+        return
+    colour, op_left = op_style(wire.op).colour, grid.op_left(target.column)
+    points.append((op_left, wire.end_y))
+    axes.add_patch(PathPatch(_smooth(points), fill=False, edgecolor=colour, linewidth=1.3))
+    _draw_box(axes, op_left, wire.end_y, grid.op_width, wire.op, colour, (colour, 0.13))
+    tail = (op_left + grid.op_width, wire.end_y)
+    tip = (grid.state_left(target.column), target.y + 0.3 * (wire.end_y - target.y))
+    arrow_style = "-|>,head_length=3,head_width=2"
+    axes.add_patch(FancyArrowPatch(tail, tip, arrowstyle=arrow_style, color=colour, shrinkA=0, shrinkB=0))
 
 
-def _smooth(points: list[tuple[float, float]]) -> Path:
-    """A curve from each even point to the next and a straight line from each odd one."""
+def _smooth(points: Sequence[tuple[float, float]]) -> Path:
+    """A path that swings from each even point to the next and runs straight from each odd one."""
     vertices, codes = [points[0]], [Path.MOVETO]
     for index in range(1, len(points)):
         (x0, y0), (x1, y1) = points[index - 1], points[index]
@@ -144,17 +156,15 @@ def _smooth(points: list[tuple[float, float]]) -> Path:
 
 
 def _draw_box(
-    axes: Axes, left: float, y: float, width: float, text: str, *, edge: str, face: str | tuple[str, float]
+    axes: Axes, left: float, y: float, width: float, text: str, edge: str, face: str | tuple[str, float]
 ) -> None:
-    axes.add_patch(
-        FancyBboxPatch(
-            (left, y - _BOX_HEIGHT / 2),
-            width,
-            _BOX_HEIGHT,
-            boxstyle="round,pad=0,rounding_size=0.07",
-            edgecolor=edge,
-            facecolor=face,
-            linewidth=1,
-        )
+    box = FancyBboxPatch(
+        (left, y - _BOX_HEIGHT / 2),
+        width,
+        _BOX_HEIGHT,
+        boxstyle="round,pad=0,rounding_size=0.07",
+        edgecolor=edge,
+        facecolor=face,
     )
+    axes.add_patch(box)
     axes.text(left + width / 2, y, text, ha="center", va="center_baseline", size=_FONT_SIZE)

@@ -28,7 +28,7 @@ def edge_names(edges: Sequence[tuple[int, int]], node_names: Sequence[str]) -> l
 def alpha_heat_map(
     weights: ArrayLike, edge_names: Sequence[str], primitives: Sequence[str], title: str = ""
 ) -> Figure:
-    """Softmax weights of one cell type, [edges, primitives], as an annotated grid, each row's largest in bold.
+    """Softmax weights of one cell type, [edges, primitives], as a grid, the largest of each row in bold.
 
     The colour scale is full at 0.5, or at the largest weight above that, so that grids of different epochs
     compare and weights near uniform look even.
@@ -49,7 +49,7 @@ def alpha_heat_map(
             ha="center",
             va="center_baseline",
             size=8,
-            color=SURFACE if weight > 0.55 * full else INK,
+            color=SURFACE if weight > 0.7 * full else INK,
             weight="bold" if weight == weights[edge].max() else "normal",
         )
     axes.set_yticks(np.arange(edge_count) + 0.5, edge_names, color=INK)
@@ -65,14 +65,14 @@ def alpha_heat_map(
 
 
 @matplotlib.rc_context(RC_PARAMS)
-def alpha_history(history: ArrayLike, primitives: Sequence[str], title: str = "") -> Figure:
-    """Softmax weights of one edge over time, [epochs, primitives], in the operations' colours and dashes."""
+def alpha_history(history: ArrayLike, primitives: Sequence[str], top: float, title: str = "") -> Figure:
+    """Softmax weights of one edge over time, [epochs, primitives], up to `top`, in the operations' styles."""
     figure, axes = _axes(_PANEL_SIZE, title)
     history = np.asarray(history, dtype=float)
     for op, weights in zip(primitives, history.T, strict=True):
         style = op_style(op)
         axes.plot(_epochs(weights), weights, color=style.colour, linestyle=style.line, linewidth=1.3)
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, top)
     axes.yaxis.set_major_locator(MaxNLocator(3))
     return figure
 
@@ -95,13 +95,13 @@ def entropy_history(history: ArrayLike, op_count: int, title: str = "") -> Figur
 
 @matplotlib.rc_context(RC_PARAMS)
 def curves(values: Mapping[str, Sequence[float]], quantity: str, title: str = "") -> Figure:
-    """One to three named curves over the epochs; `quantity` is "loss" or "accuracy" (a fraction)."""
+    """One to three named curves over the epochs; `quantity` labels them and is in per cent if an accuracy."""
     figure, axes = _axes(_CURVE_SIZE, title)
     for (name, curve), colour in zip(values.items(), (ACCENT, CONTRAST, MUTED), strict=False):
         axes.plot(_epochs(curve), curve, color=colour, label=name, marker="o" if len(curve) == 1 else None)
     axes.set_ylabel(quantity)
-    if quantity == "accuracy":
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    if quantity.endswith("accuracy"):
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.legend(fontsize=8)
     return figure
 
@@ -111,7 +111,7 @@ def _axes(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_title(title)
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     return figure, axes
 
 

@@ -1,56 +1,52 @@
-"""Colours, lettering and operation styles that every figure of the report shares.
-
-Figures are drawn in the light colours below. `DARK` names the counterpart that the HTML page swaps in for
-each of them when the reader prefers a dark page, so that one drawing serves both.
-"""
+"""Colours, lettering and operation styles that every figure of the report shares."""
 
 import re
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
-INK = "#1f2430"
-MUTED = "#667080"
-GRID = "#dfe3e8"
-PANEL = "#eef1f4"
-SURFACE = "#ffffff"
-ACCENT = "#5746af"
-CONTRAST = "#b3530a"
-
-# Okabe and Ito's colour-blind safe palette, the light ones darkened until a thin line of them shows on white.
-_FAMILIES = (
-    ("sep_conv", "separable convolution", "#0072b2"),
-    ("dil_conv", "dilated convolution", "#b8508a"),
-    ("conv", "convolution", "#35a0e0"),
-    ("avg_pool", "average pooling", "#d99000"),
-    ("max_pool", "max pooling", "#cf5200"),
-    ("skip", "skip connection", "#009e73"),
-    ("none", "none", "#8b919c"),
+# Name: colour on a light page, colour on a dark one. Figures are drawn in the light colours; `themed` makes
+# them follow the page. The operations' colours are Okabe and Ito's palette, safe for the colour-blind, the
+# pale ones darkened until a thin line of them shows on white.
+THEME = {
+    "ink": ("#1f2430", "#e6e9ee"),
+    "muted": ("#667080", "#9aa4b2"),
+    "grid": ("#dfe3e8", "#333a45"),
+    "panel": ("#eef1f4", "#262c36"),
+    "surface": ("#ffffff", "#181c22"),
+    "page": ("#f5f6f8", "#0f1216"),
+    "accent": ("#5746af", "#a79bf2"),
+    "contrast": ("#b3530a", "#f0a060"),
+    "sep_conv": ("#0072b2", "#4fabe6"),
+    "dil_conv": ("#b8508a", "#e58cbd"),
+    "conv": ("#35a0e0", "#8fd0fa"),
+    "avg_pool": ("#d99000", "#f2b52e"),
+    "max_pool": ("#cf5200", "#f58349"),
+    "skip": ("#009e73", "#2fc79b"),
+    "none": ("#8b919c", "#8b919c"),
+    "unknown_0": ("#7a6a00", "#cdbb3a"),
+    "unknown_1": ("#7b4fc9", "#b899f0"),
+    "unknown_2": ("#8c4a2f", "#d29a80"),
+    "unknown_3": ("#0f8391", "#46bccb"),
+}
+INK, MUTED, GRID, PANEL, SURFACE, ACCENT, CONTRAST = (
+    THEME[name][0] for name in ("ink", "muted", "grid", "panel", "surface", "accent", "contrast")
 )
-_UNKNOWN_COLOURS = ("#7a6a00", "#7b4fc9", "#8c4a2f", "#0f8391")
 
-DARK = {
-    INK: "#e6e9ee",
-    MUTED: "#9aa4b2",
-    GRID: "#333a45",
-    PANEL: "#262c36",
-    SURFACE: "#171b21",
-    ACCENT: "#a79bf2",
-    CONTRAST: "#f0a060",
-    "#0072b2": "#4fabe6",
-    "#b8508a": "#e58cbd",
-    "#35a0e0": "#8fd0fa",
-    "#d99000": "#f2b52e",
-    "#cf5200": "#f58349",
-    "#009e73": "#2fc79b",
-    "#8b919c": "#8b919c",
-    "#7a6a00": "#cdbb3a",
-    "#7b4fc9": "#b899f0",
-    "#8c4a2f": "#d29a80",
-    "#0f8391": "#46bccb",
+# By a part of the operation's name, the first that fits.
+_FAMILIES = {
+    "sep_conv": "separable convolution",
+    "dil_conv": "dilated convolution",
+    "conv": "convolution",
+    "avg_pool": "average pooling",
+    "max_pool": "max pooling",
+    "skip": "skip connection",
+    "none": "none",
 }
 
-RC_PARAMS: dict[str, Any] = {
+RC_PARAMS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "neuroexapt",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -92,10 +88,17 @@ def op_style(op: str) -> OpStyle:
     """The style of operation `op`; one that no family knows is a family of its own."""
     kernel_sizes = [int(size) for size in re.findall(r"(\d+)x\d+", op)]
     line = {5: "dashed", 7: "dotted"}.get(max(kernel_sizes, default=3), "solid")
-    for stem, family, colour in _FAMILIES:
+    for stem, family in _FAMILIES.items():
         if stem in op:
-            return OpStyle(family, colour, line)
-    return OpStyle(op, _UNKNOWN_COLOURS[zlib.crc32(op.encode()) % len(_UNKNOWN_COLOURS)], line)
+            return OpStyle(family, THEME[stem][0], line)
+    return OpStyle(op, THEME[f"unknown_{zlib.crc32(op.encode()) % 4}"][0], line)
+
+
+def themed(text: str) -> str:
+    """`text`, a piece of SVG or CSS, with each light colour replaced by its CSS variable, as `var(--ink)`."""
+    for name, (light, _) in THEME.items():
+        text = text.replace(light, f"var(--{name})")
+    return text
 
 
 def state_name(name: str) -> str:

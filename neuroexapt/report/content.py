@@ -1,0 +1,267 @@
+"""What the report of a run says and shows, gathered from the run folder."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from math import ceil
+from statistics import median
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from neuroexapt.core.genotypes import Genotype
+from neuroexapt.engine.run import RunFolder
+from neuroexapt.report.cell_graph import draw_cell
+from neuroexapt.report.figures import alpha_heat_map, alpha_history, curves, edge_names, entropy_history
+from neuroexapt.report.style import op_style, themed
+from neuroexapt.report.svg import inline_svg
+from neuroexapt.report.text import duration, large, memory, percent, rate
+
+Record = Mapping[str, Any]
+
+PHASES = {
+    "search": "Search",
+    "inherit": "Derived network, inherited weights",
+    "scratch": "Derived network, from scratch",
+    "evaluate": "Given genotype, from scratch",
+}
+_NUMBERS = {
+    "test_accuracy": ("test accuracy", percent),
+    "scratch_test_accuracy": ("test accuracy from scratch, as many epochs", percent),
+    "valid_accuracy": ("validation accuracy in the search", percent),
+    "parameters": ("parameters", large),
+    "seconds": ("time in all", duration),
+    "steps_per_second": ("steps a second", rate),
+    "peak_memory_bytes": ("peak memory", memory),
+}
+_CELLS = {"normal": "Normal cell", "reduce": "Reduction cell"}
+
+
+@dataclass(frozen=True)
+class CellGraph:
+    title: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class CellAlpha:
+    title: str
+    heat_map: Markup
+    entropy: Markup
+    histories: list[Markup]
+
+
+@dataclass(frozen=True)
+class PhaseCurves:
+    title: str
+    loss: Markup
+    accuracy: Markup
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Test accuracy with inherited weights and from scratch; a row is (epoch, inherited, from scratch)."""
+
+    svg: Markup
+    rows: list[tuple[int, float, float]]
+
+
+@dataclass(frozen=True)
+class PhaseTiming:
+    title: str
+    epochs: int
+    seconds: float
+    steps_per_second: float
+    peak_memory_bytes: int
+
+
+class Report:
+    """Every section of the report; one whose records do not exist yet is None or empty."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.name = run.path.resolve().name
+        self.config: Record = run.read_json("config.json")
+        self.result: Record = _read_if_there(run, "result.json")
+        self.is_search = "strategy" in self.config
+        self._space: Record = _read_if_there(run, "space.json")
+        self._final_genotype: Record = _read_if_there(run, "genotype.json")
+        self._metrics = _by_phase(run.records(run.metrics))
+        self._timing = _by_phase(run.records(run.timing))
+        self._figure_number = count(1)
+
+    @property
+    def title(self) -> str:
+        dataset = self.config["dataset"]
+        return (
+            f"Architecture search on {dataset}"
+            if self.is_search
+            else f"{self.config['genotype']} on {dataset}"
+        )
+
+    @property
+    def environment(self) -> Record:
+        return {"device": self.result["device"], **self.result["versions"]}
+
+    @property
+    def progress(self) -> list[tuple[str, int, int]]:
+        """(phase, epochs done, epochs planned) of every phase of the run."""
+        if self.is_search:
+            planned = {"search": self.config["epochs"], "inherit": self.config["train_epochs"]}
+            if self.config["control"]:
+                planned["scratch"] = self.config["train_epochs"]
+        else:
+            planned = {"evaluate": self.config["epochs"]}
+        return [
+            (PHASES[phase], len(self._metrics[phase]), epochs) for phase, epochs in planned.items() if epochs
+        ]
+
+    @property
+    def numbers(self) -> list[tuple[str, str]]:
+        """(what, how much) of every headline number that there is."""
+        values = self.result or self._newest_accuracies()
+        return [
+            (label, write(values[name]))
+            for name, (label, write) in _NUMBERS.items()
+            if values.get(name) is not None
+        ]
+
+    def _newest_accuracies(self) -> Record:
+        newest = {phase: records[-1] if records else {} for phase, records in self._metrics.items()}
+        trained = newest["inherit"] or newest["evaluate"]
+        return {
+            "test_accuracy": trained.get("test_accuracy"),
+            "scratch_test_accuracy": newest["scratch"].get("test_accuracy"),
+            "valid_accuracy": newest["search"].get("valid_accuracy"),
+        }
+
+    @property
+    def genotype_epoch(self) -> int | None:
+        """The epoch of an unfinished search whose genotype is shown; None where it is the final one."""
+        return None if self._final_genotype else len(self._metrics["search"])
+
+    @cached_property
+    def genotype(self) -> Genotype | None:
+        if self._final_genotype:
+            return Genotype.from_dict(self._final_genotype)
+        if self._metrics["search"]:
+            return Genotype.from_dict(self._metrics["search"][-1]["genotype"])
+        return None
+
+    @property
+    def cells(self) -> list[CellGraph]:
+        return [self._cell(cell, self.genotype) for cell in _CELLS] if self.genotype else []
+
+    def _cell(self, cell: str, genotype: Genotype) -> CellGraph:
+        edges, concat = genotype.edges(cell), getattr(genotype, f"{cell}_concat")
+        node_count = max(target for _, target, _ in edges) - 1
+        names = ["c_{k-2}", "c_{k-1}", *map(str, range(node_count))]
+        operations = ", ".join(
+            f"{op} from {names[source]} to {names[target]}" for source, target, op in edges
+        )
+        output = ", ".join(names[state] for state in concat)
+        description = f"{_CELLS[cell]}: {operations}; the output joins {output}"
+        return CellGraph(_CELLS[cell], self._svg(draw_cell(edges, names, concat), description))
+
+    @property
+    def operations(self) -> list[tuple[str, str]]:
+        """(operation, CSS of its line) for the key of the α histories."""
+        styles = [(op, op_style(op)) for op in self._space["primitives"]]
+        return [(op, f"{style.line} {themed(style.colour)}") for op, style in styles]
+
+    @property
+    def alphas(self) -> list[CellAlpha]:
+        return [self._alpha(cell) for cell in self._space["edges"]] if self._metrics["search"] else []
+
+    def _alpha(self, cell: str) -> CellAlpha:
+        title, primitives = _CELLS.get(cell, cell), self._space["primitives"]
+        edges = edge_names(self._space["edges"][cell], self._space["nodes"])
+        weights = np.array([record["alpha"][cell] for record in self._metrics["search"]])
+        entropies = np.array([record["alpha_entropy"][cell] for record in self._metrics["search"]])
+        strongest = [
+            f"{edge} {primitives[op]}" for edge, op in zip(edges, weights[-1].argmax(1), strict=True)
+        ]
+        return CellAlpha(
+            title,
+            self._svg(
+                alpha_heat_map(weights[-1], edges, primitives),
+                f"{title}, softmax weights; strongest on each edge: {', '.join(strongest)}",
+            ),
+            self._svg(
+                entropy_history(entropies, len(primitives)),
+                f"{title}, {_ends({'mean of all edges': entropies.mean(1).tolist()}, 'entropy in nats')}",
+            ),
+            [
+                self._svg(
+                    alpha_history(weights[:, edge], primitives, 1.05 * weights.max(), name),
+                    f"{title}, edge {name}: softmax weights by epoch",
+                )
+                for edge, name in enumerate(edges)
+            ],
+        )
+
+    @property
+    def phases(self) -> list[PhaseCurves]:
+        return [
+            PhaseCurves(PHASES[phase], self._curves(phase, "loss"), self._curves(phase, "accuracy"))
+            for phase in PHASES
+            if self._metrics[phase]
+        ]
+
+    def _curves(self, phase: str, quantity: str) -> Markup:
+        held_out = "valid" if phase == "search" else "test"
+        values = {part: self._values(phase, f"{part}_{quantity}") for part in ("train", held_out)}
+        return self._svg(curves(values, quantity), f"{PHASES[phase]}: {_ends(values, quantity)}")
+
+    @cached_property
+    def comparison(self) -> Comparison | None:
+        """Exapt against from scratch at equal epochs: as many as both have."""
+        if not (self._metrics["inherit"] and self._metrics["scratch"]):
+            return None
+        inherited = self._values("inherit", "test_accuracy")
+        scratch = self._values("scratch", "test_accuracy")
+        values = {"inherited weights": inherited, "from scratch": scratch}
+        equal = min(len(inherited), len(scratch))
+        epochs = sorted({1, *(ceil(equal * quarter / 4) for quarter in range(1, 5))})
+        return Comparison(
+            self._svg(curves(values, "test accuracy"), _ends(values, "test accuracy")),
+            [(epoch, inherited[epoch - 1], scratch[epoch - 1]) for epoch in epochs],
+        )
+
+    @property
+    def timing(self) -> list[PhaseTiming]:
+        return [
+            PhaseTiming(
+                PHASES[phase],
+                len(records),
+                sum(record["seconds"] for record in records),
+                median(record["steps_per_second"] for record in records),
+                max(record["peak_memory_bytes"] for record in records),
+            )
+            for phase in PHASES
+            if (records := self._timing[phase])
+        ]
+
+    def _values(self, phase: str, name: str) -> list[float]:
+        return [record[name] for record in self._metrics[phase]]
+
+    def _svg(self, figure: Figure, description: str) -> Markup:
+        return inline_svg(figure, f"figure{next(self._figure_number)}", description)
+
+
+def _read_if_there(run: RunFolder, name: str) -> Record:
+    return run.read_json(name) if (run.path / name).is_file() else {}
+
+
+def _by_phase(records: Iterable[Record]) -> dict[str, list[Record]]:
+    phases: dict[str, list[Record]] = {phase: [] for phase in PHASES}
+    for record in records:
+        phases[record["phase"]].append(record)
+    return phases
+
+
+def _ends(values: Mapping[str, list[float]], quantity: str) -> str:
+    ends = [f"{name} from {curve[0]:.4g} to {curve[-1]:.4g}" for name, curve in values.items()]
+    return f"{quantity} by epoch, {', '.join(ends)}"
