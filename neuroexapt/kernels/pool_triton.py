@@ -1,0 +1,352 @@
+"""Average, maximum and global average pooling in Triton, forward and backward.
+
+Shapes: B batch, C channels, H x W picture in, OH x OW picture out, k kernel size; padding ``k // 2``.
+Tiles are [BLOCK_C, BLOCK_P]: channels by pixels of one image. Sums are taken in fp32; offsets are 64
+bits wide.
+
+Why it is built this way: a pool at 16 channels of 32 x 32 pixels and batch 64 reads and writes 8.4 MB, all of
+it in L2, so instructions cost and not bytes. Divisions and bounds are therefore worked out once a
+pixel and shared by the tile's channels. Backward gathers: each input pixel asks the k² windows that cover it,
+so nothing is added atomically and the same input gives the same bits. The maximum's backward first
+recomputes every window's winner into one byte (PyTorch keeps eight from forward to backward),
+since deciding it anew for each of the k² pixels that ask would read k⁴ values.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neuroexapt.backend import Support, register_impl
+from neuroexapt.errors import UserError
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KERNEL_SIZES = (3, 5, 7)
+
+
+@triton.jit
+def _tile(channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """This program's image, its channels [BLOCK_C] and its pixels [BLOCK_P]; grid: see ``_grid``."""
+    pixel_blocks = tl.cdiv(pixels, BLOCK_P)
+    image = (tl.program_id(0) // pixel_blocks).to(tl.int64)
+    pixel = tl.program_id(0) % pixel_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return image, channel, pixel
+
+
+@triton.jit
+def _at_channels(ptr, image, channel, stride_n, stride_c):
+    """Pointers to the channels' planes: [BLOCK_C, 1]."""
+    return (ptr + image * stride_n) + (channel.to(tl.int64) * stride_c)[:, None]
+
+
+@triton.jit
+def _in_plane(row, column, stride_h, stride_w):
+    """Offsets of pixels in their plane, [1, BLOCK_P], hinted so that neighbouring threads get neighbours.
+
+    The hint only chooses the tile's fastest axis: across the end of a row it is not true, but every access
+    is masked pixel by pixel, which keeps Triton from joining two of them.
+    """
+    return tl.max_contiguous(row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w, 2)[None, :]
+
+
+@triton.jit
+def _pixels_inside(first, size, K: tl.constexpr):
+    """How many of the K pixels from ``first`` on lie inside ``size``."""
+    return tl.minimum(first + K, size) - tl.maximum(first, 0)
+
+
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
+def pool_fwd_kernel(
+    x_ptr, x_n, x_c, x_h, x_w, y_ptr, y_n, y_c, y_h, y_w, channels, height, width, out_height, out_width,
+    K: tl.constexpr, STRIDE: tl.constexpr, MAX: tl.constexpr, WINNER: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """y: the windows' average, their maximum (MAX), or the number of the maximum's tap (MAX, WINNER)."""
+    image, channel, pixel = _tile(channels, out_height * out_width, BLOCK_C, BLOCK_P)
+    row, column = pixel // out_width, pixel % out_width
+    top, left = row * STRIDE - K // 2, column * STRIDE - K // 2
+    valid = (channel < channels)[:, None] & (row < out_height)[None, :]
+    x_tile = _at_channels(x_ptr, image, channel, x_n, x_c) + _in_plane(top, left, x_h, x_w)
+    if MAX:
+        result = tl.full([BLOCK_C, BLOCK_P], float("-inf"), tl.float32)
+    else:
+        result = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    if WINNER:
+        first_inside = tl.maximum(-top, 0) * K + tl.maximum(-left, 0)
+        winner = tl.broadcast_to(first_inside[None, :], [BLOCK_C, BLOCK_P])
+    for ky in tl.static_range(K):
+        in_row = (top + ky >= 0) & (top + ky < height)
+        for kx in tl.static_range(K):
+            inside = in_row & (left + kx >= 0) & (left + kx < width)
+            value = tl.load(
+                x_tile + (tl.cast(x_h, tl.int64) * ky + tl.cast(x_w, tl.int64) * kx),
+                mask=valid & inside[None, :],
+                other=float("-inf") if MAX else 0.0,
+            ).to(tl.float32)
+            if WINNER:
+                # As in PyTorch: the first of equal values wins, and so does the last NaN.
+                winner = tl.where((value > result) | (value != value), ky * K + kx, winner)
+            if MAX:
+                result = tl.maximum(result, value, propagate_nan=tl.PropagateNan.ALL)
+            else:
+                result += value
+    if WINNER:
+        result = winner
+    elif not MAX:
+        result /= (_pixels_inside(top, height, K) * _pixels_inside(left, width, K))[None, :].to(tl.float32)
+    y_tile = _at_channels(y_ptr, image, channel, y_n, y_c) + _in_plane(row, column, y_h, y_w)
+    tl.store(y_tile, result.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
+def pool_bwd_kernel(
+    dy_ptr, dy_n, dy_c, dy_h, dy_w, winner_ptr, winner_n, winner_c, winner_h, winner_w,
+    dx_ptr, dx_n, dx_c, dx_h, dx_w, channels, height, width, out_height, out_width,
+    K: tl.constexpr, STRIDE: tl.constexpr, MAX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dx of the average, or of the maximum from the ``winner`` taps; the tile's pixels are those of dx."""
+    image, channel, pixel = _tile(channels, height * width, BLOCK_C, BLOCK_P)
+    row, column = pixel // width, pixel % width
+    valid = (channel < channels)[:, None] & (row < height)[None, :]
+    dy_planes = _at_channels(dy_ptr, image, channel, dy_n, dy_c)
+    winner_planes = _at_channels(winner_ptr, image, channel, winner_n, winner_c)
+    total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for ky in tl.static_range(K):
+        # The window of output pixel row_s / STRIDE covers this row with its tap ky.
+        row_s = row + K // 2 - ky
+        out_row = row_s // STRIDE
+        in_row = (row_s >= 0) & (row_s % STRIDE == 0) & (out_row < out_height)
+        for kx in tl.static_range(K):
+            column_s = column + K // 2 - kx
+            out_column = column_s // STRIDE
+            inside = in_row & (column_s >= 0) & (column_s % STRIDE == 0) & (out_column < out_width)
+            mask = valid & inside[None, :]
+            dy = tl.load(dy_planes + _in_plane(out_row, out_column, dy_h, dy_w), mask=mask, other=0.0).to(
+                tl.float32
+            )
+            if MAX:
+                winner = tl.load(
+                    winner_planes + _in_plane(out_row, out_column, winner_h, winner_w), mask=mask, other=K * K
+                )
+                total += tl.where(winner == ky * K + kx, dy, 0.0)
+            else:
+                rows = _pixels_inside(row_s - K // 2, height, K)
+                columns = _pixels_inside(column_s - K // 2, width, K)
+                total += dy * (1.0 / (rows * columns).to(tl.float32))[None, :]
+    dx_tile = _at_channels(dx_ptr, image, channel, dx_n, dx_c) + _in_plane(row, column, dx_h, dx_w)
+    tl.store(dx_tile, total, mask=valid)
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def global_avg_pool_fwd_kernel(
+    x_ptr, x_n, x_c, x_h, x_w, y_ptr, channels, height, width, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """y [B, C], the mean of each plane. Grid: (B, blocks of C)."""
+    image = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    planes = _at_channels(x_ptr, image, channel, x_n, x_c)
+    total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for first in range(0, height * width, BLOCK_P):
+        pixel = first + tl.arange(0, BLOCK_P)
+        row, column = pixel // width, pixel % width
+        mask = (channel < channels)[:, None] & (row < height)[None, :]
+        total += tl.load(planes + _in_plane(row, column, x_h, x_w), mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(total, 1) / (height * width)
+    tl.store(y_ptr + image * channels + channel, mean, mask=channel < channels)
+
+
+def avg_pool(x: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
+    """Average over the window's pixels inside the picture (padding ``k // 2``, not counted).
+
+    Args:
+        x: [B, C, H, W] in fp32, fp16 or bf16, any strides; autocast leaves its dtype alone.
+        kernel_size: k, one of 3, 5, 7.
+        stride: 1 or 2.
+
+    Returns:
+        [B, C, ceil(H / stride), ceil(W / stride)] of x's dtype, channels_last where x is.
+
+    Raises:
+        UserError: x has not four dimensions, or a value is not among those above.
+    """
+    _check(x, kernel_size, stride)
+    return torch.ops.neuroexapt.avg_pool(x, kernel_size, stride)
+
+
+def max_pool(x: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
+    """Maximum over the window (padding ``k // 2``); the first maximum takes the gradient, NaN wins.
+
+    Shapes, dtypes and errors are those of ``avg_pool``.
+    """
+    _check(x, kernel_size, stride)
+    return torch.ops.neuroexapt.max_pool(x, kernel_size, stride)
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """Mean over height and width: [B, C, H, W] in fp32, fp16 or bf16, any strides → [B, C, 1, 1]."""
+    _check(x)
+    return torch.ops.neuroexapt.global_avg_pool(x)
+
+
+def supports(x: Tensor, kernel_size: int = 3, stride: int = 1) -> Support:
+    """Whether the kernels take these arguments."""
+    if not x.is_cuda:
+        return Support(False, f"Triton kernels need a CUDA tensor, x is on {x.device}")
+    if x.dtype not in _DTYPES:
+        return Support(False, f"dtype {x.dtype} is not one of fp32, fp16, bf16")
+    if x.dim() != 4 or kernel_size not in _KERNEL_SIZES or stride not in (1, 2):
+        return Support(False, f"{x.dim()} dimensions, kernel size {kernel_size}, stride {stride}")
+    return Support(True)
+
+
+def _check(x: Tensor, kernel_size: int = 3, stride: int = 1) -> None:
+    if x.dim() != 4:
+        raise UserError(f"pooling needs x of shape [B, C, H, W], got {list(x.shape)}")
+    if kernel_size not in _KERNEL_SIZES or stride not in (1, 2):
+        raise UserError(
+            "pooling takes kernel sizes 3, 5, 7 and strides 1, 2, "
+            f"got kernel size {kernel_size}, stride {stride}"
+        )
+
+
+@torch.library.custom_op("neuroexapt::avg_pool", mutates_args=())
+def _avg_pool(x: Tensor, kernel_size: int, stride: int) -> Tensor:
+    y = _empty_pooled(x, stride)
+    _launch_forward(x, y, K=kernel_size, STRIDE=stride, MAX=False, WINNER=False)
+    return y
+
+
+@torch.library.custom_op("neuroexapt::max_pool", mutates_args=())
+def _max_pool(x: Tensor, kernel_size: int, stride: int) -> Tensor:
+    y = _empty_pooled(x, stride)
+    _launch_forward(x, y, K=kernel_size, STRIDE=stride, MAX=True, WINNER=False)
+    return y
+
+
+@torch.library.custom_op("neuroexapt::global_avg_pool", mutates_args=())
+def _global_avg_pool(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    y = x.new_empty(batch, channels, 1, 1)
+    if y.numel():
+        blocks = _blocks(channels, height * width)
+        with torch.cuda.device_of(x):
+            global_avg_pool_fwd_kernel[batch, triton.cdiv(channels, blocks["BLOCK_C"])](
+                x, *x.stride(), y, channels, height, width, **blocks
+            )
+    return y
+
+
+@torch.library.custom_op("neuroexapt::avg_pool_backward", mutates_args=())
+def _avg_pool_backward(dy: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
+    dx = _empty_like_layout(dy, height, width)
+    _launch_backward(dy, dy, dx, K=kernel_size, STRIDE=stride, MAX=False)
+    return dx
+
+
+@torch.library.custom_op("neuroexapt::max_pool_backward", mutates_args=())
+def _max_pool_backward(dy: Tensor, x: Tensor, kernel_size: int, stride: int) -> Tensor:
+    winner = torch.empty_like(dy, dtype=torch.uint8)
+    _launch_forward(x, winner, K=kernel_size, STRIDE=stride, MAX=True, WINNER=True)
+    dx = torch.empty_like(x)
+    _launch_backward(dy, winner, dx, K=kernel_size, STRIDE=stride, MAX=True)
+    return dx
+
+
+@_avg_pool.register_fake
+@_max_pool.register_fake
+def _(x, kernel_size, stride):
+    return _empty_pooled(x, stride)
+
+
+@_global_avg_pool.register_fake
+def _(x):
+    return x.new_empty(x.shape[0], x.shape[1], 1, 1)
+
+
+@_avg_pool_backward.register_fake
+def _(dy, height, width, kernel_size, stride):
+    return _empty_like_layout(dy, height, width)
+
+
+@_max_pool_backward.register_fake
+def _(dy, x, kernel_size, stride):
+    return torch.empty_like(x)
+
+
+def _save_shape(ctx, inputs, output):
+    ctx.picture = inputs[0].shape[2:]
+    ctx.arguments = inputs[1:]
+
+
+def _save_input(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+    ctx.arguments = inputs[1:]
+
+
+def _differentiate_avg_pool(ctx, dy):
+    return _avg_pool_backward(dy, *ctx.picture, *ctx.arguments), None, None
+
+
+def _differentiate_max_pool(ctx, dy):
+    return _max_pool_backward(dy, *ctx.saved_tensors, *ctx.arguments), None, None
+
+
+def _differentiate_global_avg_pool(ctx, dy):
+    return (dy / ctx.picture.numel()).expand(-1, -1, *ctx.picture)
+
+
+_avg_pool.register_autograd(_differentiate_avg_pool, setup_context=_save_shape)
+_max_pool.register_autograd(_differentiate_max_pool, setup_context=_save_input)
+_global_avg_pool.register_autograd(_differentiate_global_avg_pool, setup_context=_save_shape)
+
+
+def _launch_forward(x: Tensor, y: Tensor, **flags: int) -> None:
+    if y.numel():
+        grid, blocks = _grid(y)
+        with torch.cuda.device_of(x):
+            pool_fwd_kernel[grid](
+                x, *x.stride(), y, *y.stride(), x.shape[1], *x.shape[2:], *y.shape[2:], **flags, **blocks
+            )
+
+
+def _launch_backward(dy: Tensor, winner: Tensor, dx: Tensor, **flags: int) -> None:
+    if dx.numel():
+        grid, blocks = _grid(dx)
+        with torch.cuda.device_of(dx):
+            pool_bwd_kernel[grid](
+                dy, *dy.stride(), winner, *winner.stride(), dx, *dx.stride(),
+                dx.shape[1], *dx.shape[2:], *dy.shape[2:], **flags, **blocks,
+            )  # fmt: skip
+
+
+def _grid(y: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid (images x blocks of pixels, blocks of channels) and block sizes for tiles over ``y``."""
+    batch, channels, height, width = y.shape
+    blocks = _blocks(channels, height * width)
+    pixel_blocks = triton.cdiv(height * width, blocks["BLOCK_P"])
+    return (batch * pixel_blocks, triton.cdiv(channels, blocks["BLOCK_C"])), blocks
+
+
+def _blocks(channels: int, pixels: int) -> dict[str, int]:
+    """Tiles of at most 512 elements, four a thread: planes of up to 128 pixels whole, then more channels."""
+    block_p = min(128, triton.next_power_of_2(pixels))
+    return {"BLOCK_C": min(triton.next_power_of_2(channels), 512 // block_p), "BLOCK_P": block_p}
+
+
+def _empty_pooled(x: Tensor, stride: int) -> Tensor:
+    height, width = x.shape[2:]
+    return _empty_like_layout(x, (height - 1) // stride + 1, (width - 1) // stride + 1)
+
+
+def _empty_like_layout(x: Tensor, height: int, width: int) -> Tensor:
+    """An empty tensor with x's batch, channels, dtype and memory format for another picture size."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (*x.shape[:2], height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+register_impl("avg_pool", "triton", avg_pool, supports)
+register_impl("max_pool", "triton", max_pool, supports)
+register_impl("global_avg_pool", "triton", global_avg_pool, supports)
