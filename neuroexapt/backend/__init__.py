@@ -1,5 +1,7 @@
 """Where an operation runs, and why: devices, tiers, dispatch decisions and tuning."""
 
+from neuroexapt.backend.dispatch import Decision, dispatch_report, explain, reset_dispatch_report
+from neuroexapt.backend.memory import MemoryInfo, get_memory_info
 from neuroexapt.backend.registry import (
     Backend,
     Support,
@@ -11,14 +13,23 @@ from neuroexapt.backend.registry import (
     set_backend,
     use_backend,
 )
+from neuroexapt.backend.tuning import Crossover, TuningConfig
 
 __all__ = [
     "Backend",
+    "Crossover",
+    "Decision",
+    "MemoryInfo",
     "Support",
+    "TuningConfig",
+    "dispatch_report",
+    "explain",
     "get_available_backends",
     "get_backend",
+    "get_memory_info",
     "list_backends",
     "register_impl",
+    "reset_dispatch_report",
     "resolve",
     "set_backend",
     "use_backend",

@@ -67,7 +67,7 @@ _SPECS = {
     "cuda:ext": ("cuda", "ext"),
     "mps": ("mps", "torch"),
 }
-_IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {}
+IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {}
 _context: ContextVar[str | None] = ContextVar("neuroexapt_backend", default=None)
 _process_choice: str | None = None
 
@@ -77,7 +77,7 @@ def register_impl(op: str, tier: str, fn: Callable[..., Any], supports: Callable
 
     ``fn`` and ``supports`` take the arguments of ``neuroexapt.functional``'s function of that name.
     """
-    _IMPLEMENTATIONS[op, tier] = Implementation(fn, supports)
+    IMPLEMENTATIONS[op, tier] = Implementation(fn, supports)
 
 
 def list_backends() -> tuple[Backend, ...]:
@@ -151,14 +151,14 @@ def _best_device() -> Backend:
         backend = _probed(spec)
         if backend.available:
             return backend
-        logger.info("auto does not use %s: %s", spec, backend.reason)
+    logger.warning("running on the CPU, which is slower: %s", _probed("cuda").reason)
     return _probed("cpu")
 
 
 @functools.cache
 def _probed(spec: str) -> Backend:
     device, tier = _SPECS[spec]
-    reason = _probe_device(device) or _probe_tier(tier)
+    reason = _probe_device(device) or probe_tier(tier)
     return Backend(device, tier, available=not reason, reason=reason)
 
 
@@ -173,8 +173,8 @@ def _probe_device(device: str) -> str:
 
 
 @functools.cache
-def _probe_tier(tier: str) -> str:
-    """Empty when the tier's probe kernel compiled and ran on the GPU, else why it did not."""
+def probe_tier(tier: str) -> str:
+    """Empty when the tier's probe kernel compiled and ran on the GPU, else why it did not, logged once."""
     try:
         if tier == "triton":
             from neuroexapt.kernels.softmax_sum_triton import probe
@@ -185,7 +185,9 @@ def _probe_tier(tier: str) -> str:
 
             probe()
     except Exception as error:  # a broken toolchain fails in many ways, each of them a reason
-        return _first_line(error)
+        reason = _first_line(error)
+        logger.warning("running without the %s kernels, which is slower: %s", tier, reason)
+        return reason
     return ""
 
 

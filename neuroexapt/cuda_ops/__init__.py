@@ -1,0 +1,1 @@
+"""CUDA C++ kernels, compiled on first use; importing this package compiles nothing."""
