@@ -52,8 +52,8 @@ def _in_plane(row, column, stride_h, stride_w):
 
 @triton.jit
 def _pixels_inside(first, size, K: tl.constexpr):
-    """How many of the K pixels from ``first`` on lie inside ``size``."""
-    return tl.minimum(first + K, size) - tl.maximum(first, 0)
+    """How many of the K pixels from ``first`` on lie inside ``size``; beyond the picture, 1."""
+    return tl.maximum(tl.minimum(first + K, size) - tl.maximum(first, 0), 1)
 
 
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])

@@ -1,57 +1,120 @@
-"""Compile a Triton kernel for a GPU that need not be there, and read what the assembler made of it."""
+"""Compile the Triton kernels for a GPU that need not be there, and read what the assembler made of them.
 
+Run as a program, since Triton's interpreter, which other tests turn on, replaces its compiler in the
+whole process: ``python -m tests.kernels.compiling 90`` prints one JSON object a kernel.
+"""
+
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-_POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+from neuroexapt.kernels import pool_triton, sepconv_triton
+
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+_LAUNCH_OPTIONS = ("num_warps", "num_stages")
+# The DARTS search network's pictures at batch 64: channels and pixels a side.
+_SIZES = ((16, 32), (32, 16), (64, 8))
 
 
-class Resources(NamedTuple):
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-
-
-def compiled_resources(
-    kernel: triton.JITFunction, arch: int, dtype: torch.dtype, constants: dict, **options: int
-) -> Resources:
-    """Registers a thread, bytes spilled a thread and shared memory of ``kernel`` on ``sm_<arch>``.
+def resources(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, constants: dict) -> dict:
+    """Registers and spilled bytes a thread and shared memory of ``kernel`` on ``sm_<arch>``.
 
     Pointers are ``dtype``, or fp32 where the kernel keeps sums in it; the last stride of each tensor
     is 1; every other argument outside ``constants`` is a 32-bit integer.
     """
+    options = {name: constants.pop(name) for name in _LAUNCH_OPTIONS if name in constants}
     names = kernel.arg_names
     constants = constants | {name: 1 for name in names if name.endswith("_w")}
     signature = {name: "constexpr" if name in constants else _argument_type(name, dtype) for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")}
     source = ASTSource(kernel, signature, constants, aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return _resource_usage(binary.asm["cubin"], binary.metadata.shared)
+    usage = _resource_usage(binary.asm["cubin"])
+    return {
+        "kernel": kernel.__name__,
+        "dtype": str(dtype),
+        "registers": usage["REG"],
+        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
+        "shared_bytes": binary.metadata.shared,
+    }
 
 
 def _argument_type(name: str, dtype: torch.dtype) -> str:
     if not name.endswith("_ptr"):
         return "i32"
+    if name.startswith("winner"):
+        return "*u8"
     keeps_sums = any(word in name for word in ("partial", "stats", "mean", "var"))
-    return "*fp32" if keeps_sums else _POINTER[dtype]
+    return "*fp32" if keeps_sums else _POINTERS[dtype]
 
 
-def _resource_usage(cubin: bytes, shared_bytes: int) -> Resources:
+def _resource_usage(cubin: bytes) -> dict[str, int]:
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return Resources(registers, max(stack, local), shared_bytes)
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def sepconv_cases(channels: int, size: int, kernel_size: int, precision: str) -> list[tuple]:
+    """Each kernel of a separable convolution with the constants that its launch would give it."""
+    x = torch.empty(64, channels, size, size, device="meta")
+    conv = {"C": channels, "K": kernel_size, "STRIDE": 1, "DILATION": 1, "RELU": True}
+    pointwise = {"C_OUT": channels, "PRECISION": precision}
+    forward = conv | pointwise | sepconv_triton._forward_blocks(x, channels)
+    backward_pointwise = conv | pointwise | sepconv_triton._backward_pointwise_plan(x, channels)[-1]
+    backward_depthwise = conv | sepconv_triton._backward_depthwise_plan(x, kernel_size)[-1]
+    sizes = {"PW_SIZE": channels**2, "DW_SIZE": channels * kernel_size**2}
+    return [
+        (sepconv_triton.sepconv_fwd_kernel, forward | {"STATS": True}),
+        (
+            sepconv_triton.sepconv_stats_kernel,
+            {"C_OUT": channels, "TILE_PIXELS": forward["BLOCK_P"], "BLOCK_T": 128, "BLOCK_O": 16},
+        ),
+        (
+            sepconv_triton.sepconv_bwd_pointwise_kernel,
+            backward_pointwise | {"NEED_E": True, "NEED_PW": True},
+        ),
+        (
+            sepconv_triton.sepconv_bwd_depthwise_kernel,
+            backward_depthwise | {"NEED_DX": True, "NEED_DW": True},
+        ),
+        (sepconv_triton.sepconv_bwd_reduce_kernel, sizes | {"BLOCK_S": 128, "BLOCK": 32}),
+    ]
+
+
+def pool_cases(channels: int, size: int) -> list[tuple]:
+    blocks = pool_triton._blocks(channels, size * size)
+    pool = blocks | {"K": 5, "STRIDE": 2}
+    return [
+        (pool_triton.pool_fwd_kernel, pool | {"MAX": False, "WINNER": False}),
+        (pool_triton.pool_fwd_kernel, pool | {"MAX": True, "WINNER": False}),
+        (pool_triton.pool_bwd_kernel, pool | {"MAX": False}),
+        (pool_triton.pool_bwd_kernel, pool | {"MAX": True}),
+        (pool_triton.global_avg_pool_fwd_kernel, blocks),
+    ]
+
+
+def main(arch: int) -> None:
+    cases = [
+        (dtype, case)
+        for channels, size in _SIZES
+        for dtype in (torch.float32, torch.bfloat16)
+        for case in sepconv_cases(channels, size, 5, "tf32x3") + pool_cases(channels, size)
+    ]
+    for dtype, (kernel, constants) in cases:
+        print(json.dumps(resources(kernel, arch, dtype, constants)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
