@@ -179,7 +179,7 @@ def inherit_weights(network: DerivedNetwork, supernet: Supernet) -> None:
     for cell, search_cell in zip(network.cells, supernet.cells, strict=True):
         pairs.append((cell.inputs, search_cell.inputs))
         for endpoints, name, op in zip(cell.endpoints, cell.op_names, cell.edges, strict=True):
-            searched = search_cell.edges[edge_index[endpoints]].ops[name]
+            searched = search_cell.edges[edge_index[endpoints]].candidate(name)
             if any(True for _ in op.parameters()):
                 pairs.append((op, searched))
     for target, source in pairs:

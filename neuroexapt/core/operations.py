@@ -217,18 +217,22 @@ class MixedOp(nn.Module):
         if len(set(primitives)) != len(primitives):
             raise UserError(f"an edge lists an operation twice: {', '.join(primitives)}")
         self.stride = stride
-        self.ops = nn.ModuleDict()
+        self.primitives = tuple(primitives)
+        self.ops = nn.ModuleList()
         for name in primitives:
             op = make_op(name, channels, stride, affine=False)
             if isinstance(op, Pool):
                 op = nn.Sequential(op, nn.BatchNorm2d(channels, affine=False))
-            self.ops[name] = op
+            self.ops.append(op)
+
+    def candidate(self, primitive: str) -> nn.Module:
+        """The operation of that name."""
+        return self.ops[self.primitives.index(primitive)]
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        active = [k for k, op in enumerate(self.ops.values()) if not isinstance(op, Zero)]
+        active = [k for k, op in enumerate(self.ops) if not isinstance(op, Zero)]
         if not active:
             return Zero(self.stride)(x)
-        outputs = [op(x) for op in self.ops.values() if not isinstance(op, Zero)]
         if len(active) < len(self.ops):
             weights = torch.stack([weights[k] for k in active])
-        return functional.weighted_sum(outputs, weights)
+        return functional.weighted_sum([self.ops[k](x) for k in active], weights)

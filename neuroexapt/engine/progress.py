@@ -1,6 +1,5 @@
 """What a run shows while it works: a live line in a terminal, a line an epoch elsewhere, nothing when quiet."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,5 +65,3 @@ def _numbers(values: dict[str, Any]) -> str:
     return "  ".join(f"{label} {values[name]:.4f}" for name, label in SHOWN.items() if name in values)
 
 
-def fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)

@@ -1,0 +1,137 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuroexapt.core.operations import OPS, PRIMITIVES, FactorizedReduce, Identity, MixedOp, Pool, Zero, make_op
+from neuroexapt.errors import UserError
+
+C = 4
+
+
+def batch_norm(x: Tensor) -> Tensor:
+    mean, var = x.mean(dim=(0, 2, 3), keepdim=True), x.var(dim=(0, 2, 3), unbiased=False, keepdim=True)
+    return (x - mean) / (var + 1e-5).sqrt()
+
+
+def sepconv_block(x: Tensor, depthwise: Tensor, pointwise: Tensor, stride: int, dilation: int) -> Tensor:
+    padding = dilation * (depthwise.shape[-1] // 2)
+    x = F.conv2d(x.relu(), depthwise, None, stride, padding, dilation, groups=C)
+    return batch_norm(torch.einsum("bihw,oi->bohw", x, pointwise[:, :, 0, 0]))
+
+
+def skip(x: Tensor, stride: int, weights: list[Tensor]) -> Tensor:
+    if stride == 1:
+        return x
+    even, odd = x.relu()[:, :, ::2, ::2], x.relu()[:, :, 1::2, 1::2]
+    halves = [torch.einsum("bihw,oi->bohw", s, w[:, :, 0, 0]) for s, w in zip((even, odd), weights, strict=True)]
+    return batch_norm(torch.cat(halves, dim=1))
+
+
+def factorized(x: Tensor, stride: int, weights: list[Tensor]) -> Tensor:
+    x = F.conv2d(x.relu(), weights[0], stride=(1, stride), padding=(0, 3))
+    return batch_norm(F.conv2d(x, weights[1], stride=(stride, 1), padding=(3, 0)))
+
+
+def windows(x: Tensor, stride: int, fill: float) -> Tensor:
+    """All 3x3 windows with padding 1: [B, C, H', W', 9]."""
+    padded = F.pad(x, (1, 1, 1, 1), value=fill)
+    return padded.unfold(2, 3, stride).unfold(3, 3, stride).flatten(4)
+
+
+DEFINITIONS = {
+    "none": lambda x, s, w: torch.zeros_like(x[:, :, ::s, ::s]),
+    "max_pool_3x3": lambda x, s, w: windows(x, s, -torch.inf).amax(-1),
+    "avg_pool_3x3": lambda x, s, w: windows(x, s, torch.nan).nanmean(-1),
+    "skip_connect": skip,
+    "dil_conv_3x3": lambda x, s, w: sepconv_block(x, w[0], w[1], s, 2),
+    "dil_conv_5x5": lambda x, s, w: sepconv_block(x, w[0], w[1], s, 2),
+    "conv_7x1_1x7": factorized,
+} | {
+    f"sep_conv_{k}x{k}": lambda x, s, w: sepconv_block(sepconv_block(x, w[0], w[1], s, 1), w[2], w[3], 1, 1)
+    for k in (3, 5, 7)
+}
+
+
+def test_every_op_has_a_definition() -> None:
+    assert set(DEFINITIONS) == set(OPS)
+    assert set(PRIMITIVES) <= set(OPS)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_equals_its_definition(name: str, stride: int) -> None:
+    torch.manual_seed(0)
+    op = make_op(name, C, stride, affine=False).double().train()
+    x = torch.randn(3, C, 8, 8, dtype=torch.float64)
+    actual = op(x)
+    expected = DEFINITIONS[name](x, stride, list(op.parameters()))
+    assert actual.shape == (3, C, 8 // stride, 8 // stride)
+    assert (actual - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_stride_two_rounds_odd_sizes_up(name: str) -> None:
+    op = make_op(name, C, 2, affine=True)
+    assert op(torch.randn(2, C, 7, 9)).shape == (2, C, 4, 5)
+
+
+def test_unknown_op_names_the_closest() -> None:
+    with pytest.raises(UserError, match="did you mean 'sep_conv_3x3'"):
+        make_op("sep_conv_3x4", C, 1, affine=True)
+
+
+def test_factorized_reduce_refuses_odd_widths() -> None:
+    with pytest.raises(UserError, match="5 channels are odd"):
+        FactorizedReduce(4, 5)
+
+
+def test_mixed_op_is_the_weighted_sum_of_its_ops() -> None:
+    torch.manual_seed(0)
+    mixed = MixedOp(C, 1).double()
+    x = torch.randn(4, C, 6, 6, dtype=torch.float64)
+    weights = torch.rand(len(PRIMITIVES), dtype=torch.float64, requires_grad=True)
+    y = mixed(x, weights)
+    expected = sum(w * op(x) for w, op in zip(weights, mixed.ops, strict=True))
+    assert (y - expected).abs().max() <= 1e-12
+    (gradient,) = torch.autograd.grad(y.square().sum(), weights)
+    assert gradient[0] == 0
+    assert (gradient[1:] != 0).all()
+
+
+def test_mixed_op_normalises_pools() -> None:
+    mixed = MixedOp(C, 2)
+    for name in ("max_pool_3x3", "avg_pool_3x3"):
+        pool, norm = mixed.candidate(name)
+        assert isinstance(pool, Pool)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert not norm.affine
+
+
+def test_mixed_op_takes_a_users_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under any name, also one that modules use themselves."""
+    monkeypatch.setitem(OPS, "double", lambda channels, stride, affine: _Double())
+    mixed = MixedOp(C, 1, primitives=("skip_connect", "double"))
+    x = torch.randn(2, C, 4, 4)
+    assert torch.allclose(mixed(x, torch.tensor([0.25, 0.5])), 1.25 * x)
+
+
+class _Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_mixed_op_of_none_alone_gives_zeros() -> None:
+    assert MixedOp(C, 2, primitives=("none",))(torch.randn(2, C, 5, 5), torch.ones(1)).count_nonzero() == 0
+
+
+def test_none_stops_infinities() -> None:
+    x = torch.full((1, C, 2, 2), torch.inf)
+    assert MixedOp(C, 1, primitives=("none",))(x, torch.ones(1)).isfinite().all()
+    assert isinstance(MixedOp(C, 1).candidate("none"), Zero)
+    assert isinstance(MixedOp(C, 1).candidate("skip_connect"), Identity)
+
+
+def test_mixed_op_refuses_a_repeated_op() -> None:
+    with pytest.raises(UserError, match="twice"):
+        MixedOp(C, 1, primitives=("none", "none"))
