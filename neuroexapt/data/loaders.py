@@ -10,6 +10,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -98,15 +99,18 @@ class Loader(ABC):
         augmentation: Augmentation | None,
         drop_last: bool,
     ):
-        self.count = len(indices)
         self.batch_size = batch_size
         self.device = device
         self.seed = seed
         self.augmentation = augmentation
-        self.steps_per_epoch = self.count // batch_size if drop_last else -(-self.count // batch_size)
+        self._order = _Order(len(indices), batch_size, seed, drop_last)
         self._mean = torch.tensor(mean, device=device)
         self._std = torch.tensor(std, device=device)
         self._generator = torch.Generator(device)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._order.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The shuffled, augmented batches of one epoch, from its step `start_step` on."""
@@ -130,12 +134,6 @@ class Loader(ABC):
                 self._generator.manual_seed(_derive_seed(self.seed, "augmentation", step))
                 yield augment(images, self._mean, self._std, self.augmentation, self._generator), labels
 
-    def _shuffled_positions(self, step: int, device: torch.device | str) -> Tensor:
-        """Which of the indices, by position, make up the batch of this step."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        permutation = _permutation(self.count, self.seed, epoch, device)
-        return permutation[step_in_epoch * self.batch_size : (step_in_epoch + 1) * self.batch_size]
-
     @abstractmethod
     def _read_shuffled(self, steps: range) -> Iterator[Batch]:
         """Images uint8 [B, C, H, W] and labels on the device, for these steps."""
@@ -155,7 +153,7 @@ class ResidentLoader(Loader):
 
     def _read_shuffled(self, steps: range) -> Iterator[Batch]:
         for step in steps:
-            positions = self._shuffled_positions(step, self.device)
+            positions = self._order.positions(step, self.device)
             yield self._images[positions], self._labels[positions]
 
     def _read_in_order(self) -> Iterator[Batch]:
@@ -177,7 +175,9 @@ class StreamingLoader(Loader):
         self._evaluation_stream = _Stream(part, workers, pin_memory)
 
     def _read_shuffled(self, steps: range) -> Iterator[Batch]:
-        chosen = (self._indices[self._shuffled_positions(step, "cpu")] for step in steps)
+        order, indices = self._order, self._indices
+        # Bound to locals: a reference to self would make a cycle, and workers collected in one die slowly.
+        chosen = (indices[order.positions(step, "cpu")] for step in steps)
         return self._transfer(self._training_stream.read(chosen))
 
     def _read_in_order(self) -> Iterator[Batch]:
@@ -233,6 +233,26 @@ class _DecodedBatches(Dataset):
             return self._part.read(indices), self._part.labels[indices]
         except UserError as error:
             return error  # raised in the main process, where DataLoader would add the worker's traceback
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Which of `count` images, by position, make up the batch of each step, steps counted over all epochs."""
+
+    count: int
+    batch_size: int
+    seed: int
+    drop_last: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
+
+    def positions(self, step: int, device: torch.device | str) -> Tensor:
+        """int64 [B]."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.batch_size
+        return _permutation(self.count, self.seed, epoch, device)[first : first + self.batch_size]
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,4 +1,5 @@
 import os
+import weakref
 from itertools import islice
 
 import pytest
@@ -214,3 +215,11 @@ def test_too_few_images_for_a_batch(loader_of):
     with pytest.raises(UserError, match="22 images do not fill a batch of 23; lower the batch size"):
         loader_of(batch_size=23)
     assert sum(len(y) for _, y in loader_of(batch_size=23, drop_last=False).evaluation()) == COUNT
+
+
+def test_an_abandoned_iteration_does_not_keep_the_loader_alive(loader_of):
+    loader = loader_of()
+    next(loader.forever())
+    reference = weakref.ref(loader)
+    del loader
+    assert reference() is None  # without the cycle collector, which would leave workers waiting
