@@ -1,7 +1,9 @@
 """Where an operation runs, and why: devices, tiers, dispatch decisions and tuning."""
 
 from neuroexapt.backend.dispatch import Decision, dispatch_report, explain, reset_dispatch_report
+from neuroexapt.backend.measure import BackendResult, OpCheck, Timing, benchmark_backends, check_backend
 from neuroexapt.backend.memory import MemoryInfo, get_memory_info
+from neuroexapt.backend.optimizer import BackendOptimizer, auto_configure_backend
 from neuroexapt.backend.registry import (
     Backend,
     Support,
@@ -17,11 +19,18 @@ from neuroexapt.backend.tuning import Crossover, TuningConfig
 
 __all__ = [
     "Backend",
+    "BackendOptimizer",
+    "BackendResult",
     "Crossover",
     "Decision",
     "MemoryInfo",
+    "OpCheck",
     "Support",
+    "Timing",
     "TuningConfig",
+    "auto_configure_backend",
+    "benchmark_backends",
+    "check_backend",
     "dispatch_report",
     "explain",
     "get_available_backends",

@@ -6,7 +6,6 @@ plain PyTorch. Nothing here looks at a tensor's values, so nothing synchronises 
 """
 
 import functools
-import importlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -16,26 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuroexapt.backend import registry
-from neuroexapt.backend.registry import Support
-from neuroexapt.backend.tuning import smallest_worthwhile_size
-from neuroexapt.kernels import reference
+from neuroexapt.backend import candidates, registry
 
 logger = logging.getLogger(__name__)
-
-# Imported on the first call that could use them, since that import needs Triton.
-_MODULES = {
-    ("softmax_sum", "ext"): "neuroexapt.cuda_ops.softmax_sum",
-    ("weighted_sum", "ext"): "neuroexapt.cuda_ops.softmax_sum",
-    ("softmax_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
-    ("weighted_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
-    ("sepconv", "triton"): "neuroexapt.kernels.sepconv_triton",
-    ("avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
-    ("max_pool", "triton"): "neuroexapt.kernels.pool_triton",
-    ("global_avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
-}
-# Best first: both tiers move the same bytes, and the extension costs less to launch.
-_KERNEL_TIERS = ("ext", "triton")
 
 
 @dataclass(frozen=True)
@@ -64,18 +46,16 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
     x, operands = _subject(args[0])
     if x.device.type != "cuda":
         return Decision(op, "torch", f"the input is on {x.device.type}")
-    chosen, tiers, refusals = _candidates(op)
-    for tier in tiers:
+    tiers, refusals = _candidates(op, x.dtype, operands)
+    for tier, min_elements in tiers:
         support = registry.IMPLEMENTATIONS[op, tier].supports(*args, **kwargs)
         if not support.ok:
             refusals += (f"{tier}: {support.reason}",)
-        elif chosen == tier:
-            return Decision(op, tier, "chosen by name")
-        elif x.numel() >= smallest_worthwhile_size(op, tier, x.dtype, operands):
-            return Decision(op, tier, "pays off at this size")
+        elif x.numel() < min_elements:
+            refusals += (f"{tier}: would not pay off at this size",)
         else:
-            refusals += (f"{tier}: too small or too few operands to pay off",)
-    return Decision(op, "torch", "; ".join(refusals) or "chosen by name")
+            return Decision(op, tier, "pays off at this size" if min_elements else "chosen by name")
+    return Decision(op, "torch", "; ".join(refusals))
 
 
 def dispatch_report() -> dict[Decision, int]:
@@ -98,41 +78,15 @@ def _subject(first_argument: Tensor | Sequence[Tensor]) -> tuple[Tensor, int]:
     return first_argument[0], len(first_argument)
 
 
-@torch.compiler.assume_constant_result
-def _candidates(op: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The chosen tier, the kernel tiers that may run ``op``, and why others may not."""
-    chosen = registry.get_backend().tier
-    wanted = _KERNEL_TIERS if chosen == "auto" else (chosen,)
-    reasons = {tier: _unusable(op, tier) for tier in wanted if tier != "torch"}
-    usable = tuple(tier for tier, reason in reasons.items() if not reason)
-    refusals = tuple(f"{tier}: {reason}" for tier, reason in reasons.items() if reason)
-    return chosen, usable, refusals
+def _candidates(op: str, dtype: torch.dtype, operands: int) -> tuple[tuple, tuple]:
+    if torch.compiler.is_compiling():
+        from neuroexapt.backend import tracing
 
-
-def _unusable(op: str, tier: str) -> str:
-    """Empty where ``tier`` runs here and implements ``op``, which is then registered."""
-    reason = registry.probe_tier(tier)
-    if reason:
-        return reason
-    module = _MODULES.get((op, tier))
-    if module is not None:
-        _register_all_of(module)
-    return "" if (op, tier) in registry.IMPLEMENTATIONS else f"does not implement {op}"
-
-
-@functools.cache
-def _register_all_of(module: str) -> None:
-    """Import a kernel module; what a user registered before stays in force."""
-    registered_before = dict(registry.IMPLEMENTATIONS)
-    importlib.import_module(module)
-    registry.IMPLEMENTATIONS.update(registered_before)
+        return tracing.candidates(op, dtype, operands)
+    return candidates.candidates(op, dtype, operands)
 
 
 @functools.cache
 def _log_once(decision: Decision) -> None:
     """Say once what runs an op and why."""
     logger.info("%s runs on %s: %s", decision.op, decision.impl, decision.reason)
-
-
-for _op in ("weighted_sum", "softmax_sum", "sepconv", "avg_pool", "max_pool", "global_avg_pool"):
-    registry.register_impl(_op, "torch", getattr(reference, _op), lambda *args, **kwargs: Support(True))

@@ -165,9 +165,12 @@ def _probed(spec: str) -> Backend:
 @functools.cache
 def _probe_device(device: str) -> str:
     """Empty when the device computes, else why it does not."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device != "cpu" and (accelerator is None or accelerator.type != device):
+        return f"PyTorch finds no {device} device"
     try:
         torch.ones(1, device=device).add_(1).item()
-    except Exception as error:  # whatever the driver says is the reason
+    except RuntimeError as error:  # a driver that is there but does not work
         return _first_line(error)
     return ""
 

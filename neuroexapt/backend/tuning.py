@@ -65,14 +65,9 @@ class TuningConfig:
         return max(fitting, key=lambda c: c.operands).min_elements if fitting else NEVER
 
 
-@torch.compiler.assume_constant_result
+@functools.cache
 def smallest_worthwhile_size(op: str, tier: str, dtype: torch.dtype, operands: int) -> int:
     """``TuningConfig.min_elements`` of the saved configuration."""
-    return _min_elements(op, tier, dtype, operands)
-
-
-@functools.cache
-def _min_elements(op: str, tier: str, dtype: torch.dtype, operands: int) -> int:
     return saved_tuning().min_elements(op, tier, str(dtype).removeprefix("torch."), operands)
 
 
@@ -87,7 +82,7 @@ def apply_tuning(config: TuningConfig) -> None:
     """Save ``config`` and use it from now on."""
     save_config({"tuning": asdict(config)})
     saved_tuning.cache_clear()
-    _min_elements.cache_clear()
+    smallest_worthwhile_size.cache_clear()
 
 
 def checked(config: TuningConfig) -> TuningConfig:

@@ -1,0 +1,70 @@
+"""Which kernels could run an op here. Kernel modules are imported when first asked for."""
+
+import functools
+import importlib
+
+import torch
+
+from neuroexapt.backend import registry
+from neuroexapt.backend.registry import Support
+from neuroexapt.backend.tuning import smallest_worthwhile_size
+from neuroexapt.kernels import reference
+
+# Imported on the first call that could use them, since that import needs Triton.
+_MODULES = {
+    ("softmax_sum", "ext"): "neuroexapt.cuda_ops.softmax_sum",
+    ("weighted_sum", "ext"): "neuroexapt.cuda_ops.softmax_sum",
+    ("softmax_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
+    ("weighted_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
+    ("sepconv", "triton"): "neuroexapt.kernels.sepconv_triton",
+    ("avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
+    ("max_pool", "triton"): "neuroexapt.kernels.pool_triton",
+    ("global_avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
+}
+# Best first: both tiers move the same bytes, and the extension costs less to launch.
+KERNEL_TIERS = ("ext", "triton")
+
+
+def candidates(
+    op: str, dtype: torch.dtype, operands: int
+) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
+    """The kernel tiers that may run ``op``, and why others may not.
+
+    Each comes with the size of tensor from which on it pays off, 0 where the user chose it by name.
+    """
+    chosen = registry.get_backend().tier
+    usable, refusals = [], []
+    for tier in KERNEL_TIERS if chosen == "auto" else (chosen,):
+        reason = _why_not(op, tier)
+        if reason:
+            refusals.append(f"{tier}: {reason}")
+        elif chosen == "auto":
+            usable.append((tier, smallest_worthwhile_size(op, tier, dtype, operands)))
+        else:
+            usable.append((tier, 0))
+    return tuple(usable), tuple(refusals)
+
+
+def implements(op: str, tier: str) -> bool:
+    """Whether ``op`` has an implementation on ``tier``, which is then registered."""
+    module = _MODULES.get((op, tier))
+    if module is not None:
+        _register_all_of(module)
+    return (op, tier) in registry.IMPLEMENTATIONS
+
+
+@functools.cache
+def _register_all_of(module: str) -> None:
+    """Import a kernel module; what a user registered before stays in force."""
+    registered_before = dict(registry.IMPLEMENTATIONS)
+    importlib.import_module(module)
+    registry.IMPLEMENTATIONS.update(registered_before)
+
+
+def _why_not(op: str, tier: str) -> str:
+    """Empty where ``tier`` runs here and implements ``op``."""
+    return registry.probe_tier(tier) or ("" if implements(op, tier) else f"does not implement {op}")
+
+
+for _op in ("weighted_sum", "softmax_sum", "sepconv", "avg_pool", "max_pool", "global_avg_pool"):
+    registry.register_impl(_op, "torch", getattr(reference, _op), lambda *args, **kwargs: Support(True))
