@@ -20,8 +20,8 @@ from neuroexapt.kernels import pool_triton, sepconv_triton
 
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 _LAUNCH_OPTIONS = ("num_warps", "num_stages")
-# The DARTS search network's pictures at batch 64: channels and pixels a side.
-_SIZES = ((16, 32), (32, 16), (64, 8))
+# Channels, pixels a side and dtype; the pictures of the DARTS search network at batch 64.
+_PICTURES = ((16, 32, torch.float32), (64, 8, torch.float32), (16, 32, torch.bfloat16))
 
 
 def resources(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, constants: dict) -> dict:
@@ -106,14 +106,9 @@ def pool_cases(channels: int, size: int) -> list[tuple]:
 
 
 def main(arch: int) -> None:
-    cases = [
-        (dtype, case)
-        for channels, size in _SIZES
-        for dtype in (torch.float32, torch.bfloat16)
-        for case in sepconv_cases(channels, size, 5, "tf32x3") + pool_cases(channels, size)
-    ]
-    for dtype, (kernel, constants) in cases:
-        print(json.dumps(resources(kernel, arch, dtype, constants)), flush=True)
+    for channels, size, dtype in _PICTURES:
+        for kernel, constants in sepconv_cases(channels, size, 5, "tf32x3") + pool_cases(channels, size):
+            print(json.dumps(resources(kernel, arch, dtype, constants)), flush=True)
 
 
 if __name__ == "__main__":
