@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import log
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -36,7 +37,11 @@ def alpha_heat_map(
     weights = np.asarray(weights, dtype=float)
     edge_count, op_count = weights.shape
     full = max(0.5, weights.max())
-    figure = Figure(figsize=(1.1 + 0.62 * op_count, 1.0 + 0.26 * edge_count), layout="constrained")
+    longest_op, longest_edge = max(map(len, primitives)), max(map(len, edge_names))
+    # Inches. The operations' names lean over, the last one's past the grid.
+    width = 0.1 + 0.075 * longest_edge + 0.62 * (op_count - 0.5) + max(0.4, 0.07 * longest_op)
+    height = 0.5 + 0.045 * longest_op + 0.26 * edge_count
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     # The scale runs from clear to full instead of from white, and so suits a page of any colour.
     scale = LinearSegmentedColormap.from_list("weight", [(ACCENT, 0.03), (ACCENT, 1.0)])
@@ -67,11 +72,11 @@ def alpha_heat_map(
 @matplotlib.rc_context(RC_PARAMS)
 def alpha_history(history: ArrayLike, primitives: Sequence[str], top: float, title: str = "") -> Figure:
     """Softmax weights of one edge over time, [epochs, primitives], up to `top`, in the operations' styles."""
-    figure, axes = _axes(_PANEL_SIZE, title)
+    figure, axes = _axes(_PANEL_SIZE, 0.4, title)
     history = np.asarray(history, dtype=float)
     for op, weights in zip(primitives, history.T, strict=True):
         style = op_style(op)
-        axes.plot(_epochs(weights), weights, color=style.colour, linestyle=style.line, linewidth=1.3)
+        _plot(axes, weights, color=style.colour, linestyle=style.line, linewidth=1.3)
     axes.set_ylim(0, top)
     axes.yaxis.set_major_locator(MaxNLocator(3))
     return figure
@@ -80,12 +85,12 @@ def alpha_history(history: ArrayLike, primitives: Sequence[str], top: float, tit
 @matplotlib.rc_context(RC_PARAMS)
 def entropy_history(history: ArrayLike, op_count: int, title: str = "") -> Figure:
     """Entropy of α in nats over time, [epochs, edges]: edges thin, their mean bold, the maximum dotted."""
-    figure, axes = _axes(_CURVE_SIZE, title)
+    figure, axes = _axes(_CURVE_SIZE, 0.7, title)
     history = np.asarray(history, dtype=float)
-    epochs = _epochs(history)
-    axes.plot(epochs, history, color=MUTED, linewidth=0.7, alpha=0.6)
-    axes.plot(epochs, history.mean(axis=1), color=ACCENT, linewidth=2.2, label="mean of all edges")
-    axes.plot([], [], color=MUTED, linewidth=0.7, label="one edge")
+    one_edge: dict[str, Any] = {"color": MUTED, "linewidth": 0.7, "alpha": 0.6}
+    _plot(axes, history, **one_edge)
+    _plot(axes, history.mean(axis=1), color=ACCENT, linewidth=2.2, label="mean of all edges")
+    axes.plot([], [], label="one edge", **one_edge)
     axes.axhline(log(op_count), color=INK, linestyle="dotted", linewidth=1, label=f"uniform, ln {op_count}")
     axes.set_ylabel("entropy (nats)")
     axes.set_ylim(0, log(op_count) * 1.08)
@@ -96,9 +101,9 @@ def entropy_history(history: ArrayLike, op_count: int, title: str = "") -> Figur
 @matplotlib.rc_context(RC_PARAMS)
 def curves(values: Mapping[str, Sequence[float]], quantity: str, title: str = "") -> Figure:
     """One to three named curves over the epochs; `quantity` labels them and is in per cent if an accuracy."""
-    figure, axes = _axes(_CURVE_SIZE, title)
+    figure, axes = _axes(_CURVE_SIZE, 0.7, title)
     for (name, curve), colour in zip(values.items(), (ACCENT, CONTRAST, MUTED), strict=False):
-        axes.plot(_epochs(curve), curve, color=colour, label=name, marker="o" if len(curve) == 1 else None)
+        _plot(axes, curve, color=colour, label=name)
     axes.set_ylabel(quantity)
     if quantity.endswith("accuracy"):
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
@@ -106,8 +111,16 @@ def curves(values: Mapping[str, Sequence[float]], quantity: str, title: str = ""
     return figure
 
 
-def _axes(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
+def _axes(size: tuple[float, float], left: float, title: str) -> tuple[Figure, Axes]:
+    """Axes over epochs with the same margins, in inches, in every figure of a kind, so that columns align."""
+    width, height = size
+    figure = Figure(figsize=size)
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - 0.1 / width,
+        bottom=0.44 / height,
+        top=1 - (0.28 if title else 0.1) / height,
+    )
     axes = figure.add_subplot()
     axes.set_title(title)
     axes.set_xlabel("epoch")
@@ -115,5 +128,6 @@ def _axes(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _epochs(values: ArrayLike) -> np.ndarray:
-    return np.arange(1, len(np.asarray(values)) + 1)
+def _plot(axes: Axes, values: Sequence[float] | np.ndarray, **style: Any) -> None:
+    """Values over the epochs, from 1 on; those of a single epoch as dots, since no line would show."""
+    axes.plot(range(1, len(values) + 1), values, marker="o" if len(values) == 1 else None, **style)
