@@ -21,21 +21,16 @@ def read_npz(path: Path) -> Splits[ResidentImages]:
     classes: K strings (else the labels' numbers are the names). Raises UserError for anything else.
     """
     arrays = _load(path)
-    try:
-        x_train, y_train, x_test, y_test = (arrays[key] for key in KEYS)
-    except KeyError as error:
-        raise UserError(f"{path} has no array {error}; it needs {', '.join(KEYS)}") from None
-    train_labels, test_labels = _labels("y_train", y_train), _labels("y_test", y_test)
-    if "classes" in arrays:
-        classes = tuple(str(name) for name in arrays["classes"])
-    else:
-        classes = tuple(str(label) for label in range(train_labels.max() + 1))
-    splits = Splits(
-        ResidentImages(_images("x_train", x_train), train_labels),
-        ResidentImages(_images("x_test", x_test), test_labels),
-        classes,
-    )
-    _check(splits)
+    train = _part("train", arrays)
+    test = _part("test", arrays)
+    if train.shape != test.shape:
+        raise UserError(
+            f"the images of x_train are {train.shape} and of x_test {test.shape} "
+            "(channels, height, width); bring them to one shape"
+        )
+    names = arrays.get("classes", range(len(train.labels.unique())))
+    splits = Splits(train, test, tuple(str(name) for name in names))
+    _check_labels(splits)
     return splits
 
 
@@ -44,16 +39,24 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} does not exist; npz:PATH names an .npz file with {', '.join(KEYS)}")
     try:
         with np.load(path) as file:
-            return {key: file[key] for key in (*KEYS, "classes") if key in file}
+            arrays = {key: file[key] for key in (*KEYS, "classes") if key in file}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); write it with numpy.savez") from error
+    if missing := [key for key in KEYS if key not in arrays]:
+        raise UserError(f"{path} has no array {missing[0]}; it needs {', '.join(KEYS)}")
+    return arrays
+
+
+def _part(suffix: str, arrays: dict[str, np.ndarray]) -> ResidentImages:
+    images, labels = arrays[f"x_{suffix}"], arrays[f"y_{suffix}"]
+    if images.ndim and labels.ndim and len(images) != len(labels):
+        raise UserError(f"x_{suffix} has {len(images)} images, y_{suffix} {len(labels)} labels; pair them")
+    return ResidentImages(_images(f"x_{suffix}", images), _labels(f"y_{suffix}", labels))
 
 
 def _labels(name: str, array: np.ndarray) -> torch.Tensor:
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise UserError(f"{name} is {array.dtype} {list(array.shape)}; it must hold one integer an image")
-    if not len(array):
-        raise UserError(f"{name} is empty; give at least one image")
     return torch.from_numpy(array.astype(np.int64))
 
 
@@ -65,6 +68,8 @@ def _images(name: str, array: np.ndarray) -> torch.Tensor:
         raise UserError(
             f"{name} has the shape {list(array.shape)}; give [N, H, W] or [N, H, W, C], C at most 4"
         )
+    if not array.size:
+        raise UserError(f"{name} is empty; give at least one image")
     return torch.from_numpy(_to_uint8(name, array)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -93,26 +98,17 @@ def _check_range(name: str, array: np.ndarray, limit: int) -> None:
         )
 
 
-def _check(splits: Splits[ResidentImages]) -> None:
-    """What only shows once images, labels and classes are seen together."""
-    if len(splits.classes) < 2:
-        raise UserError(f"there is one class only ({splits.classes[0]}); a classifier needs at least two")
-    for part, suffix in ((splits.train, "train"), (splits.test, "test")):
-        if len(part.images) != len(part.labels):
-            raise UserError(
-                f"x_{suffix} has {len(part.images)} images, y_{suffix} {len(part.labels)} labels; pair them"
-            )
-        low, high, last = part.labels.min(), part.labels.max(), len(splits.classes) - 1
+def _check_labels(splits: Splits[ResidentImages]) -> None:
+    last = len(splits.classes) - 1
+    if last < 1:
+        raise UserError("y_train has one class only; a classifier needs at least two")
+    for name, part in (("y_train", splits.train), ("y_test", splits.test)):
+        low, high = part.labels.min(), part.labels.max()
         if low < 0 or high > last:
             raise UserError(
-                f"labels out of range: y_{suffix} holds {low} to {high}, the classes are 0 to {last}"
+                f"labels out of range: {name} holds {low} to {high}; "
+                f"number the {last + 1} classes 0 to {last}"
             )
-    if splits.train.shape != splits.test.shape:
-        raise UserError(
-            f"the images of x_train are {splits.train.shape} and of x_test {splits.test.shape} "
-            "(channels, height, width); bring them to one shape"
-        )
     counts = torch.bincount(splits.train.labels, minlength=len(splits.classes))
     if not counts.all():
-        missing = splits.classes[int(counts.argmin())]
-        raise UserError(f"class {missing} has no image in x_train; number the classes 0..K-1 without gaps")
+        raise UserError(f"class {splits.classes[int(counts.argmin())]} has no image in x_train; add some")

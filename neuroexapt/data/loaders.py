@@ -263,5 +263,5 @@ def _permutation(count: int, seed: int, epoch: int, device: torch.device | str) 
 
 
 def _derive_seed(*parts: int | str) -> int:
-    """A 64-bit seed that differs in every bit as soon as one part differs."""
+    """A 64-bit seed, unrelated to the seeds of all other parts."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")

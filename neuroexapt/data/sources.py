@@ -14,13 +14,7 @@ from torch import Tensor
 
 from neuroexapt.data.arrays import read_npz
 from neuroexapt.data.augment import Augmentation
-from neuroexapt.data.dataset import (
-    ImageDataset,
-    ImagePart,
-    ResidentImages,
-    Splits,
-    channel_statistics,
-)
+from neuroexapt.data.dataset import ImageDataset, ImagePart, ResidentImages, Splits, channel_statistics
 from neuroexapt.data.folders import decode_images, read_folder
 from neuroexapt.data.idx import find_idx_files, read_idx_part
 from neuroexapt.errors import UserError
@@ -67,7 +61,7 @@ def load_dataset(
     root: the folder to look in, and to download to if `download` is set (default: data).
     image_size: bring the images to this height and width (default: as they are; see read_folder).
     max_resident_bytes: a folder whose pictures take more than this, decoded, is streamed (default: a quarter
-    of the machine's memory). quiet: no progress bar.
+    of the memory of the machine or of its GPU, whichever is less). quiet: no progress bar.
     Raises UserError if the name is unknown or the data is missing, damaged or not usable for classification.
 
     Mean and deviation come from the training images; for a streamed folder from at most 4,096, evenly
@@ -98,7 +92,10 @@ def _default_augmentation(part: ImagePart) -> Augmentation:
 
 
 def _quarter_of_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        memory = min(memory, torch.cuda.get_device_properties().total_memory)
+    return memory // 4
 
 
 def _images_for_statistics(part: ImagePart, quiet: bool) -> Tensor:

@@ -65,16 +65,19 @@ def with_value(array, index, value):
         ("x_train", lambda x: x.astype(int) * 2, "integers in 0..255"),
         ("x_train", lambda x: x > 7, "is bool"),
         ("x_train", lambda x: x.transpose(0, 3, 1, 2).repeat(9, 3), r"give \[N, H, W\] or \[N, H, W, C\]"),
-        ("x_train", lambda x: x[0, 0], r"give \[N, H, W\]"),
+        ("x_train", lambda x: x[:, 0, 0], r"give \[N, H, W\]"),
         ("x_train", lambda x: x[:-1], "x_train has 5 images, y_train 6 labels"),
         ("x_test", lambda x: x[:, 1:], "bring them to one shape"),
         ("y_train", lambda y: y / 2, "one integer an image"),
         ("y_train", lambda y: y[:, None], "one integer an image"),
         ("y_train", lambda y: y - 1, "labels out of range: y_train holds -1 to 1"),
-        ("y_train", lambda y: y * 2, "class 1 has no image"),
+        ("y_train", lambda y: y * 0 - 7, "one class only"),
+        ("y_train", lambda y: y * 2, "y_train holds 0 to 4; number the 3 classes 0 to 2"),
+        ("y_train", lambda y: y * 10**12, "number the 3 classes 0 to 2"),
         ("y_train", lambda y: y * 0, "one class only"),
-        ("y_test", lambda y: y + 1, "labels out of range: y_test holds 2 to 3, the classes are 0 to 2"),
-        ("y_test", lambda y: y[:0], "y_test is empty"),
+        ("y_test", lambda y: y + 1, "labels out of range: y_test holds 2 to 3; number"),
+        ("y_test", lambda y: y[:0], "x_test has 3 images, y_test 0 labels"),
+        ("y_test", lambda y: y[0], "one integer an image"),
     ],
 )
 def test_refuses_unusable_arrays(read, arrays, key, change, message):
@@ -84,10 +87,18 @@ def test_refuses_unusable_arrays(read, arrays, key, change, message):
 
 
 def test_labels_are_held_against_the_given_classes(read):
-    with pytest.raises(UserError, match="labels out of range: y_train holds 0 to 2, the classes are 0 to 1"):
+    with pytest.raises(
+        UserError, match="labels out of range: y_train holds 0 to 2; number the 2 classes 0 to 1"
+    ):
         read(classes=["a", "b"])
     with pytest.raises(UserError, match="class d has no image in x_train"):
         read(classes=["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_refuses_empty_arrays(read, arrays, dtype):
+    with pytest.raises(UserError, match="x_train is empty; give at least one image"):
+        read(x_train=arrays["x_train"][:0].astype(dtype), y_train=arrays["y_train"][:0])
 
 
 def test_refuses_objects(read):
@@ -98,7 +109,7 @@ def test_refuses_objects(read):
 def test_names_the_missing_array(tmp_path, arrays):
     del arrays["y_test"]
     np.savez(tmp_path / "data.npz", **arrays)
-    with pytest.raises(UserError, match="has no array 'y_test'; it needs x_train, y_train, x_test, y_test"):
+    with pytest.raises(UserError, match="has no array y_test; it needs x_train, y_train, x_test, y_test"):
         read_npz(tmp_path / "data.npz")
 
 
