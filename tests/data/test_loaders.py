@@ -223,3 +223,19 @@ def test_an_abandoned_iteration_does_not_keep_the_loader_alive(loader_of):
     reference = weakref.ref(loader)
     del loader
     assert reference() is None  # without the cycle collector, which would leave workers waiting
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_the_gpu_streaming_equals_resident_and_steps_do_not_wait(resident, streamed):
+    settings = {"batch_size": BATCH, "device": "cuda", "seed": 5, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    loaders = [make_loader(part, augmentation=POLICY, workers=1, **settings) for part in (resident, streamed)]
+    assert_same_batches(loaders[0].epoch(1), loaders[1].epoch(1))
+    for loader in loaders:
+        batches = loader.epoch(1)
+        assert next(batches)[0].is_cuda
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            next(batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
