@@ -88,18 +88,21 @@ def _wire(source: Slot, target: Slot, op: str | None) -> Wire:
 
 def _order(columns: list[list[Slot]]) -> None:
     """Sort every column by the mean height of its neighbours, keeping the order with the fewest crossings."""
-    for column in columns:
-        _stack(column, [slot.y for slot in column])
+    _centre(columns)
     best = [list(column) for column in columns]
     for sweep in range(_SWEEPS):
         forward = sweep % 2 == 0
         for column in columns if forward else reversed(columns):
             wanted = {slot: _mean_y(slot.before if forward else slot.after, slot.y) for slot in column}
             column.sort(key=wanted.__getitem__)
-            _stack(column, [0.0] * len(column))
+            _centre([column])
         if _crossings(columns) < _crossings(best):
             best = [list(column) for column in columns]
     columns[:] = best
+    _centre(columns)
+
+
+def _centre(columns: list[list[Slot]]) -> None:
     for column in columns:
         _stack(column, [0.0] * len(column))
 

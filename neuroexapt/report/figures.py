@@ -27,7 +27,7 @@ def edge_names(edges: Sequence[tuple[int, int]], node_names: Sequence[str]) -> l
 
 @matplotlib.rc_context(RC_PARAMS)
 def alpha_heat_map(
-    weights: ArrayLike, edge_names: Sequence[str], primitives: Sequence[str], title: str = ""
+    weights: ArrayLike, edge_labels: Sequence[str], primitives: Sequence[str], title: str = ""
 ) -> Figure:
     """Softmax weights of one cell type, [edges, primitives], as a grid, the largest of each row in bold.
 
@@ -37,12 +37,7 @@ def alpha_heat_map(
     weights = np.asarray(weights, dtype=float)
     edge_count, op_count = weights.shape
     full = max(0.5, weights.max())
-    longest_op, longest_edge = max(map(len, primitives)), max(map(len, edge_names))
-    # Inches. The operations' names lean over, the last one's past the grid.
-    width = 0.1 + 0.075 * longest_edge + 0.62 * (op_count - 0.5) + max(0.4, 0.07 * longest_op)
-    height = 0.5 + 0.045 * longest_op + 0.26 * edge_count
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _grid_axes(edge_labels, primitives, title)
     # The scale runs from clear to full instead of from white, and so suits a page of any colour.
     scale = LinearSegmentedColormap.from_list("weight", [(ACCENT, 0.03), (ACCENT, 1.0)])
     axes.pcolormesh(weights, cmap=scale, vmin=0, vmax=full, edgecolor=SURFACE, linewidth=1.5)
@@ -57,7 +52,7 @@ def alpha_heat_map(
             color=SURFACE if weight > 0.7 * full else INK,
             weight="bold" if weight == weights[edge].max() else "normal",
         )
-    axes.set_yticks(np.arange(edge_count) + 0.5, edge_names, color=INK)
+    axes.set_yticks(np.arange(edge_count) + 0.5, edge_labels, color=INK)
     axes.set_xticks(
         np.arange(op_count) + 0.5, primitives, rotation=30, ha="left", rotation_mode="anchor", color=INK
     )
@@ -65,7 +60,6 @@ def alpha_heat_map(
     axes.spines[:].set_visible(False)
     axes.grid(False)
     axes.invert_yaxis()
-    axes.set_title(title, weight="bold")
     return figure
 
 
@@ -93,22 +87,34 @@ def entropy_history(history: ArrayLike, op_count: int, title: str = "") -> Figur
     axes.plot([], [], label="one edge", **one_edge)
     axes.axhline(log(op_count), color=INK, linestyle="dotted", linewidth=1, label=f"uniform, ln {op_count}")
     axes.set_ylabel("entropy (nats)")
-    axes.set_ylim(0, log(op_count) * 1.08)
+    axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return figure
 
 
 @matplotlib.rc_context(RC_PARAMS)
 def curves(values: Mapping[str, Sequence[float]], quantity: str, title: str = "") -> Figure:
-    """One to three named curves over the epochs; `quantity` labels them and is in per cent if an accuracy."""
+    """One or two named curves over the epochs; `quantity` labels them and is in per cent if an accuracy."""
     figure, axes = _axes(_CURVE_SIZE, 0.7, title)
-    for (name, curve), colour in zip(values.items(), (ACCENT, CONTRAST, MUTED), strict=False):
+    for (name, curve), colour in zip(values.items(), (ACCENT, CONTRAST), strict=False):
         _plot(axes, curve, color=colour, label=name)
     axes.set_ylabel(quantity)
     if quantity.endswith("accuracy"):
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.legend(fontsize=8)
     return figure
+
+
+def _grid_axes(rows: Sequence[str], columns: Sequence[str], title: str) -> tuple[Figure, Axes]:
+    """Axes of cells of a fixed size, in a figure with room for the names on the left and leaning above."""
+    longest_row, longest_column = max(map(len, rows)), max(map(len, columns))
+    grid_width, grid_height = 0.62 * len(columns), 0.26 * len(rows)
+    left, bottom = 0.15 + 0.075 * longest_row, 0.08
+    width = left + grid_width + max(0.1, 0.07 * longest_column - 0.2)
+    height = bottom + grid_height + 0.25 + 0.042 * longest_column + (0.3 if title else 0)
+    figure = Figure(figsize=(width, height))
+    rectangle = (left / width, bottom / height, grid_width / width, grid_height / height)
+    return figure, figure.add_axes(rectangle, title=title)
 
 
 def _axes(size: tuple[float, float], left: float, title: str) -> tuple[Figure, Axes]:
