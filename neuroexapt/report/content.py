@@ -180,6 +180,7 @@ class Report:
         edges = edge_names(self._space["edges"][cell], self._space["nodes"])
         weights = np.array([record["alpha"][cell] for record in self._metrics["search"]])
         entropies = np.array([record["alpha_entropy"][cell] for record in self._metrics["search"]])
+        top = max(0.5, 1.05 * weights.max())
         strongest = [
             f"{edge} {primitives[op]}" for edge, op in zip(edges, weights[-1].argmax(1), strict=True)
         ]
@@ -195,7 +196,7 @@ class Report:
             ),
             [
                 self._svg(
-                    alpha_history(weights[:, edge], primitives, 1.05 * weights.max(), name),
+                    alpha_history(weights[:, edge], primitives, top, name),
                     f"{title}, edge {name}: softmax weights by epoch",
                 )
                 for edge, name in enumerate(edges)

@@ -87,7 +87,7 @@ def entropy_history(history: ArrayLike, op_count: int, title: str = "") -> Figur
     axes.plot([], [], label="one edge", **one_edge)
     axes.axhline(log(op_count), color=INK, linestyle="dotted", linewidth=1, label=f"uniform, ln {op_count}")
     axes.set_ylabel("entropy (nats)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * log(max(op_count, 2)))
     axes.legend(fontsize=8)
     return figure
 
