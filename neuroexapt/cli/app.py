@@ -73,7 +73,9 @@ def evaluate(settings: dict[str, Any], resume: Resume = None, config: ConfigFile
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="folder of a run")],
-    out: Annotated[Path | None, typer.Option("--out", help="file to write (default: RUN/report.html)")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="file to write (default: RUN/report.html)")
+    ] = None,
 ) -> None:
     """Write the HTML page of a run: cells, α over time, curves, numbers."""
     from neuroexapt.report.html import write_report
@@ -84,7 +86,9 @@ def report(
 def first_order(settings: dict[str, Any]) -> dict[str, Any]:
     """``--use_first_order`` of the original example: DARTS without the second-order term."""
     if settings.get("strategy", "darts") != "darts":
-        raise UserError(f"--use_first_order is DARTS' first order; leave it out with --strategy {settings['strategy']}")
+        raise UserError(
+            f"--use_first_order is DARTS' first order; leave it out with --strategy {settings['strategy']}"
+        )
     return {**settings, "strategy": "darts"}
 
 

@@ -23,7 +23,9 @@ def with_settings(cls: type[RunConfig]) -> Callable[[Callable[..., Any]], Callab
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        options = [_option(field, typing.get_type_hints(cls)[field.name]) for field in dataclasses.fields(cls)]
+        options = [
+            _option(field, typing.get_type_hints(cls)[field.name]) for field in dataclasses.fields(cls)
+        ]
         options += [_legacy_option("save_dir", Path), _legacy_option("exp_name", str)]
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
 

@@ -189,4 +189,3 @@ def inherit_weights(network: DerivedNetwork, supernet: Supernet) -> None:
 
 def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-

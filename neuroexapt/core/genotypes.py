@@ -71,7 +71,9 @@ class Genotype:
             assert isinstance(call, ast.Call) and not call.args
             fields = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
         except (SyntaxError, ValueError, AssertionError) as error:
-            raise UserError("the genotype is neither JSON nor of the form Genotype(normal=[...], ...)") from error
+            raise UserError(
+                "the genotype is neither JSON nor of the form Genotype(normal=[...], ...)"
+            ) from error
         return cls.from_dict(fields)
 
 
@@ -111,7 +113,9 @@ def _checked_concat(concat: Iterable[int], nodes: int, cell: str) -> tuple[int, 
     return states
 
 
-def _published(normal: str, reduce: str, normal_concat: Iterable[int], reduce_concat: Iterable[int]) -> Genotype:
+def _published(
+    normal: str, reduce: str, normal_concat: Iterable[int], reduce_concat: Iterable[int]
+) -> Genotype:
     """Genotype from compact text: ``op:source`` words, two to a node."""
 
     def parse(cell: str) -> list[Edge]:
@@ -186,7 +190,12 @@ NASNet, AmoebaNet, DARTS_V1, DARTS_V2, PC_DARTS_cifar, PC_DARTS_image, PDARTS = 
 def load_genotype(name_or_file: str) -> Genotype:
     """A published genotype by name (case and ``-``/``_`` do not matter), or one read from a file."""
     wanted = name_or_file.lower().replace("-", "_")
-    aliases = {"darts": "darts_v2", "pc_darts": "pc_darts_cifar", "pcdarts": "pc_darts_cifar", "p_darts": "pdarts"}
+    aliases = {
+        "darts": "darts_v2",
+        "pc_darts": "pc_darts_cifar",
+        "pcdarts": "pc_darts_cifar",
+        "p_darts": "pdarts",
+    }
     for name, genotype in GENOTYPES.items():
         if name.lower() == aliases.get(wanted, wanted):
             return genotype

@@ -111,7 +111,9 @@ class DilConv(nn.Module):
         affine: bool = True,
     ) -> None:
         super().__init__()
-        self.op = nn.Sequential(*_sepconv_block(channels_in, channels_out, kernel_size, stride, dilation, affine))
+        self.op = nn.Sequential(
+            *_sepconv_block(channels_in, channels_out, kernel_size, stride, dilation, affine)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)

@@ -23,9 +23,7 @@ def reduction_layers(layers: int) -> frozenset[int]:
 
 
 def make_stem(in_channels: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
-    )
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
 
 
 class Supernet(nn.Module):

@@ -39,7 +39,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path}") from error
     except Exception as error:  # the reader's errors on a damaged file are of many kinds
-        raise UserError(f"{path} is no readable checkpoint ({_one_line(error)}); it may be damaged") from error
+        raise UserError(
+            f"{path} is no readable checkpoint ({_one_line(error)}); it may be damaged"
+        ) from error
     if file_format != FORMAT:
         raise UserError(f"{path} has checkpoint format {file_format}, this version reads {FORMAT}")
     if digest != _digest(tree, tensors):

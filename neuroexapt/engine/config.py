@@ -49,8 +49,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), _field_type(type(self), f.name)))
-        _require_positive(self, "batch_size", "learning_rate", "grad_clip", "checkpoint_seconds", "image_size")
+            object.__setattr__(
+                self, f.name, _typed(f.name, getattr(self, f.name), _field_type(type(self), f.name))
+            )
+        _require_positive(
+            self, "batch_size", "learning_rate", "grad_clip", "checkpoint_seconds", "image_size"
+        )
         _require_not_negative(
             self, "workers", "crop_padding", "cutout", "learning_rate_min", "momentum", "weight_decay"
         )
@@ -75,7 +79,7 @@ class SearchConfig(RunConfig):
     arch_learning_rate: float = setting(3e-4, "learning rate of α (Adam)")
     arch_weight_decay: float = setting(1e-3, "weight decay of α")
     train_portion: float = setting(0.5, "share of the training pictures for w; the rest is for α")
-    compile: bool = setting(False, "run each edge's operations through torch.compile")
+    execution: str = setting("eager", "eager, compile (torch.compile an edge) or fastest (measured once)")
     train_epochs: int = setting(10, "epochs of the derived network with the inherited weights; 0: none")
     control: bool = setting(True, "also train the derived network from scratch, as long, to compare")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint
 from neuroexapt.engine.events import Events
 from neuroexapt.engine.interrupt import Interrupted, StopRequest
-from neuroexapt.engine.memory import peak_memory_bytes, reset_peak_memory
+from neuroexapt.engine.device import peak_memory_bytes, reset_peak_memory
 from neuroexapt.engine.progress import Progress
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.errors import UserError

@@ -39,7 +39,9 @@ class Progress:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
         )
-        with RichProgress(*columns, console=self.console, transient=True, speed_estimate_period=60) as self._bar:
+        with RichProgress(
+            *columns, console=self.console, transient=True, speed_estimate_period=60
+        ) as self._bar:
             self._task = self._bar.add_task(name, total=epochs * steps, numbers="")
             yield
         self._bar = None
@@ -63,5 +65,3 @@ class Progress:
 
 def _numbers(values: dict[str, Any]) -> str:
     return "  ".join(f"{label} {values[name]:.4f}" for name, label in SHOWN.items() if name in values)
-
-

@@ -75,6 +75,7 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> SearchResult:
         f"searching {config.space} on {config.dataset} with {config.strategy}: {phase.epochs} epochs of "
         f"{phase.steps_per_epoch} steps on {run.device}, run folder {run.folder.path}"
     )
+    phase.prepare_execution(progress.say)
     seconds = {"search": run.train(phase)}
     genotype = phase.genotype()
     run.folder.write_json("genotype.json", genotype.to_dict())
@@ -136,13 +137,17 @@ def _train_derived(
     """The trained network, the seconds that took, and its test accuracy."""
     config, data = run.config, run.data
     torch.manual_seed(seed_for(config.seed, name))
-    network = get_space(config.space).network(
-        genotype,
-        in_channels=data.in_channels,
-        num_classes=data.num_classes,
-        channels=config.init_channels,
-        layers=config.layers,
-    ).to(run.device)
+    network = (
+        get_space(config.space)
+        .network(
+            genotype,
+            in_channels=data.in_channels,
+            num_classes=data.num_classes,
+            channels=config.init_channels,
+            layers=config.layers,
+        )
+        .to(run.device)
+    )
     if supernet is not None:
         inherit_weights(network, supernet)
     test_loader = run.loader("test", training=False)

@@ -1,6 +1,6 @@
 """The search itself as a phase: bilevel steps over the two halves of the training pictures."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import Loader
 from neuroexapt.engine.bilevel import Batch, BilevelStep
 from neuroexapt.engine.config import SearchConfig
+from neuroexapt.engine.device import get_device_name
+from neuroexapt.engine.execution import choose_execution, compile_edges
 from neuroexapt.engine.phase import Phase
 from neuroexapt.engine.training import cosine, evaluate_loss, make_sgd, set_learning_rate
 from neuroexapt.spaces import CellSpace, get_space
@@ -35,18 +37,39 @@ class SearchPhase(Phase):
         self.supernet = supernet
         self.space: CellSpace = get_space(config.space)
         self.strategy = get_strategy(config.strategy)
-        self.weight_optimizer = make_sgd(supernet.weights(), config)
-        self.arch_optimizer = torch.optim.Adam(
+        self._config = config
+        self._train_loader, self._valid_loader = train_loader, valid_loader
+        self.bilevel_step = self._make_step(supernet)
+        self.weight_optimizer = self.bilevel_step.weight_optimizer
+        self.arch_optimizer = self.bilevel_step.arch_optimizer
+
+    def _make_step(self, supernet: Supernet) -> BilevelStep:
+        config = self._config
+        arch_optimizer = torch.optim.Adam(
             supernet.arch_parameters(),
             config.arch_learning_rate,
             betas=ARCH_BETAS,
             weight_decay=config.arch_weight_decay,
         )
-        self.bilevel_step = BilevelStep(
-            supernet, self.strategy, self.weight_optimizer, self.arch_optimizer, grad_clip=config.grad_clip
+        weight_optimizer = make_sgd(supernet.weights(), config)
+        return BilevelStep(
+            supernet, self.strategy, weight_optimizer, arch_optimizer, grad_clip=config.grad_clip
         )
-        self._train_loader, self._valid_loader = train_loader, valid_loader
-        self._config = config
+
+    def prepare_execution(self, say: Callable[[str], None]) -> None:
+        """Set up ``config.execution``; measuring uses copies, so the search's own state is not touched."""
+        train, valid = Batch(*next(self._train_loader.epoch(0))), Batch(*next(self._valid_loader.forever(0)))
+
+        def take_step(network: Supernet) -> None:
+            self._make_step(network)(train, valid)
+
+        config = self._config
+        key = (
+            f"{get_device_name(self.device)}, torch {torch.__version__}, {config.space}, {config.strategy}, "
+            f"{config.layers} layers, {config.init_channels} channels, batch {tuple(train.images.shape)}"
+        )
+        if choose_execution(config.execution, self.supernet, take_step, key, say) == "compile":
+            compile_edges(self.supernet)
 
     def metric_names(self, epoch: int) -> Sequence[str]:
         names = ("train_loss", "train_accuracy", "arch_loss", "arch_accuracy")

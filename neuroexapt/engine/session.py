@@ -19,6 +19,7 @@ from neuroexapt.backend import resolve
 from neuroexapt.data import ImageDataset, Loader, load_dataset, make_loader
 from neuroexapt.data.augment import Augmentation
 from neuroexapt.engine.config import RunConfig, make_config
+from neuroexapt.engine.device import get_device_name
 from neuroexapt.engine.interrupt import StopRequest
 from neuroexapt.engine.phase import Phase, PhaseRunner, Session
 from neuroexapt.engine.progress import Progress
@@ -30,7 +31,15 @@ Config = TypeVar("Config", bound=RunConfig)
 
 PLACEMENT = frozenset(
     {
-        "data_root", "download", "workers", "backend", "out", "overwrite", "checkpoint_seconds", "quiet", "compile"
+        "backend",
+        "checkpoint_seconds",
+        "data_root",
+        "download",
+        "execution",
+        "out",
+        "overwrite",
+        "quiet",
+        "workers",
     }
 )
 """Settings that say where and how a run is computed, not what: a resumed run may change them."""
@@ -47,7 +56,9 @@ def open_run(
     run = RunFolder.open(resume)
     fixed = sorted(set(overrides) - PLACEMENT) + (["config"] if config_file else [])
     if fixed:
-        raise UserError(f"a resumed run keeps its settings: leave out {', '.join('--' + f.replace('_', '-') for f in fixed)}")
+        raise UserError(
+            f"a resumed run keeps its settings: leave out {', '.join('--' + f.replace('_', '-') for f in fixed)}"
+        )
     saved = run.read_json("config.json")
     if not isinstance(saved, dict) or not any(run.checkpoints.glob("*.safetensors")):
         raise UserError(f"{resume} holds no checkpoint to go on from; start anew without --resume")
@@ -84,7 +95,9 @@ class OpenRun(Generic[Config]):
 
     def _augmentation(self) -> Augmentation:
         chosen = {name: getattr(self.config, name) for name in ("crop_padding", "flip", "cutout")}
-        return dataclasses.replace(self.data.augmentation, **{k: v for k, v in chosen.items() if v is not None})
+        return dataclasses.replace(
+            self.data.augmentation, **{k: v for k, v in chosen.items() if v is not None}
+        )
 
     def create_folder(self) -> None:
         """Make the folder of a new run. To be called once everything that may be refused has been checked."""
@@ -114,7 +127,7 @@ class OpenRun(Generic[Config]):
                 "cuda": torch.version.cuda if cuda else None,
                 "python": platform.python_version(),
             },
-            "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
+            "device": get_device_name(self.device),
         }
 
 
@@ -123,7 +136,11 @@ def running(config: Config, folder: RunFolder, command: str) -> Iterator[OpenRun
     """Check everything that can be checked before any work, then hold the run open for its phases."""
     device = resolve(config.backend).torch_device
     data = load_dataset(
-        config.dataset, root=config.data_root, download=config.download, image_size=config.image_size
+        config.dataset,
+        root=config.data_root,
+        download=config.download,
+        image_size=config.image_size,
+        quiet=config.quiet,
     )
     what = {k: v for k, v in config.to_dict().items() if k not in PLACEMENT}
     with StopRequest().listening() as stop:

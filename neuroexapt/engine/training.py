@@ -35,11 +35,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 def evaluate_loss(network: Callable[[Tensor], Tensor], loader: Loader) -> tuple[float, float]:
     """Mean cross-entropy and top-1 accuracy (0..1) over every picture of the loader, not augmented."""
     loss, correct = torch.zeros((), device=loader.device), torch.zeros((), device=loader.device)
+    count = 0
     for images, labels in loader.evaluation():
+        count += len(labels)
         logits = network(images)
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(dim=1) == labels).sum()
-    return loss.item() / loader.count, correct.item() / loader.count
+    return loss.item() / count, correct.item() / count
 
 
 class TrainPhase(Phase):

@@ -36,7 +36,9 @@ class CellSpace:
     def check(self, image_size: Sequence[int], channels: int, layers: int) -> None:
         """Refuse, with one clear line, what no network of this space can take."""
         if channels < 2 or channels % 2:
-            raise UserError(f"init_channels={channels}: factorized reduction needs an even number, at least 2")
+            raise UserError(
+                f"init_channels={channels}: factorized reduction needs an even number, at least 2"
+            )
         reduction_layers(layers)
         for primitive in self.primitives:
             make_op(primitive, 2, 1, affine=False)

@@ -11,4 +11,3 @@ def get_strategy(name: str) -> Strategy:
     if name not in STRATEGIES:
         raise UserError(f"unknown strategy {name!r}; known are {', '.join(STRATEGIES)}")
     return STRATEGIES[name]()
-

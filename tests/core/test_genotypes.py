@@ -46,7 +46,10 @@ def test_edges_name_source_target_and_op() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normal": [["sep_conv_3x3", 2], *FIELDS["normal"][1:]]}, "normal cell: node 0 .* state 2, which does not"),
+        (
+            {"normal": [["sep_conv_3x3", 2], *FIELDS["normal"][1:]]},
+            "normal cell: node 0 .* state 2, which does not",
+        ),
         ({"reduce": [["sep_conv_3x3", -1], *FIELDS["reduce"][1:]]}, "state -1, which does not exist"),
         ({"normal": FIELDS["normal"][:3]}, "every node takes two edges, 3"),
         ({"normal": []}, "every node takes two edges, 0"),

@@ -3,7 +3,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuroexapt.core.operations import OPS, PRIMITIVES, FactorizedReduce, Identity, MixedOp, Pool, Zero, make_op
+from neuroexapt.core.operations import (
+    OPS,
+    PRIMITIVES,
+    FactorizedReduce,
+    Identity,
+    MixedOp,
+    Pool,
+    Zero,
+    make_op,
+)
 from neuroexapt.errors import UserError
 
 C = 4
@@ -24,7 +33,9 @@ def skip(x: Tensor, stride: int, weights: list[Tensor]) -> Tensor:
     if stride == 1:
         return x
     even, odd = x.relu()[:, :, ::2, ::2], x.relu()[:, :, 1::2, 1::2]
-    halves = [torch.einsum("bihw,oi->bohw", s, w[:, :, 0, 0]) for s, w in zip((even, odd), weights, strict=True)]
+    halves = [
+        torch.einsum("bihw,oi->bohw", s, w[:, :, 0, 0]) for s, w in zip((even, odd), weights, strict=True)
+    ]
     return batch_norm(torch.cat(halves, dim=1))
 
 

@@ -1,5 +1,6 @@
-"""Peak memory of this process on its device."""
+"""What a run records of its device: name and peak memory."""
 
+import platform
 import resource
 
 import torch
@@ -16,3 +17,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def get_device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
