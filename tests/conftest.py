@@ -1,0 +1,33 @@
+"""For all tests: GPU tests are skipped visibly without a GPU, and Triton then runs in its interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel module is first imported, which no test may do before this.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _private_configuration(tmp_path, monkeypatch):
+    """Keep the developer's own settings out of the tests and the tests out of them."""
+    monkeypatch.setenv("NEUROEXAPT_CONFIG", str(tmp_path / "config.json"))
+    monkeypatch.delenv("NEUROEXAPT_BACKEND", raising=False)
+
+
+@pytest.fixture
+def nan_filled_empty():
+    """Let ``torch.empty`` and its kin return NaN, so that output a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
