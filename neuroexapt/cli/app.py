@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 # The base of all usage errors; it has a public name in the newest versions of typer only.
-UsageProblem = typer.BadParameter.__mro__[2]
+UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 Resume = Annotated[Path | None, typer.Option("--resume", help="continue the run in this folder")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="JSON file with settings")]
@@ -113,7 +113,7 @@ def run_command(command: Callable[..., Any], arguments: list[str] | None = None)
     except typer.Exit as finished:
         return finished.exit_code
     except UsageProblem as error:
-        return _fail(error.format_message())  # type: ignore[attr-defined]
+        return _fail(error.format_message())
     except UserError as error:
         return _fail(str(error))
     except Interrupted as stop:

@@ -6,9 +6,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from neuroexapt.core.cells import CellInputs, edge_stride
+from neuroexapt.core.cells import CellInputs, SearchCell, edge_stride
 from neuroexapt.core.genotypes import Genotype
-from neuroexapt.core.operations import Identity, make_op
+from neuroexapt.core.operations import Identity, MixedOp, make_op
 from neuroexapt.core.supernet import STEM_MULTIPLIER, Supernet, make_stem, reduction_layers
 from neuroexapt.errors import UserError
 
@@ -16,7 +16,9 @@ AUXILIARY_MIN_SIZE = 6
 
 
 def drop_path(x: Tensor, drop_probability: float | Tensor) -> Tensor:
-    """Zero whole pictures of [B, C, H, W] with ``drop_probability`` and rescale the rest (Larsson et al., 2017)."""
+    """Zero whole pictures of [B, C, H, W] with ``drop_probability`` and rescale the rest (Larsson et al.,
+    2017).
+    """
     keep = 1 - drop_probability
     mask = torch.rand(x.shape[0], 1, 1, 1, device=x.device) < keep
     return x / keep * mask
@@ -88,8 +90,9 @@ class AuxiliaryHead(nn.Module):
 class DerivedNetwork(nn.Module):
     """The evaluation network of DARTS for one genotype.
 
-    ``forward`` maps [B, in_channels, H, W] to logits [B, num_classes]. While training, ``drop_path_probability``
-    (None: off) drops operations, and ``forward_with_auxiliary`` also returns the auxiliary head's logits.
+    ``forward`` maps [B, in_channels, H, W] to logits [B, num_classes]. While training,
+    ``drop_path_probability`` (None: off) drops operations, and ``forward_with_auxiliary`` also returns the
+    auxiliary head's logits.
     """
 
     def __init__(
@@ -177,11 +180,14 @@ def inherit_weights(network: DerivedNetwork, supernet: Supernet) -> None:
     ]
     edge_index = {endpoints: i for i, endpoints in enumerate(supernet.topology.edges)}
     for cell, search_cell in zip(network.cells, supernet.cells, strict=True):
+        assert isinstance(cell, DerivedCell)
+        assert isinstance(search_cell, SearchCell)
         pairs.append((cell.inputs, search_cell.inputs))
         for endpoints, name, op in zip(cell.endpoints, cell.op_names, cell.edges, strict=True):
-            searched = search_cell.edges[edge_index[endpoints]].candidate(name)
+            mixed = search_cell.edges[edge_index[endpoints]]
+            assert isinstance(mixed, MixedOp)
             if any(True for _ in op.parameters()):
-                pairs.append((op, searched))
+                pairs.append((op, mixed.candidate(name)))
     for target, source in pairs:
         # Not strict: scale and shift exist in the target only.
         target.load_state_dict(source.state_dict(), strict=False)

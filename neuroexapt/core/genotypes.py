@@ -16,9 +16,10 @@ Edge = tuple[str, int]
 class Genotype:
     """A pair of cells in the notation of DARTS.
 
-    ``normal`` and ``reduce`` list two ``(operation, source state)`` pairs for each node. States 0 and 1 are the
-    outputs of the two cells before, node i is state i + 2. ``*_concat`` are the states whose concatenation is
-    the cell's output. ``str(genotype)`` is the published text, which ``from_text`` reads back.
+    ``normal`` and ``reduce`` list two ``(operation, source state)`` pairs for each node. States 0 and 1 are
+    the outputs of the two cells before, node i is state i + 2. ``*_concat`` are the states whose
+    concatenation is the cell's output. ``str(genotype)`` is the published text, which ``from_text`` reads
+    back.
     """
 
     normal: tuple[Edge, ...]
@@ -68,9 +69,10 @@ class Genotype:
                 raise UserError(f"the genotype is not valid JSON: {error}") from error
         try:
             call = ast.parse(text, mode="eval").body
-            assert isinstance(call, ast.Call) and not call.args
+            if not isinstance(call, ast.Call) or call.args:
+                raise ValueError
             fields = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
-        except (SyntaxError, ValueError, AssertionError) as error:
+        except (SyntaxError, ValueError) as error:
             raise UserError(
                 "the genotype is neither JSON nor of the form Genotype(normal=[...], ...)"
             ) from error
@@ -118,10 +120,10 @@ def _published(
 ) -> Genotype:
     """Genotype from compact text: ``op:source`` words, two to a node."""
 
-    def parse(cell: str) -> list[Edge]:
-        return [(op, int(source)) for op, source in (word.split(":") for word in cell.split())]
+    def parse(cell: str) -> tuple[Edge, ...]:
+        return tuple((op, int(source)) for op, source in (word.split(":") for word in cell.split()))
 
-    return Genotype(parse(normal), tuple(normal_concat), parse(reduce), tuple(reduce_concat))  # type: ignore[arg-type]
+    return Genotype(parse(normal), tuple(normal_concat), parse(reduce), tuple(reduce_concat))
 
 
 # Zoph et al., CVPR 2018; Real et al., AAAI 2019; Liu et al., ICLR 2019 (first and second order);

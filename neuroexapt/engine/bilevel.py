@@ -20,7 +20,9 @@ class Batch(NamedTuple):
 
 
 class ArchGradient(NamedTuple):
-    """Gradients of every α, and loss [] and logits [B, num_classes] of the validation batch they came from."""
+    """Gradients of every α, and loss [] and logits [B, num_classes] of the validation batch they came
+    from.
+    """
 
     gradients: Sequence[Tensor]
     loss: Tensor
@@ -28,7 +30,9 @@ class ArchGradient(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Means over the batches of one step; 0-dim tensors, left on the device so that no step waits for them."""
+    """Means over the batches of one step; 0-dim tensors, left on the device so that no step waits for
+    them.
+    """
 
     train_loss: Tensor
     train_accuracy: Tensor
@@ -75,7 +79,7 @@ class BilevelStep:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss [] and logits [B, num_classes] of the search network as the strategy relaxes it."""
-        logits = self.supernet(batch.images, self.strategy.relax(self.supernet.alphas))
+        logits = self.supernet(batch.images, self.strategy.relax(dict(self.supernet.alphas)))
         return self.criterion(logits, batch.labels), logits
 
     def __call__(self, train: Batch, valid: Batch | None) -> StepMetrics:

@@ -1,7 +1,7 @@
 """Checkpoints: nested states as one safetensors file, written atomically, verified when read.
 
-Tensors keep their exact bits. Everything else of the state is JSON in the file's header, so reading a checkpoint
-never runs code from it. A digest over both reveals damage.
+Tensors keep their exact bits. Everything else of the state is JSON in the file's header, so reading a
+checkpoint never runs code from it. A digest over both reveals damage.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ FORMAT = 1
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (dicts, lists, JSON scalars and tensors, keys str or int) so that ``path`` is never half written."""
+    """Write ``state`` (dicts, lists, JSON scalars and tensors, keys str or int) so that ``path`` is never
+    half written.
+    """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_flatten(state, "", tensors))
     metadata = {"format": str(FORMAT), "tree": tree, "digest": _digest(tree, tensors)}
@@ -50,7 +52,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace ``path`` in one step: whoever reads it, and a crash at any moment, sees the old or the new content."""
+    """Replace ``path`` in one step: whoever reads it, and a crash at any moment, sees the old or the new
+    content.
+    """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -91,7 +91,7 @@ class SearchConfig(RunConfig):
             raise UserError(f"train_portion={self.train_portion}: choose a share between 0 and 1")
         if self.warmup_epochs >= self.epochs:
             raise UserError(
-                f"warmup_epochs={self.warmup_epochs} leaves none of the {self.epochs} epochs for α; choose fewer"
+                f"warmup_epochs={self.warmup_epochs} leaves none of {self.epochs} epochs for α; choose fewer"
             )
 
 

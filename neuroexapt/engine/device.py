@@ -1,7 +1,9 @@
 """What a run records of its device: name and peak memory."""
 
 import platform
+import re
 import resource
+from pathlib import Path
 
 import torch
 
@@ -20,7 +22,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def get_device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
+    """The GPU's name, or the processor's model, or where that is not to be had its architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model[1] if model else platform.machine()

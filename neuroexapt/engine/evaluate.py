@@ -73,8 +73,8 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> EvaluationResult:
         run.create_folder()
         run.folder.write_json("genotype.json", genotype.to_dict())
     run.session.progress.say(
-        f"training {config.genotype} on {config.dataset}: {phase.epochs} epochs of {phase.steps_per_epoch} steps "
-        f"on {run.device}, run folder {run.folder.path}"
+        f"training {config.genotype} on {config.dataset}: {phase.epochs} epochs of "
+        f"{phase.steps_per_epoch} steps on {run.device}, run folder {run.folder.path}"
     )
     seconds = run.train(phase)
     curves = read_curves(run.folder)

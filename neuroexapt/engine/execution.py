@@ -8,6 +8,7 @@ import torch
 
 from neuroexapt.backend.config import load_config, save_config
 from neuroexapt.backend.measure import time_calls
+from neuroexapt.core.operations import MixedOp
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.errors import UserError
 
@@ -24,9 +25,9 @@ def compile_edges(supernet: Supernet) -> None:
     """
     # One graph for every kind of edge, in training and in evaluation; the default limit is eight.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-    for cell in supernet.cells:
-        for edge in cell.edges:
-            edge.compile()
+    for module in supernet.modules():
+        if isinstance(module, MixedOp):
+            module.compile()
 
 
 def choose_execution(

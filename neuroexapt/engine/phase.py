@@ -1,7 +1,7 @@
 """One stretch of training, step by step: progress, records, checkpoints, resumption, clean stops.
 
-A run is a sequence of phases (``search``, then ``inherit`` and ``scratch``; or ``evaluate``). Every phase has a
-checkpoint file of its own, so that resuming a run means going through its phases again: what is finished is
+A run is a sequence of phases (``search``, then ``inherit`` and ``scratch``; or ``evaluate``). Every phase has
+a checkpoint file of its own, so that resuming a run means going through its phases again: what is finished is
 loaded, what was under way goes on at its step, the rest starts.
 """
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint
+from neuroexapt.engine.device import peak_memory_bytes, reset_peak_memory
 from neuroexapt.engine.events import Events
 from neuroexapt.engine.interrupt import Interrupted, StopRequest
-from neuroexapt.engine.device import peak_memory_bytes, reset_peak_memory
 from neuroexapt.engine.progress import Progress
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.errors import UserError
@@ -28,7 +28,9 @@ CHECK_EVERY = 10
 
 
 class Phase(ABC):
-    """What is trained. ``parameters`` are checked before every checkpoint: one with NaN in it is worth nothing."""
+    """What is trained. ``parameters`` are checked before every checkpoint: one with NaN in it is worth
+    nothing.
+    """
 
     name: str
     epochs: int
@@ -41,7 +43,9 @@ class Phase(ABC):
 
     @abstractmethod
     def steps(self, epoch: int, start: int) -> Iterator[Tensor]:
-        """Take the steps ``start``, ``start + 1``, … of ``epoch``; yield after each its metrics, [M] on the device."""
+        """Take the steps ``start``, ``start + 1``, … of ``epoch``; yield after each its metrics, [M] on the
+        device.
+        """
 
     @abstractmethod
     def end_epoch(self, epoch: int) -> dict[str, Any]:
@@ -63,7 +67,9 @@ class Phase(ABC):
 
 @dataclass
 class Session:
-    """What the phases of one invocation share. ``identity`` is what a checkpoint must agree with to be resumed."""
+    """What the phases of one invocation share. ``identity`` is what a checkpoint must agree with to be
+    resumed.
+    """
 
     run: RunFolder
     identity: dict[str, Any]
@@ -174,9 +180,9 @@ class PhaseRunner:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(
-                    f"{name} became {value} in phase {self.phase.name}, epoch {self.position.epoch}, step {step}; "
-                    f"the last good state is in {self.checkpoint}. Lower --learning-rate and start anew, or look "
-                    "for bad values in the data"
+                    f"{name} became {value} in phase {self.phase.name}, epoch {self.position.epoch}, "
+                    f"step {step}; the last good state is in {self.checkpoint}. Lower --learning-rate and "
+                    "start anew, or look for bad values in the data"
                 )
 
     def _save(self) -> None:

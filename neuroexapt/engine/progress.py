@@ -1,11 +1,14 @@
-"""What a run shows while it works: a live line in a terminal, a line an epoch elsewhere, nothing when quiet."""
+"""What a run shows while it works: a live line in a terminal, a line an epoch elsewhere, nothing when
+quiet.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as RichProgress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 SHOWN = {
     "train_loss": "loss",

@@ -17,7 +17,6 @@ from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
 from neuroexapt.engine.training import TrainPhase, evaluate_loss
-from neuroexapt.errors import UserError
 from neuroexapt.spaces import get_space
 from neuroexapt.strategies import get_strategy
 
@@ -40,12 +39,13 @@ class SearchResult:
 def search(
     *, resume: str | Path | None = None, config: str | Path | None = None, **settings: Any
 ) -> SearchResult:
-    """Search an architecture, derive it, train it with the inherited weights, and keep it all in a run folder.
+    """Search an architecture, derive it, train it with the inherited weights, and keep it all in a run
+    folder.
 
-    ``settings`` are the fields of ``SearchConfig``; those not given come from the file ``config``, then from the
-    data set's preset. ``resume`` continues the run in that folder instead, from its last checkpoint to the same
-    result bit for bit on the CPU. Raises UserError for what the caller can mend and Interrupted, after saving,
-    on SIGINT or SIGTERM.
+    ``settings`` are the fields of ``SearchConfig``; those not given come from the file ``config``, then from
+    the data set's preset. ``resume`` continues the run in that folder instead, from its last checkpoint to
+    the same result bit for bit on the CPU. Raises UserError for what the caller can mend and Interrupted,
+    after saving, on SIGINT or SIGTERM.
     """
     run_config, folder = open_run(
         SearchConfig,

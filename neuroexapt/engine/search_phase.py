@@ -112,7 +112,7 @@ class SearchPhase(Phase):
 
     @torch.no_grad()
     def mixing_weights(self) -> dict[str, Tensor]:
-        return self.strategy.relax(self.supernet.alphas)
+        return self.strategy.relax(dict(self.supernet.alphas))
 
     def genotype(self) -> Genotype:
         """What the search would choose if it stopped now."""

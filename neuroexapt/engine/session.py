@@ -56,9 +56,8 @@ def open_run(
     run = RunFolder.open(resume)
     fixed = sorted(set(overrides) - PLACEMENT) + (["config"] if config_file else [])
     if fixed:
-        raise UserError(
-            f"a resumed run keeps its settings: leave out {', '.join('--' + f.replace('_', '-') for f in fixed)}"
-        )
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
+        raise UserError(f"a resumed run keeps its settings: leave out {options}")
     saved = run.read_json("config.json")
     if not isinstance(saved, dict) or not any(run.checkpoints.glob("*.safetensors")):
         raise UserError(f"{resume} holds no checkpoint to go on from; start anew without --resume")

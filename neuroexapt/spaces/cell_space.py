@@ -1,4 +1,6 @@
-"""What a space of stacked normal and reduction cells lets one choose, and how the choice becomes a network."""
+"""What a space of stacked normal and reduction cells lets one choose, and how the choice becomes a
+network.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +22,8 @@ REDUCTIONS = 2
 class CellSpace:
     """A search space: the candidate operations of every edge and the graph of the cell.
 
-    The engine asks a space for its search network, for the genotype that mixing weights stand for, and for the
-    network of a genotype; it knows nothing else of it.
+    The engine asks a space for its search network, for the genotype that mixing weights stand for, and for
+    the network of a genotype; it knows nothing else of it.
     """
 
     name: str
@@ -44,8 +46,8 @@ class CellSpace:
             make_op(primitive, 2, 1, affine=False)
         if min(image_size) < 2**REDUCTIONS:
             raise UserError(
-                f"pictures of {image_size[0]}x{image_size[1]} pixels are too small for {REDUCTIONS} reductions; "
-                f"give at least {2**REDUCTIONS}x{2**REDUCTIONS}, for instance with --image-size 8"
+                f"pictures of {image_size[0]}x{image_size[1]} pixels are too small for {REDUCTIONS} "
+                f"reductions; give at least {2**REDUCTIONS}x{2**REDUCTIONS}, for instance with --image-size 8"
             )
 
     def supernet(self, *, in_channels: int, num_classes: int, channels: int, layers: int) -> Supernet:

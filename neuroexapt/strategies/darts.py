@@ -1,6 +1,6 @@
 """DARTS: Differentiable Architecture Search (Liu, Simonyan, Yang; ICLR 2019)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,5 +70,5 @@ def _sgd_direction(step: BilevelStep, gradients: tuple[Tensor, ...]) -> list[Ten
 
 
 @torch.no_grad()
-def _assign(targets: list[torch.nn.Parameter], values: list[Tensor]) -> None:
-    torch._foreach_copy_(targets, values)
+def _assign(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(targets), list(values))

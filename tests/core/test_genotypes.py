@@ -79,5 +79,5 @@ def test_load_by_name_file_and_run_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a file nor one of NASNet"):
         load_genotype("nonsense")
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="genotype.json"):
+    with pytest.raises(UserError, match=r"genotype\.json"):
         load_genotype(str(file))
