@@ -11,7 +11,7 @@ from neuroexapt.backend.tuning import smallest_worthwhile_size
 from neuroexapt.kernels import reference
 
 # Imported on the first call that could use them, since that import needs Triton.
-_MODULES = {
+MODULES = {
     ("softmax_sum", "ext"): "neuroexapt.cuda_ops.softmax_sum",
     ("weighted_sum", "ext"): "neuroexapt.cuda_ops.softmax_sum",
     ("softmax_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
@@ -47,7 +47,7 @@ def candidates(
 
 def implements(op: str, tier: str) -> bool:
     """Whether ``op`` has an implementation on ``tier``, which is then registered."""
-    module = _MODULES.get((op, tier))
+    module = MODULES.get((op, tier))
     if module is not None:
         _register_all_of(module)
     return (op, tier) in registry.IMPLEMENTATIONS

@@ -18,11 +18,14 @@ def load_config(path: Path | None = None) -> dict[str, Any]:
     """The saved configuration, empty where none was saved."""
     path = path or config_path()
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}; mend or delete it") from error
+    if not isinstance(config, dict):
+        raise UserError(f"the configuration {path} is not a JSON object; mend or delete it")
+    return config
 
 
 def save_config(changes: dict[str, Any], path: Path | None = None) -> Path:

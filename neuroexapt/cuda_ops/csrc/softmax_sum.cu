@@ -19,6 +19,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kForwardThreads = 256;
 constexpr int kBackwardThreads = 128;
+constexpr int kBackwardBlocks = 8;  // of a multiprocessor, which leaves 64 registers a thread
 constexpr int kReduceThreads = 512;
 constexpr int kInFlight = 4;  // operands whose loads a thread issues before it uses the first
 
@@ -183,7 +184,7 @@ __device__ void backward_pack(const void* grad_y, const Operands& xs, const floa
 
 // Gradients of the operands and, with kScores, this block's share of ⟨g, x_k⟩ in partials [K, gridDim.x].
 template <typename T, int V, bool kScores>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
     softmax_sum_bwd_kernel(const void* grad_y, const __grid_constant__ Operands xs, const float* scores,
                            const __grid_constant__ Gradients grad_xs, float* partials, int64_t n, int K,
                            bool is_logits) {
