@@ -1,0 +1,93 @@
+"""Writes the tables of TRITON_CUDA_OPTIMIZATION_SUITE.md from benchmarks/results.
+
+``python benchmarks/make_tables.py`` rewrites what stands between ``<!-- table: BENCHMARK METRIC -->`` and
+``<!-- end -->``; a test holds the document to its files. Of figures measured twice the last one counts.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "TRITON_CUDA_OPTIMIZATION_SUITE.md"
+RESULTS = Path(__file__).parent / "results"
+# From the unit of the files to the one shown.
+SHOWN_UNITS = {"ms": ("µs", 1e3), "bytes": ("MiB", 2**-20), "GB/s": ("GB/s", 1.0)}
+OURS = ("ext", "fused", "triton")
+
+
+def render(document: str, results: Path = RESULTS) -> str:
+    """``document`` with its tables made anew."""
+    pattern = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + _tables(results, match[2], match[3]) + match[4], document)
+
+
+def _tables(results: Path, benchmark: str, metric: str) -> str:
+    """One table for each device, or a line that says that there is none."""
+    path = results / f"{benchmark}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    figures = [figure for figure in map(json.loads, lines) if figure["metric"] == metric]
+    if not figures:
+        return "Not measured yet.\n"
+    devices = dict.fromkeys(figure["device"] for figure in figures)
+    return "\n".join(_table([f for f in figures if f["device"] == device]) for device in devices)
+
+
+def _table(figures: list[dict]) -> str:
+    last = figures[-1]
+    unit, factor = SHOWN_UNITS[last["unit"]]
+    implementations = list(dict.fromkeys(figure["implementation"] for figure in figures))
+    implementations.sort(key=lambda name: (name == "floor", name in OURS))
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for figure in figures:
+        row = rows.setdefault((figure["case"], figure["dtype"]), {})
+        row[figure["implementation"]] = figure["median"] * factor
+    ratios = _ratios(implementations)
+    header = ["case", "dtype", *implementations, *(f"{a} / {b}" for a, b in ratios)]
+    body = [
+        [
+            case,
+            dtype,
+            *(_number(row.get(name)) for name in implementations),
+            *(_ratio(row, *r) for r in ratios),
+        ]
+        for (case, dtype), row in rows.items()
+    ]
+    spread = max((f["p80"] - f["p20"]) / f["median"] for f in figures)
+    versions = f"torch {last['torch']}, triton {last['triton']}, CUDA {last['cuda']}"
+    return "\n".join(
+        [
+            f"{last['device']}, {versions}, commit {last['commit']}, {last['date']}. Medians in {unit}; "
+            f"p20 to p80 span at most {spread:.0%} of them.",
+            "",
+            _line(header),
+            _line(["---"] * 2 + ["---:"] * (len(header) - 2)),
+            *map(_line, body),
+            "",
+        ]
+    )
+
+
+def _ratios(implementations: list[str]) -> list[tuple[str, str]]:
+    """Everything that our best implementation is held to, over that implementation."""
+    best = next((name for name in OURS if name in implementations), None)
+    baselines = [name for name in ("eager", "stack", "compile", "floor") if name in implementations]
+    return [(name, best) for name in baselines if best]
+
+
+def _ratio(row: dict[str, float], numerator: str, denominator: str) -> str:
+    if numerator not in row or denominator not in row:
+        return ""
+    return f"{row[numerator] / row[denominator]:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(render(DOCUMENT.read_text()))

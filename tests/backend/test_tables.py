@@ -1,0 +1,52 @@
+import json
+import sys
+
+import pytest
+
+from neuroexapt.cuda_ops.build import SOURCES
+
+sys.path.insert(0, str(SOURCES.parents[2] / "benchmarks"))
+import make_tables
+
+FIGURE = {
+    "benchmark": "sums",
+    "case": "small",
+    "dtype": "float32",
+    "metric": "device_ms",
+    "unit": "ms",
+    "p20": 0.9,
+    "p80": 1.1,
+    "device": "Some GPU",
+    "torch": "2.11",
+    "triton": "3.6",
+    "cuda": "13.0",
+    "commit": "abc",
+    "date": "2026-01-01",
+}
+
+
+def test_the_document_holds_what_the_results_say():
+    document = make_tables.DOCUMENT.read_text()
+    assert make_tables.render(document) == document, "run python benchmarks/make_tables.py"
+
+
+def test_a_table_shows_the_last_medians_and_what_they_amount_to(tmp_path):
+    medians = [("ext", 9.0), ("eager", 4.0), ("floor", 0.9), ("ext", 1.0)]
+    lines = [json.dumps(FIGURE | {"implementation": name, "median": median}) for name, median in medians]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    marked = "before\n<!-- table: sums device_ms -->\nold\n<!-- end -->\nafter\n"
+    rendered = make_tables.render(marked, tmp_path)
+    assert "| case | dtype | eager | ext | floor | eager / ext | floor / ext |" in rendered
+    assert "| small | float32 | 4,000 | 1,000 | 900 | 4.00 | 0.90 |" in rendered
+    assert "Some GPU" in rendered
+    assert "old" not in rendered
+    assert rendered.startswith("before\n")
+    assert rendered.endswith("after\n")
+    assert make_tables.render(rendered, tmp_path) == rendered
+
+
+@pytest.mark.parametrize("marker", ["sums step_ms", "others device_ms"])
+def test_a_table_without_results_says_so(tmp_path, marker):
+    (tmp_path / "sums.jsonl").write_text(json.dumps(FIGURE | {"implementation": "ext", "median": 1.0}))
+    rendered = make_tables.render(f"<!-- table: {marker} -->\n<!-- end -->", tmp_path)
+    assert rendered == f"<!-- table: {marker} -->\nNot measured yet.\n<!-- end -->"
