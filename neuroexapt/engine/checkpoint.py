@@ -85,7 +85,7 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         # As pairs, since the states of optimizers have integers for keys.
         return {"dict": [[k, _flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
-        return {"list": [_flatten(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]}
+        return {type(value).__name__: [_flatten(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]}
     assert value is None or isinstance(value, (str, int, float, bool)), f"{name}: {type(value)}"
     return value
 
@@ -98,7 +98,8 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "dict":
         return {k: _unflatten(v, tensors) for k, v in content}
-    return [_unflatten(v, tensors) for v in content]
+    items = [_unflatten(v, tensors) for v in content]
+    return tuple(items) if kind == "tuple" else items
 
 
 def _digest(tree: str, tensors: dict[str, Tensor]) -> str:

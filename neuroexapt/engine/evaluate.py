@@ -15,6 +15,9 @@ from neuroexapt.engine.training import TrainPhase
 from neuroexapt.spaces import get_space
 
 
+PHASE = "evaluate"
+
+
 @dataclass(frozen=True)
 class EvaluationResult:
     """A trained genotype; ``curves["evaluate"][name]`` holds a value an epoch."""
@@ -36,6 +39,7 @@ def evaluate(
     run_config, folder = open_run(
         EvaluateConfig,
         settings,
+        first_phase=PHASE,
         resume=Path(resume) if resume else None,
         config_file=Path(config) if config else None,
     )
@@ -50,7 +54,7 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> EvaluationResult:
     space.check(data.image_size, config.init_channels, config.layers)
     if config.auxiliary:
         check_auxiliary_size(data.image_size)
-    torch.manual_seed(seed_for(config.seed, "evaluate"))
+    torch.manual_seed(seed_for(config.seed, PHASE))
     network = space.network(
         genotype,
         in_channels=data.in_channels,
@@ -60,7 +64,7 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> EvaluationResult:
         auxiliary=config.auxiliary,
     ).to(run.device)
     phase = TrainPhase(
-        "evaluate",
+        PHASE,
         network,
         run.loader("train", training=True, stream="derived"),
         run.loader("test", training=False),
@@ -80,9 +84,9 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> EvaluationResult:
     curves = read_curves(run.folder)
     result = {
         "genotype": genotype.to_dict(),
-        "test_accuracy": curves["evaluate"]["test_accuracy"][-1],
+        "test_accuracy": curves[PHASE]["test_accuracy"][-1],
         "seconds": seconds,
-        **run.measurements("evaluate"),
+        **run.measurements(PHASE),
         "parameters": count_parameters(network),
         **run.environment(),
     }

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(Exception):
     """The run was stopped by a signal after saving its state; the message says how to go on."""
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -50,6 +50,7 @@ def search(
     run_config, folder = open_run(
         SearchConfig,
         settings,
+        first_phase=SearchPhase.name,
         resume=Path(resume) if resume else None,
         config_file=Path(config) if config else None,
     )

@@ -46,9 +46,17 @@ PLACEMENT = frozenset(
 
 
 def open_run(
-    cls: type[Config], overrides: dict[str, Any], *, resume: Path | None, config_file: Path | None
+    cls: type[Config],
+    overrides: dict[str, Any],
+    *,
+    first_phase: str,
+    resume: Path | None,
+    config_file: Path | None,
 ) -> tuple[Config, RunFolder]:
-    """A new run folder with its config, or one that holds a run, whose settings then stand."""
+    """A new run folder with its config, or one that holds a run, whose settings then stand.
+
+    Without the checkpoint of its first phase a run is not resumed: it would start from random weights.
+    """
     if resume is None:
         config = make_config(cls, overrides, config_file)
         out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(config.dataset).name}"
@@ -58,10 +66,11 @@ def open_run(
     if fixed:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
         raise UserError(f"a resumed run keeps its settings: leave out {options}")
-    saved = run.read_json("config.json")
-    if not isinstance(saved, dict) or not any(run.checkpoints.glob("*.safetensors")):
-        raise UserError(f"{resume} holds no checkpoint to go on from; start anew without --resume")
-    return make_config(cls, {**saved, **overrides, "out": resume}), run
+    if not run.checkpoint(first_phase).exists():
+        raise UserError(
+            f"{resume} cannot go on: {run.checkpoint(first_phase)} is missing; start anew without --resume"
+        )
+    return make_config(cls, {**overrides, "out": resume}, run.path / "config.json"), run
 
 
 @dataclass

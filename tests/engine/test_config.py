@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from neuroexapt.engine.config import PRESETS, EvaluateConfig, SearchConfig, make_config
+from neuroexapt.errors import UserError
+
+
+def test_explicit_over_file_over_preset_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"epochs": 7, "layers": 5}))
+    config = make_config(SearchConfig, {"epochs": 9}, file)
+    assert (config.epochs, config.layers) == (9, 5)
+    assert config.init_channels == PRESETS["digits"][SearchConfig]["init_channels"]
+    assert config.momentum == 0.9
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    config = make_config(SearchConfig, {"dataset": "cifar10"})
+    assert (config.epochs, config.batch_size, config.layers, config.init_channels) == (50, 64, 8, 16)
+    assert (config.learning_rate, config.learning_rate_min, config.arch_learning_rate) == (0.025, 0.001, 3e-4)
+    assert (config.weight_decay, config.arch_weight_decay, config.grad_clip) == (3e-4, 1e-3, 5.0)
+    retrain = make_config(EvaluateConfig, {"dataset": "cifar10"})
+    assert (retrain.epochs, retrain.batch_size, retrain.layers, retrain.init_channels) == (600, 96, 20, 36)
+    assert (retrain.drop_path, retrain.auxiliary_weight, retrain.cutout) == (0.2, 0.4, 16)
+
+
+def test_saved_config_reads_back() -> None:
+    config = make_config(SearchConfig, {"dataset": "cifar10", "out": "somewhere", "flip": False, "cutout": 4})
+    assert make_config(SearchConfig, json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("dataset", PRESETS)
+@pytest.mark.parametrize("cls", [SearchConfig, EvaluateConfig])
+def test_presets_are_valid(dataset: str, cls: type) -> None:
+    assert make_config(cls, {"dataset": dataset}).dataset == dataset
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs=0: choose a value above 0"),
+        ({"epochs": 2.5}, "epochs=2.5: expected int"),
+        ({"epochs": True}, "epochs=True: expected int"),
+        ({"flip": 1}, "flip=1: expected bool"),
+        ({"out": 3}, "out=3: expected a path"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"batch_size": -4}, "batch_size=-4"),
+        ({"train_portion": 1.0}, "train_portion=1.0: choose a share"),
+        ({"epochs": 3, "warmup_epochs": 3}, "leaves none of 3 epochs"),
+        ({"seed": -1}, "seed=-1"),
+        ({"epochz": 3}, "unknown setting 'epochz' for SearchConfig; known are dataset"),
+    ],
+)
+def test_refuses(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config(SearchConfig, settings)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_refuses_a_file_that_holds_no_settings(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"config\.json"):
+        make_config(SearchConfig, {}, file)
