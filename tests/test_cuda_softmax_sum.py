@@ -257,7 +257,7 @@ def test_runs_on_the_current_stream(tier):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tier", ["ext", "triton"])
 def test_offsets_are_64_bits_wide(tier):
-    """Tensors of more than 2^31 elements; one byte operands' worth of a value shows a wrapped offset."""
+    """A wrapped offset would miss the last elements of a tensor of more than 2^31."""
     n = 2**31 + 5
     xs = [torch.full((n,), value, dtype=torch.bfloat16, device=DEVICE) for value in (1.0, 2.0)]
     xs[0][-1] = 5.0
