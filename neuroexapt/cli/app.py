@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from neuroexapt.cli.backend import backend_app
 from neuroexapt.cli.options import dashes, with_settings
 from neuroexapt.engine.config import EvaluateConfig, SearchConfig
 from neuroexapt.engine.interrupt import Interrupted
@@ -81,6 +82,9 @@ def report(
     from neuroexapt.report.html import write_report
 
     print(write_report(run, out))
+
+
+app.add_typer(backend_app, name="backend")
 
 
 def first_order(settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuroexapt import functional
 from neuroexapt.errors import UserError
-from neuroexapt.kernels import reference as functional
 
 OpFactory = Callable[[int, int, bool], nn.Module]
 
@@ -98,7 +98,32 @@ class ReLUConvBN(nn.Module):
         return self.op(x)
 
 
-class DilConv(nn.Module):
+class SepConvBlock(nn.Module):
+    """relu → depthwise → pointwise convolution → batch normalisation; the first three are one op."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel_size: int,
+        stride: int,
+        dilation: int,
+        affine: bool,
+    ) -> None:
+        super().__init__()
+        self.stride, self.dilation = stride, dilation
+        self.depthwise = nn.Conv2d(channels_in, channels_in, kernel_size, groups=channels_in, bias=False)
+        self.pointwise = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+        self.bn = nn.BatchNorm2d(channels_out, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.sepconv(
+            x, self.depthwise.weight, self.pointwise.weight, stride=self.stride, dilation=self.dilation
+        )
+        return self.bn(y)
+
+
+class DilConv(SepConvBlock):
     """relu → dilated depthwise → pointwise convolution → batch normalisation."""
 
     def __init__(
@@ -110,13 +135,7 @@ class DilConv(nn.Module):
         dilation: int = 2,
         affine: bool = True,
     ) -> None:
-        super().__init__()
-        self.op = nn.Sequential(
-            *_sepconv_block(channels_in, channels_out, kernel_size, stride, dilation, affine)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        super().__init__(channels_in, channels_out, kernel_size, stride, dilation, affine)
 
 
 class SepConv(nn.Module):
@@ -127,26 +146,12 @@ class SepConv(nn.Module):
     ) -> None:
         super().__init__()
         self.op = nn.Sequential(
-            *_sepconv_block(channels_in, channels_in, kernel_size, stride, 1, affine),
-            *_sepconv_block(channels_in, channels_out, kernel_size, 1, 1, affine),
+            SepConvBlock(channels_in, channels_in, kernel_size, stride, 1, affine),
+            SepConvBlock(channels_in, channels_out, kernel_size, 1, 1, affine),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
-
-
-def _sepconv_block(
-    channels_in: int, channels_out: int, kernel_size: int, stride: int, dilation: int, affine: bool
-) -> tuple[nn.Module, ...]:
-    padding = dilation * (kernel_size // 2)
-    return (
-        nn.ReLU(),
-        nn.Conv2d(
-            channels_in, channels_in, kernel_size, stride, padding, dilation, groups=channels_in, bias=False
-        ),
-        nn.Conv2d(channels_in, channels_out, 1, bias=False),
-        nn.BatchNorm2d(channels_out, affine=affine),
-    )
 
 
 class FactorizedConv(nn.Module):

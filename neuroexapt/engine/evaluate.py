@@ -14,7 +14,6 @@ from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.spaces import get_space
 
-
 PHASE = "evaluate"
 
 

@@ -24,6 +24,8 @@ def compile_edges(supernet: Supernet) -> None:
     The whole network at once takes too long to compile to be of use in a search.
     """
     # One graph for every kind of edge, in training and in evaluation; the default limit is eight.
+    # It reports, step by step, on shapes that its symbolic arithmetic cannot bound; nothing follows from it.
+    logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     for module in supernet.modules():
         if isinstance(module, MixedOp):

@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from neuroexapt.backend import resolve
+from neuroexapt.backend import get_backend, use_backend
 from neuroexapt.data import ImageDataset, Loader, load_dataset, make_loader
 from neuroexapt.data.augment import Augmentation
 from neuroexapt.engine.config import RunConfig, make_config
@@ -141,17 +141,18 @@ class OpenRun(Generic[Config]):
 
 @contextmanager
 def running(config: Config, folder: RunFolder, command: str) -> Iterator[OpenRun[Config]]:
-    """Check everything that can be checked before any work, then hold the run open for its phases."""
-    device = resolve(config.backend).torch_device
-    data = load_dataset(
-        config.dataset,
-        root=config.data_root,
-        download=config.download,
-        image_size=config.image_size,
-        quiet=config.quiet,
-    )
-    what = {k: v for k, v in config.to_dict().items() if k not in PLACEMENT}
-    with StopRequest().listening() as stop:
+    """Choose the backend, read the data and listen to signals while the block runs."""
+    # "auto" leaves the choice to the environment and to the saved configuration.
+    chosen = nullcontext(get_backend()) if config.backend == "auto" else use_backend(config.backend)
+    with chosen as backend, StopRequest().listening() as stop:
+        data = load_dataset(
+            config.dataset,
+            root=config.data_root,
+            download=config.download,
+            image_size=config.image_size,
+            quiet=config.quiet,
+        )
+        what = {k: v for k, v in config.to_dict().items() if k not in PLACEMENT}
         session = Session(
             run=folder,
             identity={**what, "data": fingerprint(data)},
@@ -160,7 +161,7 @@ def running(config: Config, folder: RunFolder, command: str) -> Iterator[OpenRun
             checkpoint_seconds=config.checkpoint_seconds,
             command=f"neuroexapt {command}",
         )
-        yield OpenRun(config, session, data, device)
+        yield OpenRun(config, session, data, backend.torch_device)
 
 
 def seed_for(seed: int, purpose: str) -> int:
