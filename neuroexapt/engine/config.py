@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from neuroexapt.errors import UserError
 
+EXECUTIONS = ("eager", "compile", "fastest")
+
 Config = TypeVar("Config", bound="RunConfig")
 
 
@@ -89,6 +91,8 @@ class SearchConfig(RunConfig):
         _require_not_negative(self, "warmup_epochs", "arch_weight_decay", "train_epochs")
         if not 0 < self.train_portion < 1:
             raise UserError(f"train_portion={self.train_portion}: choose a share between 0 and 1")
+        if self.execution not in EXECUTIONS:
+            raise UserError(f"unknown execution {self.execution!r}; choose one of {', '.join(EXECUTIONS)}")
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"warmup_epochs={self.warmup_epochs} leaves none of {self.epochs} epochs for α; choose fewer"
