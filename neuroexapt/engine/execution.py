@@ -10,6 +10,7 @@ from neuroexapt.backend.config import load_config, save_config
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.core.operations import MixedOp
 from neuroexapt.core.supernet import Supernet
+from neuroexapt.errors import UserError
 
 MEASURED_SECONDS = 5.0
 
@@ -21,9 +22,9 @@ def compile_edges(supernet: Supernet) -> None:
 
     The whole network at once takes too long to compile to be of use in a search.
     """
-    # One graph for every kind of edge, in training and in evaluation; the default limit is eight.
-    # It reports, step by step, on shapes that its symbolic arithmetic cannot bound; nothing follows from it.
+    # The compiler warns, edge by edge, of shapes that it cannot bound; nothing follows from it.
     logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)
+    # One graph for every kind of edge, in training and in evaluation; the default limit is eight.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     for module in supernet.modules():
         if isinstance(module, MixedOp):
@@ -47,7 +48,10 @@ def choose_execution(
     if key not in remembered:
         say("measuring the eager and the compiled step once; the result is remembered")
         remembered[key] = _measure(supernet, take_step)
-        save_config({"execution": remembered})
+        try:
+            save_config({"execution": remembered})
+        except UserError as error:
+            say(f"the result is not remembered: {error}")
     entry = remembered[key]
     say(f"execution: {entry['choice']} ({entry['reason']})")
     return entry["choice"]
