@@ -284,10 +284,10 @@ def operator_samples() -> list[tuple]:
     x = tensors[0]
     ops = torch.ops.neuroexapt
     return [
-        (ops.sepconv, (*tensors, 2, 1, True)),
+        (ops.sepconv_triton, (*tensors, 2, 1, True)),
         (ops.sepconv_with_stats, (*tensors, 1, 1, True)),
         (ops.avg_pool, (x, 3, 1)),
-        (ops.max_pool, (x.to(memory_format=torch.channels_last), 3, 2)),
+        (ops.max_pool, (x.to(memory_format=torch.channels_last), 3, 2, True)),
         (ops.global_avg_pool, (x,)),
     ]
 

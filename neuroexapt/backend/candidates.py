@@ -16,6 +16,7 @@ MODULES = {
     ("weighted_sum", "ext"): "neuroexapt.cuda_ops.softmax_sum",
     ("softmax_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
     ("weighted_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
+    ("sepconv", "ext"): "neuroexapt.cuda_ops.sepconv",
     ("sepconv", "triton"): "neuroexapt.kernels.sepconv_triton",
     ("avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
     ("max_pool", "triton"): "neuroexapt.kernels.pool_triton",

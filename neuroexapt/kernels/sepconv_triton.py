@@ -32,10 +32,10 @@ import triton.language as tl
 from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
-from neuroexapt.errors import UserError
+from neuroexapt.kernels import sepconv as shared
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_KERNEL_SIZES = (3, 5, 7)
+_REDUCE = {"BLOCK_S": 128, "BLOCK": 8}
 
 
 @triton.jit
@@ -316,166 +316,40 @@ def sepconv_bwd_reduce_kernel(
         _sum_partials(dw_partial_ptr, dw_grad_ptr, block - PW_BLOCKS, dw_splits, DW_SIZE, BLOCK_S, BLOCK)
 
 
-def sepconv(
+def _forward(
     x: Tensor,
     depthwise_weight: Tensor,
     pointwise_weight: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    relu: bool = True,
-) -> Tensor:
-    """relu → depthwise → pointwise convolution, no bias, padding ``dilation · (k // 2)``.
-
-    ``y[b, o] = Σ_c W_pw[o, c] · (W_dw[c] ⋆ relu(x[b, c]))``, summed in fp32. Differentiable once, in each
-    input; the gradients are deterministic. Under autocast all three inputs are cast, as for ``conv2d``.
-    fp32 follows ``torch.backends.cudnn.conv.fp32_precision``: TF32 products where that is ``"tf32"``
-    (PyTorch's default for convolutions), else products exact to fp32 rounding.
-
-    Args:
-        x: [B, C, H, W] in fp32, fp16 or bf16, any strides.
-        depthwise_weight: [C, 1, k, k] of the same dtype, k one of 3, 5, 7.
-        pointwise_weight: [O, C, 1, 1] of the same dtype.
-        stride: 1 or 2.
-        dilation: 1 or 2.
-        relu: whether the relu is applied.
-
-    Returns:
-        [B, O, ceil(H / stride), ceil(W / stride)], channels_last where x is.
-
-    Raises:
-        UserError: the shapes do not fit together, or a value is not among those above.
-
-    Source: separable convolutions as in DARTS (Liu et al., ICLR 2019).
-    """
-    inputs = _checked(x, depthwise_weight, pointwise_weight, stride, dilation)
-    return torch.ops.neuroexapt.sepconv(*inputs, stride, dilation, relu)
-
-
-def sepconv_with_stats(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    relu: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``sepconv`` and, from the same pass, the batch statistics that a BatchNorm after it needs.
-
-    Returns:
-        y as ``sepconv`` gives it, and the mean and the biased variance of each of its channels over
-        batch, height and width: [O] in fp32, taken before y is rounded to its dtype, exact also where
-        the mean is large (Chan et al., 1979). They carry no gradient: BatchNorm's backward formula
-        already accounts for them.
-    """
-    inputs = _checked(x, depthwise_weight, pointwise_weight, stride, dilation)
-    return torch.ops.neuroexapt.sepconv_with_stats(*inputs, stride, dilation, relu)
-
-
-def supports(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    relu: bool = True,
-) -> Support:
-    """Whether the kernels take these arguments."""
-    if not x.is_cuda:
-        return Support(False, f"Triton kernels need a CUDA tensor, x is on {x.device}")
-    dtypes = {tensor.dtype for tensor in _autocast(x, depthwise_weight, pointwise_weight)}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        return Support(False, f"dtypes {sorted(map(str, dtypes))} are not one of fp32, fp16, bf16")
-    if depthwise_weight.shape[-1] not in _KERNEL_SIZES or stride not in (1, 2) or dilation not in (1, 2):
-        return Support(
-            False, f"kernel size {depthwise_weight.shape[-1]}, stride {stride}, dilation {dilation}"
-        )
-    if x.shape[0] * x.shape[2] * x.shape[3] >= 2**30:
-        return Support(False, "2^30 pixels or more in a batch")
-    return Support(True)
-
-
-def _checked(
-    x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: int, dilation: int
-) -> tuple[Tensor, ...]:
-    """The three tensors in autocast's dtype, once their shapes are known to fit."""
-    if x.dim() != 4:
-        raise UserError(f"sepconv needs x of shape [B, C, H, W], got {list(x.shape)}")
-    channels, kernel_size = x.shape[1], depthwise_weight.shape[-1]
-    if kernel_size not in _KERNEL_SIZES or stride not in (1, 2) or dilation not in (1, 2):
-        raise UserError(
-            "sepconv takes kernel sizes 3, 5, 7, strides 1, 2 and dilations 1, 2, got "
-            f"kernel size {kernel_size}, stride {stride}, dilation {dilation}"
-        )
-    if depthwise_weight.shape != (channels, 1, kernel_size, kernel_size):
-        raise UserError(
-            f"depthwise_weight must be [{channels}, 1, k, k] for x with {channels} channels, "
-            f"got {list(depthwise_weight.shape)}"
-        )
-    if pointwise_weight.dim() != 4 or pointwise_weight.shape[1:] != (channels, 1, 1):
-        raise UserError(
-            f"pointwise_weight must be [O, {channels}, 1, 1] for x with {channels} channels, "
-            f"got {list(pointwise_weight.shape)}"
-        )
-    tensors = _autocast(x, depthwise_weight, pointwise_weight)
-    if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
-        raise UserError(f"x is {x.dtype}, so both weights must be; cast them or use torch.autocast")
-    return tensors
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-@torch.library.custom_op("neuroexapt::sepconv", mutates_args=())
-def _sepconv(
-    x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: int, dilation: int, relu: bool
-) -> Tensor:
-    y = _empty_output(x, pointwise_weight, stride)
-    _launch_forward(x, depthwise_weight, pointwise_weight, y, None, stride, dilation, relu)
-    return y
-
-
-@torch.library.custom_op("neuroexapt::sepconv_with_stats", mutates_args=())
-def _sepconv_with_stats(
-    x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: int, dilation: int, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = _empty_output(x, pointwise_weight, stride)
-    pixels, out_channels = _pixels(y), y.shape[1]
-    block_p = _forward_blocks(y, x.shape[1])["BLOCK_P"]
-    tiles = triton.cdiv(pixels, block_p)
-    stats = x.new_empty(tiles, 2, out_channels, dtype=torch.float32)
-    mean, var = (x.new_empty(out_channels, dtype=torch.float32) for _ in range(2))
-    _launch_forward(x, depthwise_weight, pointwise_weight, y, stats, stride, dilation, relu)
+    y: Tensor,
+    stride: int,
+    dilation: int,
+    relu: bool,
+    stats: Tensor | None = None,
+) -> None:
+    blocks = _forward_blocks(y, x.shape[1])
+    grid = triton.cdiv(_pixels(y), blocks["BLOCK_P"]), triton.cdiv(y.shape[1], blocks["BLOCK_O"])
     with torch.cuda.device_of(x):
-        sepconv_stats_kernel[triton.cdiv(out_channels, 16),](
-            stats, mean, var, pixels, tiles, C_OUT=out_channels, TILE_PIXELS=block_p, BLOCK_T=128, BLOCK_O=16
-        )
-    return y, mean, var
+        sepconv_fwd_kernel[grid](
+            x, *x.stride(), depthwise_weight.contiguous(), pointwise_weight.contiguous(), y, *y.stride(),
+            stats, _pixels(y), *x.shape[2:], *y.shape[2:], C=x.shape[1], C_OUT=y.shape[1],
+            K=depthwise_weight.shape[-1], STRIDE=stride, DILATION=dilation, RELU=relu,
+            STATS=stats is not None, PRECISION=_precision(), **blocks,
+        )  # fmt: skip
 
 
-@torch.library.custom_op("neuroexapt::sepconv_backward", mutates_args=())
-def _sepconv_backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     depthwise_weight: Tensor,
     pointwise_weight: Tensor,
+    grads: shared.Grads,
+    needed: tuple[bool, ...],
     stride: int,
     dilation: int,
     relu: bool,
-    need_dx: bool,
-    need_dw: bool,
-    need_pw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dW_dw, dW_pw; one that is not needed comes back empty."""
-    grads = _empty_grads(x, depthwise_weight, pointwise_weight, need_dx, need_dw, need_pw)
+) -> None:
     dx, depthwise_grad, pointwise_grad = grads
+    need_dx, need_dw, need_pw = needed
     depthwise_weight, pointwise_weight = depthwise_weight.contiguous(), pointwise_weight.contiguous()
     channels, out_channels, kernel_size = x.shape[1], dy.shape[1], depthwise_weight.shape[-1]
     shape = (*x.shape[2:], *dy.shape[2:])
@@ -498,80 +372,90 @@ def _sepconv_backward(
                 _pixels(x), *shape, NEED_DX=need_dx, NEED_DW=need_dw, **conv, **dw_blocks,
             )  # fmt: skip
         sizes = pointwise_grad.numel(), depthwise_grad.numel()
-        block = 32
         if any(sizes):
-            sepconv_bwd_reduce_kernel[sum(triton.cdiv(size, block) for size in sizes),](
+            sepconv_bwd_reduce_kernel[sum(triton.cdiv(size, _REDUCE["BLOCK"]) for size in sizes),](
                 pw_partial, pointwise_grad, pw_splits, dw_partial, depthwise_grad, dw_splits,
-                PW_SIZE=sizes[0], DW_SIZE=sizes[1], BLOCK_S=128, BLOCK=block,
+                PW_SIZE=sizes[0], DW_SIZE=sizes[1], **_REDUCE,
             )  # fmt: skip
-    return grads
 
 
-@_sepconv.register_fake
-def _(x, depthwise_weight, pointwise_weight, stride, dilation, relu):
-    return _empty_output(x, pointwise_weight, stride)
+sepconv, _differentiate = shared.define_op("triton", _forward, _backward)
+
+
+def sepconv_with_stats(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    relu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sepconv`` and, from the same pass, the batch statistics that a BatchNorm after it needs.
+
+    Returns:
+        y as ``sepconv`` gives it, and the mean and the biased variance of each of its channels over
+        batch, height and width: [O] in fp32, taken before y is rounded to its dtype, exact also where
+        the mean is large (Chan et al., 1979). They carry no gradient: BatchNorm's backward formula
+        already accounts for them.
+    """
+    inputs = shared.checked(x, depthwise_weight, pointwise_weight, stride, dilation)
+    return torch.ops.neuroexapt.sepconv_with_stats(*inputs, stride, dilation, relu)
+
+
+def supports(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    relu: bool = True,
+) -> Support:
+    """Whether the kernels take these arguments."""
+    if not x.is_cuda:
+        return Support(False, f"Triton kernels need a CUDA tensor, x is on {x.device}")
+    dtypes = {tensor.dtype for tensor in shared.autocast(x, depthwise_weight, pointwise_weight)}
+    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+        return Support(False, f"dtypes {sorted(map(str, dtypes))} are not one of fp32, fp16, bf16")
+    if (
+        depthwise_weight.shape[-1] not in shared.KERNEL_SIZES
+        or stride not in (1, 2)
+        or dilation not in (1, 2)
+    ):
+        return Support(
+            False, f"kernel size {depthwise_weight.shape[-1]}, stride {stride}, dilation {dilation}"
+        )
+    if x.shape[0] * x.shape[2] * x.shape[3] >= 2**30:
+        return Support(False, "2^30 pixels or more in a batch")
+    return Support(True)
+
+
+@torch.library.custom_op("neuroexapt::sepconv_with_stats", mutates_args=())
+def _sepconv_with_stats(
+    x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: int, dilation: int, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = shared.empty_output(x, pointwise_weight, stride)
+    pixels, out_channels = _pixels(y), y.shape[1]
+    block_p = _forward_blocks(y, x.shape[1])["BLOCK_P"]
+    tiles = triton.cdiv(pixels, block_p)
+    stats = x.new_empty(tiles, 2, out_channels, dtype=torch.float32)
+    mean, var = (x.new_empty(out_channels, dtype=torch.float32) for _ in range(2))
+    _forward(x, depthwise_weight, pointwise_weight, y, stride, dilation, relu, stats)
+    with torch.cuda.device_of(x):
+        sepconv_stats_kernel[triton.cdiv(out_channels, 16),](
+            stats, mean, var, pixels, tiles, C_OUT=out_channels, TILE_PIXELS=block_p, BLOCK_T=128, BLOCK_O=16
+        )
+    return y, mean, var
 
 
 @_sepconv_with_stats.register_fake
 def _(x, depthwise_weight, pointwise_weight, stride, dilation, relu):
     mean, var = (x.new_empty(pointwise_weight.shape[0], dtype=torch.float32) for _ in range(2))
-    return _empty_output(x, pointwise_weight, stride), mean, var
+    return shared.empty_output(x, pointwise_weight, stride), mean, var
 
 
-@_sepconv_backward.register_fake
-def _(dy, x, depthwise_weight, pointwise_weight, stride, dilation, relu, need_dx, need_dw, need_pw):
-    return _empty_grads(x, depthwise_weight, pointwise_weight, need_dx, need_dw, need_pw)
-
-
-def _save_inputs(ctx, inputs, output):
-    *tensors, ctx.stride, ctx.dilation, ctx.relu = inputs
-    ctx.save_for_backward(*tensors)
-    if isinstance(output, tuple):
-        ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx, dy, *_stats_grads):
-    needed = ctx.needs_input_grad[:3]
-    grads = _sepconv_backward(dy, *ctx.saved_tensors, ctx.stride, ctx.dilation, ctx.relu, *needed)
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
-
-
-_sepconv.register_autograd(_backward, setup_context=_save_inputs)
-_sepconv_with_stats.register_autograd(_backward, setup_context=_save_inputs)
-
-
-def _launch_forward(x, depthwise_weight, pointwise_weight, y, stats, stride, dilation, relu) -> None:
-    if y.numel() == 0:
-        return
-    blocks = _forward_blocks(y, x.shape[1])
-    grid = triton.cdiv(_pixels(y), blocks["BLOCK_P"]), triton.cdiv(y.shape[1], blocks["BLOCK_O"])
-    with torch.cuda.device_of(x):
-        sepconv_fwd_kernel[grid](
-            x, *x.stride(), depthwise_weight.contiguous(), pointwise_weight.contiguous(), y, *y.stride(),
-            stats, _pixels(y), *x.shape[2:], *y.shape[2:], C=x.shape[1], C_OUT=y.shape[1],
-            K=depthwise_weight.shape[-1], STRIDE=stride, DILATION=dilation, RELU=relu,
-            STATS=stats is not None, PRECISION=_precision(), **blocks,
-        )  # fmt: skip
-
-
-def _empty_output(x: Tensor, pointwise_weight: Tensor, stride: int) -> Tensor:
-    batch, _, height, width = x.shape
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty(
-        (batch, pointwise_weight.shape[0], (height - 1) // stride + 1, (width - 1) // stride + 1),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
-
-
-def _empty_grads(x, depthwise_weight, pointwise_weight, *needed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x) if needed[0] else x.new_empty(0)
-    depthwise_grad, pointwise_grad = (
-        weight.new_empty(weight.shape if need else 0)
-        for weight, need in zip((depthwise_weight, pointwise_weight), needed[1:], strict=True)
-    )
-    return dx, depthwise_grad, pointwise_grad
+_sepconv_with_stats.register_autograd(_differentiate, setup_context=shared.save_inputs)
 
 
 def _pixels(x: Tensor) -> int:
@@ -584,8 +468,9 @@ def _precision() -> str:
 
 
 def _forward_blocks(y: Tensor, channels: int) -> dict[str, int]:
+    """Measured best or near it at 16, 32 and 64 channels: all input channels at once, up to 64."""
     return {
-        "BLOCK_C": 16,
+        "BLOCK_C": min(max(16, triton.next_power_of_2(channels)), 64),
         "BLOCK_O": _out_block(y.shape[1]),
         "BLOCK_P": _pixel_block(_pixels(y), largest=64),
         "num_warps": 4,
@@ -594,10 +479,16 @@ def _forward_blocks(y: Tensor, channels: int) -> dict[str, int]:
 
 
 def _backward_pointwise_plan(dy: Tensor, channels: int) -> tuple[int, tuple[int, int, int], dict[str, int]]:
-    """Number of splits, grid and blocks."""
-    blocks = _forward_blocks(dy, channels)
-    blocks["BLOCK_P"] = _pixel_block(_pixels(dy), largest=32)  # 64 would spill beside the sums of dW_pw
-    c_blocks, o_blocks = triton.cdiv(channels, blocks["BLOCK_C"]), triton.cdiv(dy.shape[1], blocks["BLOCK_O"])
+    """Number of splits, grid and blocks; other blocks or warps were measured up to three times slower."""
+    block_o = _out_block(dy.shape[1])
+    blocks = {
+        "BLOCK_C": 16,
+        "BLOCK_O": block_o,
+        "BLOCK_P": _pixel_block(_pixels(dy), largest=32),  # 64 would spill beside the sums of dW_pw
+        "num_warps": 2 if block_o <= 32 else 4,
+        "num_stages": 1,
+    }
+    c_blocks, o_blocks = triton.cdiv(channels, blocks["BLOCK_C"]), triton.cdiv(dy.shape[1], block_o)
     splits = _splits(triton.cdiv(_pixels(dy), blocks["BLOCK_P"]), c_blocks * o_blocks)
     return splits, (splits, c_blocks, o_blocks), blocks
 
@@ -612,9 +503,9 @@ def _backward_depthwise_plan(x: Tensor, kernel_size: int) -> tuple[int, tuple[in
 
 
 def _pixel_block(pixels: int, largest: int) -> int:
-    """``largest``, halved while that leaves each of 132 multiprocessors fewer than two programs."""
+    """``largest``, halved while that leaves most of 132 multiprocessors without a program."""
     block = largest
-    while block > 16 and pixels // block < 264:
+    while block > 16 and pixels // block < 128:
         block //= 2
     return block
 

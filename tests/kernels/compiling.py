@@ -89,7 +89,7 @@ def sepconv_cases(channels: int, size: int, kernel_size: int, precision: str) ->
             sepconv_triton.sepconv_bwd_depthwise_kernel,
             backward_depthwise | {"NEED_DX": True, "NEED_DW": True},
         ),
-        (sepconv_triton.sepconv_bwd_reduce_kernel, sizes | {"BLOCK_S": 128, "BLOCK": 32}),
+        (sepconv_triton.sepconv_bwd_reduce_kernel, sizes | sepconv_triton._REDUCE),
     ]
 
 
@@ -98,10 +98,13 @@ def pool_cases(channels: int, size: int) -> list[tuple]:
     pool = blocks | {"K": 5, "STRIDE": 2}
     return [
         (pool_triton.pool_fwd_kernel, pool | {"MAX": False, "WINNER": False}),
-        (pool_triton.pool_fwd_kernel, pool | {"MAX": True, "WINNER": False}),
+        (pool_triton.pool_fwd_kernel, pool | {"MAX": True, "WINNER": True}),
         (pool_triton.pool_bwd_kernel, pool | {"MAX": False}),
         (pool_triton.pool_bwd_kernel, pool | {"MAX": True}),
-        (pool_triton.global_avg_pool_fwd_kernel, blocks),
+        (
+            pool_triton.global_avg_pool_fwd_kernel,
+            pool_triton._blocks(channels, size * size, largest=1024),
+        ),
     ]
 
 

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "sepconv.h"
 #include "softmax_sum.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -12,4 +13,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .value("bfloat16", DType::kBFloat16);
   m.def("softmax_sum_forward", &softmax_sum_forward);
   m.def("softmax_sum_backward", &softmax_sum_backward);
+  pybind11::class_<sepconv::Shape>(m, "SepConvShape")
+      .def(pybind11::init<int, int, int, int, int, int, int, int, int, int, bool>());
+  m.def("sepconv_forward", &sepconv::forward);
+  m.def("sepconv_backward", &sepconv::backward);
 }

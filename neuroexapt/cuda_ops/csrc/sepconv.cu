@@ -1,0 +1,493 @@
+// Separable convolution in fp32 for the shapes of a search network; sepconv.h has the legend.
+//
+// A picture stays in L2 and the arithmetic takes some 2 µs of a Hopper chip, so loads on the chip decide.
+// A block therefore keeps its tile in shared memory with a halo of zeros, and a thread computes four
+// neighbouring pixels from a window of registers: k = 5 takes two 16-byte loads for twenty products,
+// where a kernel without shared memory (sepconv_triton.py) takes twenty loads. Products are exact fp32: the
+// pointwise convolution takes 1 µs on the ordinary units when each thread keeps 4 x 4 sums.
+//
+// Backward is one launch for all three gradients and a second that adds up the tiles' weight gradients in
+// a fixed order. The gradient before the pointwise convolution, e = W_pwᵀ · dy, is computed with its
+// halo (1.5 times the products at 8 rows), which saves the trip through memory that its neighbours
+// would otherwise need. Blocks split the input channels, which repeats no arithmetic.
+
+#include "sepconv.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace sepconv {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChannels = 16;                    // that a block of the backward pass owns
+constexpr int kLanes = kThreads / kChannels;     // threads that share a channel there
+constexpr int kReduceColumns = 32, kReduceSplits = 16;
+
+__host__ __device__ constexpr int round_up_4(int n) { return (n + 3) / 4 * 4; }
+
+template <int K, int S, int D>
+struct Conv {
+  static constexpr int kPad = D * (K / 2);
+  static constexpr int kHalo = (kPad + S - 1) / S;  // rows and columns of e around a tile
+  static constexpr int kWindow = round_up_4(3 * S + 2 * kPad + 1);  // of x, for four outputs
+  static constexpr int kGradWindow = S == 1 ? kWindow : (3 + kPad) / 2 + kHalo + 1;  // of e, for four dx
+
+  const Shape& shape;
+  int rows;
+
+  __device__ int x_rows() const { return (rows - 1) * S + 2 * kPad + 1; }
+  __device__ int x_pitch() const { return shape.W + round_up_4(2 * kPad); }
+  __device__ int e_rows() const { return rows + 2 * kHalo; }
+  __device__ int e_pitch() const { return shape.OW + round_up_4(2 * kHalo); }
+  __device__ int pixels() const { return rows * shape.OW; }
+  __device__ int tiles() const { return shape.OH / rows; }
+  __device__ int picture() const { return blockIdx.x / tiles(); }
+  __device__ int first_row() const { return blockIdx.x % tiles() * rows; }
+};
+
+// Steps through (plane, row, four neighbouring pixels) by the number of threads, without division.
+struct Walk {
+  int quads, rows;
+  int quad, row, plane;
+  int quad_step, row_step, plane_step;
+
+  __device__ Walk(int width, int rows_)
+      : quads(width / 4),
+        rows(rows_),
+        quad(threadIdx.x % quads),
+        row(threadIdx.x / quads % rows),
+        plane(threadIdx.x / quads / rows),
+        quad_step(kThreads % quads),
+        row_step(kThreads / quads % rows),
+        plane_step(kThreads / quads / rows) {}
+
+  __device__ void next() {
+    quad += quad_step;
+    row += row_step;
+    plane += plane_step;
+    if (quad >= quads) quad -= quads, ++row;
+    if (row >= rows) row -= rows, ++plane;
+  }
+};
+
+__device__ float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
+
+__device__ float4& as_float4(float* p) { return *reinterpret_cast<float4*>(p); }
+
+// Four floats at an address that is Offset past a multiple of four.
+template <int Offset>
+__device__ void store4(float* target, float4 v) {
+  if constexpr (Offset % 4 == 0) {
+    as_float4(target) = v;
+  } else if constexpr (Offset % 2 == 0) {
+    *reinterpret_cast<float2*>(target) = make_float2(v.x, v.y);
+    *reinterpret_cast<float2*>(target + 2) = make_float2(v.z, v.w);
+  } else {
+    target[0] = v.x, target[1] = v.y, target[2] = v.z, target[3] = v.w;
+  }
+}
+
+// N floats, Vector (4 or 2) at a time.
+template <int Vector, int N>
+__device__ void load_window(float (&window)[N], const float* source) {
+#pragma unroll
+  for (int i = 0; i < N; i += Vector) {
+    if constexpr (Vector == 4) {
+      const float4 v = *reinterpret_cast<const float4*>(source + i);
+      window[i] = v.x, window[i + 1] = v.y, window[i + 2] = v.z, window[i + 3] = v.w;
+    } else {
+      const float2 v = *reinterpret_cast<const float2*>(source + i);
+      window[i] = v.x, window[i + 1] = v.y;
+    }
+  }
+}
+
+__device__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
+
+// sums[i][j] += a[i] · b[j]
+__device__ void add_outer(float (&sums)[4][4], float4 a, float4 b) {
+  const float left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[i][j] = fmaf(left[i], right[j], sums[i][j]);
+  }
+}
+
+__device__ float dot4(float4 a, float4 b, float sum) {
+  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
+// The columns beside the picture: Left on its left, the rest of the pitch on its right.
+template <int Left>
+__device__ void zero_columns(float* tile, int rows, int width) {
+  constexpr int kColumns = round_up_4(2 * Left);
+  for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) {
+    const int column = i % kColumns;
+    tile[i / kColumns * (width + kColumns) + (column < Left ? column : width + column)] = 0.f;
+  }
+}
+
+// relu(x) of the tile's rows and halo into tile [channels, x_rows, x_pitch], zero outside the picture.
+template <typename Conv>
+__device__ void load_x(const Conv& conv, float* tile, const float* x, int channels, int top) {
+  const int height = conv.shape.H, width = conv.shape.W;
+  for (Walk at(width, conv.x_rows()); at.plane < channels; at.next()) {
+    const int y = top + at.row;
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (0 <= y && y < height) v = load4(x + (at.plane * height + y) * width + 4 * at.quad);
+    if (conv.shape.relu) v = make_float4(relu(v.x), relu(v.y), relu(v.z), relu(v.w));
+    float* row = tile + (at.plane * conv.x_rows() + at.row) * conv.x_pitch();
+    store4<Conv::kPad>(row + Conv::kPad + 4 * at.quad, v);
+  }
+  zero_columns<Conv::kPad>(tile, channels * conv.x_rows(), width);
+}
+
+template <int K>
+__device__ void load_weights(float (&weights)[K * K], const float* source) {
+#pragma unroll
+  for (int i = 0; i < K * K; ++i) weights[i] = __ldg(source + i);
+}
+
+// Shared memory: x [C, x_rows, x_pitch], depthwise outputs [C, pixels].
+template <int K, int S, int D>
+__global__ void __launch_bounds__(kThreads, 2)
+    fwd_kernel(const __grid_constant__ Shape shape, const float* x, const float* depthwise_weight,
+               const float* pointwise_weight, float* y, int rows) {
+  using Conv = Conv<K, S, D>;
+  const Conv conv{shape, rows};
+  const int C = shape.C, O = shape.O;
+  extern __shared__ __align__(16) float shared[];
+  float* tile = shared;
+  float* depthwise = tile + C * conv.x_rows() * conv.x_pitch();
+
+  x += int64_t(conv.picture()) * C * shape.H * shape.W;
+  load_x(conv, tile, x, C, conv.first_row() * S - Conv::kPad);
+  __syncthreads();
+
+  const int lanes = max(1, kThreads / C), groups = kThreads / lanes;  // a group of threads to a channel
+  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
+  const int quads = shape.OW / 4;
+  for (int c = group < groups ? group : C; c < C; c += groups) {
+    float w[K * K];
+    load_weights<K>(w, depthwise_weight + c * K * K);
+    for (int i = lane; i < rows * quads; i += lanes) {
+      const int row = i / quads, quad = i % quads;
+      const float* corner = tile + (c * conv.x_rows() + row * S) * conv.x_pitch() + 4 * S * quad;
+      float d[4] = {};
+#pragma unroll
+      for (int ky = 0; ky < K; ++ky) {
+        float window[Conv::kWindow];
+        load_window<4>(window, corner + ky * D * conv.x_pitch());
+#pragma unroll
+        for (int kx = 0; kx < K; ++kx) {
+#pragma unroll
+          for (int t = 0; t < 4; ++t) d[t] = fmaf(w[ky * K + kx], window[t * S + kx * D], d[t]);
+        }
+      }
+      as_float4(depthwise + c * conv.pixels() + 4 * i) = make_float4(d[0], d[1], d[2], d[3]);
+    }
+  }
+  __syncthreads();
+
+  y += (int64_t(conv.picture()) * O * shape.OH + conv.first_row()) * shape.OW;
+  const int pixel_quads = conv.pixels() / 4, out_plane = shape.OH * shape.OW;
+  for (int i = threadIdx.x; i < O / 4 * pixel_quads; i += kThreads) {
+    const int o = i / pixel_quads * 4, pixel = i % pixel_quads * 4;
+    float sums[4][4] = {};
+#pragma unroll 2
+    for (int c = 0; c < C; c += 4) {
+      float w[4][4];  // [input channel, output channel]
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float4 v = load4(pointwise_weight + (o + j) * C + c);
+        w[0][j] = v.x, w[1][j] = v.y, w[2][j] = v.z, w[3][j] = v.w;
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float4 d = as_float4(depthwise + (c + k) * conv.pixels() + pixel);
+        add_outer(sums, make_float4(w[k][0], w[k][1], w[k][2], w[k][3]), d);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      as_float4(y + (o + j) * out_plane + pixel) =
+          make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
+    }
+  }
+}
+
+// e = W_pwᵀ · dy for this block's channels, on the tile and its halo.
+template <typename Conv>
+__device__ void compute_e(const Conv& conv, float* e, const float* dy, const float* weight) {
+  const int O = conv.shape.O, C = conv.shape.C, width = conv.shape.OW;
+  const int pixels = conv.e_rows() * width, pixel_quads = pixels / 4;
+  for (int i = threadIdx.x; i < kChannels / 4 * pixel_quads; i += kThreads) {
+    const int c = i / pixel_quads * 4, pixel = i % pixel_quads * 4;
+    float sums[4][4] = {};
+#pragma unroll 4
+    for (int o = 0; o < O; ++o) {
+      add_outer(sums, load4(weight + o * C + c), *reinterpret_cast<const float4*>(dy + o * pixels + pixel));
+    }
+    const int row = pixel / width, column = pixel % width;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float* target = e + ((c + k) * conv.e_rows() + row) * conv.e_pitch() + Conv::kHalo + column;
+      store4<Conv::kHalo>(target, make_float4(sums[k][0], sums[k][1], sums[k][2], sums[k][3]));
+    }
+  }
+}
+
+// One channel's depthwise outputs, and its depthwise weight gradient over the tile: [K²] from all lanes.
+template <int K, int S, int D>
+__device__ void recompute_depthwise(const Conv<K, S, D>& conv, float* depthwise, float (&grad)[K * K],
+                                    const float* x, const float* e, const float (&w)[K * K], int lane) {
+  using Conv = Conv<K, S, D>;
+  const int quads = conv.shape.OW / 4;
+  for (int i = lane; i < conv.rows * quads; i += kLanes) {
+    const int row = i / quads, quad = i % quads;
+    const float* corner = x + row * S * conv.x_pitch() + 4 * S * quad;
+    const float* own = e + (row + Conv::kHalo) * conv.e_pitch() + Conv::kHalo + 4 * quad;
+    float d[4] = {};
+    const float g[4] = {own[0], own[1], own[2], own[3]};
+#pragma unroll
+    for (int ky = 0; ky < K; ++ky) {
+      float window[Conv::kWindow];
+      load_window<4>(window, corner + ky * D * conv.x_pitch());
+#pragma unroll
+      for (int kx = 0; kx < K; ++kx) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          d[t] = fmaf(w[ky * K + kx], window[t * S + kx * D], d[t]);
+          grad[ky * K + kx] = fmaf(g[t], window[t * S + kx * D], grad[ky * K + kx]);
+        }
+      }
+    }
+    as_float4(depthwise + 4 * i) = make_float4(d[0], d[1], d[2], d[3]);
+  }
+#pragma unroll
+  for (int i = 0; i < K * K; ++i) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      grad[i] += __shfl_xor_sync(~0u, grad[i], offset);
+    }
+  }
+}
+
+// dx of one channel: every input pixel gathers the outputs that read it.
+template <int K, int S, int D>
+__device__ void gather_dx(const Conv<K, S, D>& conv, float* dx, const float* x, const float* e,
+                          const float (&w)[K * K], int lane) {
+  using Conv = Conv<K, S, D>;
+  const int quads = conv.shape.W / 4;
+  const int rows = min(conv.rows * S, conv.shape.H - conv.first_row() * S);
+  for (int i = lane; i < rows * quads; i += kLanes) {
+    const int row = i / quads, quad = i % quads;
+    float sums[4] = {};
+#pragma unroll
+    for (int ky = 0; ky < K; ++ky) {
+      const int row_s = row + Conv::kPad - ky * D + S * Conv::kHalo;  // S times the row of e
+      if (row_s % S != 0) continue;
+      float window[Conv::kGradWindow];
+      load_window<4 / S>(window, e + row_s / S * conv.e_pitch() + 4 / S * quad);
+#pragma unroll
+      for (int kx = 0; kx < K; ++kx) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          const int column_s = t + Conv::kPad - kx * D + S * Conv::kHalo;
+          if (column_s % S == 0) sums[t] = fmaf(w[ky * K + kx], window[column_s / S], sums[t]);
+        }
+      }
+    }
+    const float* at = x + (row + Conv::kPad) * conv.x_pitch() + Conv::kPad + 4 * quad;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      if (conv.shape.relu && at[t] == 0.f) sums[t] = 0.f;
+    }
+    as_float4(dx + 4 * i) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+  }
+}
+
+// dW_pw = dy · dᵀ over the tile: [O, kChannels] into rows of C. Lanes share the pixels of 4 x 4 weights.
+__device__ void pointwise_gradient(float* partial, const float* dy, int dy_pitch, const float* depthwise,
+                                   int pixels, int O, int C) {
+  int lanes = kLanes;
+  while (lanes * O > kThreads && lanes > 1) lanes /= 2;
+  const int lane = threadIdx.x % lanes;
+  for (int first = 0; first < O; first += kThreads / lanes) {
+    const int item = first + threadIdx.x / lanes;
+    const int o = item / 4 * 4, c = item % 4 * 4;
+    float sums[4][4] = {};
+    if (item < O) {
+      for (int pixel = 4 * lane; pixel < pixels; pixel += 4 * lanes) {
+        float4 d[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          d[k] = *reinterpret_cast<const float4*>(depthwise + (c + k) * pixels + pixel);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float4 g = *reinterpret_cast<const float4*>(dy + (o + j) * dy_pitch + pixel);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sums[j][k] = dot4(g, d[k], sums[j][k]);
+        }
+      }
+    }
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] += __shfl_xor_sync(~0u, sums[i / 4][i % 4], offset);
+    }
+    if (item < O && lane == 0) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        as_float4(partial + (o + j) * C + c) = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
+      }
+    }
+  }
+}
+
+// Shared memory: dy [O, e_rows, OW], then of this block's channels e [e_rows, e_pitch], x [x_rows, x_pitch]
+// and the depthwise outputs [pixels]. Grid: (tiles of all pictures, blocks of channels).
+template <int K, int S, int D>
+__global__ void __launch_bounds__(kThreads, 2)
+    bwd_kernel(const __grid_constant__ Shape shape, const float* dy, const float* x,
+               const float* depthwise_weight, const float* pointwise_weight, float* dx,
+               float* depthwise_partial, float* pointwise_partial, int rows) {
+  using Conv = Conv<K, S, D>;
+  const Conv conv{shape, rows};
+  const int C = shape.C, O = shape.O, first_channel = blockIdx.y * kChannels;
+  const int dy_pitch = conv.e_rows() * shape.OW;
+  extern __shared__ __align__(16) float shared[];
+  float* dy_tile = shared;
+  float* e = dy_tile + O * dy_pitch;
+  float* tile = e + kChannels * conv.e_rows() * conv.e_pitch();
+  float* depthwise = tile + kChannels * conv.x_rows() * conv.x_pitch();
+
+  dy += int64_t(conv.picture()) * O * shape.OH * shape.OW;
+  for (Walk at(shape.OW, conv.e_rows()); at.plane < O; at.next()) {
+    const int row = conv.first_row() - Conv::kHalo + at.row;
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (0 <= row && row < shape.OH) v = load4(dy + (at.plane * shape.OH + row) * shape.OW + 4 * at.quad);
+    as_float4(dy_tile + at.plane * dy_pitch + at.row * shape.OW + 4 * at.quad) = v;
+  }
+  const int64_t planes = (int64_t(conv.picture()) * C + first_channel) * shape.H * shape.W;
+  load_x(conv, tile, x + planes, kChannels, conv.first_row() * S - Conv::kPad);
+  zero_columns<Conv::kHalo>(e, kChannels * conv.e_rows(), shape.OW);
+  __syncthreads();
+
+  compute_e(conv, e, dy_tile, pointwise_weight + first_channel);
+  __syncthreads();
+
+  const int c = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const float* own_e = e + c * conv.e_rows() * conv.e_pitch();
+  const float* own_x = tile + c * conv.x_rows() * conv.x_pitch();
+  float w[K * K];
+  load_weights<K>(w, depthwise_weight + (first_channel + c) * K * K);
+  if (depthwise_partial != nullptr || pointwise_partial != nullptr) {
+    float grad[K * K] = {};
+    recompute_depthwise(conv, depthwise + c * conv.pixels(), grad, own_x, own_e, w, lane);
+    if (depthwise_partial != nullptr) {
+      float* partial = depthwise_partial + (int64_t(blockIdx.x) * C + first_channel + c) * K * K;
+#pragma unroll
+      for (int i = 0; i < K * K; ++i) {
+        if (lane == i % kLanes) partial[i] = grad[i];
+      }
+    }
+  }
+  if (dx != nullptr) {
+    const int64_t offset = (int64_t(c) * shape.H + conv.first_row() * S) * shape.W;
+    gather_dx(conv, dx + planes + offset, own_x, own_e, w, lane);
+  }
+  if (pointwise_partial == nullptr) return;
+  __syncthreads();
+  pointwise_gradient(pointwise_partial + int64_t(blockIdx.x) * O * C + first_channel,
+                     dy_tile + Conv::kHalo * shape.OW, dy_pitch, depthwise, conv.pixels(), O, C);
+}
+
+// Adds up the tiles' weight gradients in a fixed order; a size of 0 leaves that gradient out.
+__global__ void __launch_bounds__(kReduceColumns * kReduceSplits)
+    bwd_reduce_kernel(const float* pointwise_partial, float* pointwise_grad, int pointwise_size,
+                      const float* depthwise_partial, float* depthwise_grad, int depthwise_size, int tiles) {
+  __shared__ float sums[kReduceSplits][kReduceColumns];
+  int i = blockIdx.x * kReduceColumns + threadIdx.x;
+  const bool pointwise = i < pointwise_size;
+  if (!pointwise) i -= pointwise_size;
+  const int size = pointwise ? pointwise_size : depthwise_size;
+  const float* partial = pointwise ? pointwise_partial : depthwise_partial;
+  float sum = 0.f;
+  if (i < size) {
+#pragma unroll 8
+    for (int tile = threadIdx.y; tile < tiles; tile += kReduceSplits) sum += partial[int64_t(tile) * size + i];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || i >= size) return;
+  for (int split = 1; split < kReduceSplits; ++split) sum += sums[split][threadIdx.x];
+  (pointwise ? pointwise_grad : depthwise_grad)[i] = sum;
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int shared_bytes, Address stream,
+            const Arguments&... arguments) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<grid, kThreads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
+  check(cudaGetLastError());
+}
+
+template <int K, int S, int D>
+struct Variant {
+  static constexpr auto* kForward = &fwd_kernel<K, S, D>;
+  static constexpr auto* kBackward = &bwd_kernel<K, S, D>;
+};
+
+// Calls f with the Variant of the shape's kernel size, stride and dilation.
+template <typename F>
+void specialise(const Shape& shape, F f) {
+  const bool wide = shape.K == 5;
+  switch (shape.stride * 2 + shape.dilation) {
+    case 3: return wide ? f(Variant<5, 1, 1>()) : f(Variant<3, 1, 1>());
+    case 4: return wide ? f(Variant<5, 1, 2>()) : f(Variant<3, 1, 2>());
+    case 5: return wide ? f(Variant<5, 2, 1>()) : f(Variant<3, 2, 1>());
+    default: return wide ? f(Variant<5, 2, 2>()) : f(Variant<3, 2, 2>());
+  }
+}
+
+const float* input(Address address) { return reinterpret_cast<const float*>(address); }
+float* output(Address address) { return reinterpret_cast<float*>(address); }
+
+}  // namespace
+
+void forward(const Shape& shape, Address x, Address depthwise, Address pointwise, Address y, int rows,
+             int shared_bytes, Address stream) {
+  specialise(shape, [&](auto variant) {
+    launch(variant.kForward, dim3(shape.batch * (shape.OH / rows)), shared_bytes, stream, shape, input(x),
+           input(depthwise), input(pointwise), output(y), rows);
+  });
+}
+
+void backward(const Shape& shape, Address dy, Address x, Address depthwise, Address pointwise, Address dx,
+              Address depthwise_grad, Address pointwise_grad, Address depthwise_partial,
+              Address pointwise_partial, int rows, int shared_bytes, Address stream) {
+  const int tiles = shape.batch * (shape.OH / rows);
+  specialise(shape, [&](auto variant) {
+    launch(variant.kBackward, dim3(tiles, shape.C / kChannels), shared_bytes, stream, shape, input(dy),
+           input(x), input(depthwise), input(pointwise), output(dx), output(depthwise_partial),
+           output(pointwise_partial), rows);
+  });
+  const int pointwise_size = pointwise_grad ? shape.O * shape.C : 0;
+  const int depthwise_size = depthwise_grad ? shape.C * shape.K * shape.K : 0;
+  const int blocks = (pointwise_size + depthwise_size + kReduceColumns - 1) / kReduceColumns;
+  if (blocks == 0) return;
+  bwd_reduce_kernel<<<blocks, dim3(kReduceColumns, kReduceSplits), 0,
+                      reinterpret_cast<cudaStream_t>(stream)>>>(
+      input(pointwise_partial), output(pointwise_grad), pointwise_size, input(depthwise_partial),
+      output(depthwise_grad), depthwise_size, tiles);
+  check(cudaGetLastError());
+}
+
+}  // namespace sepconv
