@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+FIGURE_DPI = 160
+
+
 class Events:
     """Scalars by step and by epoch, figures by epoch; one writer a phase, so that phases overlay as runs."""
 
@@ -24,24 +27,18 @@ class Events:
             self._writer.add_scalar(f"step/{name}", value, step)
 
     def epoch(self, record: dict[str, Any], timing: dict[str, float], figures: dict[str, "Figure"]) -> None:
-        """The epoch's numbers under ``epoch/``, lists of numbers as one curve an entry, and its figures."""
+        """The epoch's numbers under ``epoch/``, the entropy of α edge by edge, and its figures."""
         step = record["step"]
-        for name, value in (_scalars(record) | _scalars(timing)).items():
-            self._writer.add_scalar(f"epoch/{name}", value, step)
+        for name, value in (record | timing).items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(f"epoch/{name}", value, step)
+        for cell, entropies in record.get("alpha_entropy", {}).items():
+            for edge, value in enumerate(entropies):
+                self._writer.add_scalar(f"alpha_entropy_{cell}/edge_{edge:02}", value, step)
         for name, figure in figures.items():
+            figure.set_dpi(FIGURE_DPI)
             self._writer.add_figure(name, figure, step, close=False)
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
-
-
-def _scalars(values: Any, name: str = "") -> dict[str, float]:
-    """Every number inside nested dicts and lists by its path; α itself is left to the heat maps."""
-    if isinstance(values, (int, float)):
-        return {name: values}
-    if not isinstance(values, (dict, list)):
-        return {}
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    prefix = f"{name}/" if name else ""
-    return {k: v for key, value in items for k, v in _scalars(value, f"{prefix}{key}").items()}
