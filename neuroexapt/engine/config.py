@@ -32,6 +32,9 @@ class RunConfig:
     data_root: Path = setting(Path("data"), "folder in which the standard data sets are looked for")
     download: bool = setting(False, "download a standard data set that is not there")
     image_size: int | None = setting(None, "side in pixels to which the pictures of a folder are resized")
+    space: str = setting("darts", "search space")
+    layers: int = setting(8, "cells, two of them reduction cells")
+    init_channels: int = setting(16, "channels of the first cells")
     batch_size: int = setting(64, "pictures in a batch")
     workers: int | None = setting(None, "decoding processes, for data too large for memory")
     crop_padding: int | None = setting(None, "random crop after padding by so many pixels")
@@ -72,12 +75,9 @@ class RunConfig:
 class SearchConfig(RunConfig):
     """A search by gradient descent, and the training of what it found. Defaults are those of DARTS."""
 
-    space: str = setting("darts", "search space")
     strategy: str = setting("darts", "search strategy: darts (first order) or darts-2nd (second order)")
     epochs: int = setting(50, "epochs of the search")
     warmup_epochs: int = setting(0, "first epochs, in which α stays as it is")
-    layers: int = setting(8, "cells, two of them reduction cells")
-    init_channels: int = setting(16, "channels of the first cells")
     arch_learning_rate: float = setting(3e-4, "learning rate of α (Adam)")
     arch_weight_decay: float = setting(1e-3, "weight decay of α")
     train_portion: float = setting(0.5, "share of the training pictures for w; the rest is for α")
@@ -87,7 +87,7 @@ class SearchConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "epochs", "layers", "init_channels", "arch_learning_rate")
+        _require_positive(self, "epochs", "arch_learning_rate")
         _require_not_negative(self, "warmup_epochs", "arch_weight_decay", "train_epochs")
         if not 0 < self.train_portion < 1:
             raise UserError(f"train_portion={self.train_portion}: choose a share between 0 and 1")
@@ -103,7 +103,6 @@ class SearchConfig(RunConfig):
 class EvaluateConfig(RunConfig):
     """Training of a given genotype from scratch. Defaults are those of DARTS for CIFAR-10."""
 
-    space: str = setting("darts", "search space that the genotype belongs to")
     genotype: str = setting("DARTS_V2", "published name, file, or folder of a run")
     epochs: int = setting(600, "epochs")
     batch_size: int = setting(96, "pictures in a batch")
@@ -116,7 +115,7 @@ class EvaluateConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "epochs", "layers", "init_channels")
+        _require_positive(self, "epochs")
         _require_not_negative(self, "auxiliary_weight")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"drop_path={self.drop_path}: choose a probability from 0 to below 1")
@@ -126,12 +125,12 @@ class EvaluateConfig(RunConfig):
 PRESETS: dict[str, dict[type[RunConfig], dict[str, Any]]] = {
     "digits": {
         SearchConfig: {
-            "epochs": 20,
+            "epochs": 15,
             "layers": 4,
             "init_channels": 8,
             "batch_size": 64,
-            "train_epochs": 20,
-            "arch_learning_rate": 3e-3,
+            "train_epochs": 15,
+            "arch_learning_rate": 1e-2,
             "learning_rate": 0.05,
         },
         EvaluateConfig: {

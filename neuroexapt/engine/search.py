@@ -13,6 +13,7 @@ from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import split_indices
 from neuroexapt.engine.checkpoint import load_checkpoint
 from neuroexapt.engine.config import SearchConfig, make_config
+from neuroexapt.engine.device import place
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
@@ -116,8 +117,8 @@ def _search_phase(run: OpenRun[SearchConfig]) -> SearchPhase:
         num_classes=data.num_classes,
         channels=config.init_channels,
         layers=config.layers,
-    ).to(run.device)
-    return SearchPhase(supernet, train_loader, valid_loader, config)
+    )
+    return SearchPhase(place(supernet, run.device), train_loader, valid_loader, config)
 
 
 def _split(run: OpenRun[SearchConfig]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,19 +137,8 @@ def _train_derived(
     run: OpenRun[SearchConfig], name: str, genotype: Genotype, supernet: Supernet | None
 ) -> tuple[DerivedNetwork, float, float]:
     """The trained network, the seconds that took, and its test accuracy."""
-    config, data = run.config, run.data
-    torch.manual_seed(seed_for(config.seed, name))
-    network = (
-        get_space(config.space)
-        .network(
-            genotype,
-            in_channels=data.in_channels,
-            num_classes=data.num_classes,
-            channels=config.init_channels,
-            layers=config.layers,
-        )
-        .to(run.device)
-    )
+    config = run.config
+    network = run.derived_network(genotype, name)
     if supernet is not None:
         inherit_weights(network, supernet)
     test_loader = run.loader("test", training=False)

@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 
 from neuroexapt.backend import get_backend, use_backend
+from neuroexapt.core.derived import DerivedNetwork
+from neuroexapt.core.genotypes import Genotype
 from neuroexapt.data import ImageDataset, Loader, load_dataset, make_loader
 from neuroexapt.data.augment import Augmentation
 from neuroexapt.engine.config import RunConfig, make_config
-from neuroexapt.engine.device import get_device_name
+from neuroexapt.engine.device import get_device_name, place
 from neuroexapt.engine.interrupt import StopRequest
 from neuroexapt.engine.phase import Phase, PhaseRunner, Session
 from neuroexapt.engine.progress import Progress
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.errors import UserError
+from neuroexapt.spaces import get_space
 from neuroexapt.version import __version__
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -106,6 +109,19 @@ class OpenRun(Generic[Config]):
         return dataclasses.replace(
             self.data.augmentation, **{k: v for k, v in chosen.items() if v is not None}
         )
+
+    def derived_network(self, genotype: Genotype, phase: str, auxiliary: bool = False) -> DerivedNetwork:
+        """The genotype's network in the size of this run, with the initial weights of ``phase``."""
+        torch.manual_seed(seed_for(self.config.seed, phase))
+        network = get_space(self.config.space).network(
+            genotype,
+            in_channels=self.data.in_channels,
+            num_classes=self.data.num_classes,
+            channels=self.config.init_channels,
+            layers=self.config.layers,
+            auxiliary=auxiliary,
+        )
+        return place(network, self.device)
 
     def create_folder(self) -> None:
         """Make the folder of a new run. To be called once everything that may be refused has been checked."""
