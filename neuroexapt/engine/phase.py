@@ -23,8 +23,8 @@ from neuroexapt.engine.progress import Progress
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.errors import UserError
 
-CHECK_EVERY = 10
-"""Steps between two looks at the losses: each look waits for the device."""
+LOOK_STEPS, LOOK_SECONDS = 10, 0.5
+"""The losses are looked at after so many steps or so long, since each look waits for the device."""
 
 
 class Phase(ABC):
@@ -99,13 +99,13 @@ class PhaseRunner:
         self.position = Position()
         self.events = Events(session.run.tensorboard / phase.name)
         self._pending: list[Tensor] = []
-        self._clock = self._saved_at = time.monotonic()
+        self._clock = self._saved_at = self._looked_at = time.monotonic()
 
     def run(self) -> float:
         """Train to the end; seconds that the phase has taken over all its invocations."""
         self._restore()
         reset_peak_memory(self.phase.device)
-        self._clock = self._saved_at = time.monotonic()
+        self._clock = self._saved_at = self._looked_at = time.monotonic()
         with self.session.progress.phase(self.phase.name, self.phase.epochs, self.phase.steps_per_epoch):
             while self.position.epoch < self.phase.epochs:
                 self._run_epoch(self.position.epoch)
@@ -133,23 +133,12 @@ class PhaseRunner:
         for metrics in self.phase.steps(epoch, first_step):
             self._pending.append(metrics)
             self.position.step += 1
-            if len(self._pending) >= CHECK_EVERY:
-                self._look_at_metrics(names)
-            if self.session.stop.signal_number is not None:
-                self._look_at_metrics(names)
-                self._save()
-                self._stop()
-            if time.monotonic() - self._saved_at > self.session.checkpoint_seconds:
-                self._look_at_metrics(names)
-                self._save()
+            self._after_step(names)
         self._look_at_metrics(names)
+        steps = self.position.step - first_step
+        rate = steps / max(time.monotonic() - started, 1e-9)
 
-        steps = self.position.step
-        rate = (steps - first_step) / max(time.monotonic() - started, 1e-9)
-        means = {name: total / steps for name, total in zip(names, self.position.sums, strict=True)}
-        record = {"phase": self.phase.name, "epoch": epoch, "step": (epoch + 1) * steps, **means}
-        record |= self.phase.end_epoch(epoch)
-        self._check_finite({k: v for k, v in record.items() if isinstance(v, float)}, steps - 1)
+        record = self._record(epoch, names)
         timing = {
             "seconds": time.monotonic() - started,
             "steps_per_second": rate,
@@ -161,6 +150,25 @@ class PhaseRunner:
         self.session.progress.end_epoch(record, timing)
         self.position.epoch, self.position.step, self.position.sums = epoch + 1, 0, []
         self._save()
+
+    def _after_step(self, names: Sequence[str]) -> None:
+        now = time.monotonic()
+        stopping = self.session.stop.signal_number is not None
+        due = now - self._saved_at > self.session.checkpoint_seconds
+        if stopping or due or len(self._pending) >= LOOK_STEPS or now - self._looked_at > LOOK_SECONDS:
+            self._look_at_metrics(names)
+        if stopping or due:
+            self._save()
+        if stopping:
+            self._stop()
+
+    def _record(self, epoch: int, names: Sequence[str]) -> dict[str, Any]:
+        steps = self.position.step
+        means = {name: total / steps for name, total in zip(names, self.position.sums, strict=True)}
+        record = {"phase": self.phase.name, "epoch": epoch, "step": (epoch + 1) * steps, **means}
+        record |= self.phase.end_epoch(epoch)
+        self._check_finite({k: v for k, v in record.items() if isinstance(v, float)}, steps - 1)
+        return record
 
     def _look_at_metrics(self, names: Sequence[str]) -> None:
         """Fetch the metrics of the last steps, refuse non-finite ones, add the rest up in step order."""
@@ -174,6 +182,7 @@ class PhaseRunner:
             self.position.sums = [total + value for total, value in zip(self.position.sums, row, strict=True)]
             self.events.step(values, self.position.epoch * self.phase.steps_per_epoch + step)
         self._pending.clear()
+        self._looked_at = time.monotonic()
         self.session.progress.step(self.position.epoch, self.position.step, values)
 
     def _check_finite(self, values: dict[str, float], step: int) -> None:
@@ -187,8 +196,7 @@ class PhaseRunner:
 
     def _save(self) -> None:
         now = time.monotonic()
-        if self.position.epoch or self.position.step:
-            self.position.seconds += now - self._clock
+        self.position.seconds += now - self._clock
         norm = torch.nn.utils.get_total_norm(self.phase.parameters())
         self._check_finite({"norm of the parameters": float(norm)}, self.position.step)
         save_checkpoint(
