@@ -27,15 +27,16 @@ class _Tiles:
     dilation: int
 
     def forward_floats(self, rows: int) -> int:
-        """Of the forward kernel: x with its halo and the depthwise outputs, of every channel."""
-        return self.channels * self._channel(rows)
+        """Of the forward kernel: x with its halo, the depthwise outputs and the pointwise weights."""
+        return self.channels * self._channel(rows) + self.out_channels * (self.channels + 4)
 
     def backward_floats(self, rows: int) -> int:
-        """Of the backward kernel: dy of every channel; e, x and depthwise outputs of a block's channels."""
+        """Of the backward kernel: dy; e, x, depthwise outputs and pointwise weights of a block's channels."""
         halo = -(-self._padding // self.stride)
         out_width, rows_of_e = self.width // self.stride, rows + 2 * halo
         e = rows_of_e * (out_width + _round_up_4(2 * halo))
-        return self.out_channels * rows_of_e * out_width + _BLOCK_CHANNELS * (e + self._channel(rows))
+        per_channel = e + self._channel(rows) + self.out_channels
+        return self.out_channels * rows_of_e * out_width + _BLOCK_CHANNELS * per_channel
 
     def _channel(self, rows: int) -> int:
         rows_of_x = (rows - 1) * self.stride + 2 * self._padding + 1

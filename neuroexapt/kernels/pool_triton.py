@@ -292,6 +292,7 @@ def _save_winner(ctx, inputs, output):
     _save_shape(ctx, inputs, output)
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else autograd would fill a gradient of the winners with zeros
 
 
 def _differentiate_avg_pool(ctx, dy):

@@ -4,7 +4,9 @@
 // A block therefore keeps its tile in shared memory with a halo of zeros, and a thread computes four
 // neighbouring pixels from a window of registers: k = 5 takes two 16-byte loads for twenty products,
 // where a kernel without shared memory (sepconv_triton.py) takes twenty loads. Products are exact fp32: the
-// pointwise convolution takes 1 µs on the ordinary units when each thread keeps 4 x 4 sums.
+// pointwise convolution takes 1 µs on the ordinary units when each thread keeps 4 x 4 sums. At 64 channels of
+// 8 x 8 pixels a block has so little to do that latency decides: all weights are fetched together
+// with the tile, ahead of the first barrier.
 //
 // Backward is one launch for all three gradients and a second that adds up the tiles' weight gradients in
 // a fixed order. The gradient before the pointwise convolution, e = W_pwᵀ · dy, is computed with its
@@ -42,6 +44,9 @@ struct Conv {
   __device__ int e_pitch() const { return shape.OW + round_up_4(2 * kHalo); }
   __device__ int pixels() const { return rows * shape.OW; }
   __device__ int tiles() const { return shape.OH / rows; }
+  // Rows of e and of the block's dy that lie inside the picture: from, and past the last.
+  __device__ int e_from() const { return max(0, kHalo - first_row()); }
+  __device__ int e_to() const { return min(e_rows(), shape.OH - first_row() + kHalo); }
   __device__ int picture() const { return blockIdx.x / tiles(); }
   __device__ int first_row() const { return blockIdx.x % tiles() * rows; }
 };
@@ -105,14 +110,36 @@ __device__ void load_window(float (&window)[N], const float* source) {
 
 __device__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
 
-// sums[i][j] += a[i] · b[j]
-__device__ void add_outer(float (&sums)[4][4], float4 a, float4 b) {
-  const float left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+__device__ void add_scaled(float (&sums)[4], float scale, float4 v) {
+  sums[0] = fmaf(scale, v.x, sums[0]), sums[1] = fmaf(scale, v.y, sums[1]);
+  sums[2] = fmaf(scale, v.z, sums[2]), sums[3] = fmaf(scale, v.w, sums[3]);
+}
+
+__device__ float4 float4_of(const float (&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); }
+
+struct Range {
+  int first, count;
+};
+
+// Adds N values up over `lanes` neighbouring threads, a power of two up to 16. Each is left with the sums of
+// the returned range, at the front of its array: a step exchanges half of the values that are left.
+template <int N>
+__device__ Range reduce_scatter(float (&values)[N], int lanes) {
+  Range owned{0, N};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int step = 0; step < 4; ++step) {
+    const int offset = lanes >> (step + 1);
+    if (offset == 0) break;
+    const int size = (N + (1 << step) - 1) >> step, half = (size + 1) / 2;
+    const bool upper = threadIdx.x & offset;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sums[i][j] = fmaf(left[i], right[j], sums[i][j]);
+    for (int i = 0; i < half; ++i) {
+      const float above = i + half < size ? values[i + half] : 0.f;
+      values[i] = (upper ? above : values[i]) + __shfl_xor_sync(~0u, upper ? values[i] : above, offset);
+    }
+    owned = upper ? Range{owned.first + half, owned.count - half} : Range{owned.first, min(owned.count, half)};
   }
+  return owned;
 }
 
 __device__ float dot4(float4 a, float4 b, float sum) {
@@ -144,13 +171,22 @@ __device__ void load_x(const Conv& conv, float* tile, const float* x, int channe
   zero_columns<Conv::kPad>(tile, channels * conv.x_rows(), width);
 }
 
+// Rows of `width` floats (a multiple of 4), `source_pitch` apart, into rows that are `pitch` apart.
+__device__ void load_matrix(float* target, int pitch, const float* source, int source_pitch, int rows,
+                            int width) {
+  for (Walk at(width, rows); at.plane == 0; at.next()) {
+    as_float4(target + at.row * pitch + 4 * at.quad) = load4(source + at.row * source_pitch + 4 * at.quad);
+  }
+}
+
 template <int K>
 __device__ void load_weights(float (&weights)[K * K], const float* source) {
 #pragma unroll
   for (int i = 0; i < K * K; ++i) weights[i] = __ldg(source + i);
 }
 
-// Shared memory: x [C, x_rows, x_pitch], depthwise outputs [C, pixels].
+// Shared memory: x [C, x_rows, x_pitch], depthwise outputs [C, pixels], pointwise weights [O, C + 4]: so
+// the rows of eight neighbouring outputs lie in different banks.
 template <int K, int S, int D>
 __global__ void __launch_bounds__(kThreads, 2)
     fwd_kernel(const __grid_constant__ Shape shape, const float* x, const float* depthwise_weight,
@@ -161,17 +197,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(16) float shared[];
   float* tile = shared;
   float* depthwise = tile + C * conv.x_rows() * conv.x_pitch();
+  float* weight = depthwise + C * conv.pixels();
+  const int pitch = C + 4;
 
   x += int64_t(conv.picture()) * C * shape.H * shape.W;
   load_x(conv, tile, x, C, conv.first_row() * S - Conv::kPad);
-  __syncthreads();
-
+  load_matrix(weight, pitch, pointwise_weight, C, O, C);
   const int lanes = max(1, kThreads / C), groups = kThreads / lanes;  // a group of threads to a channel
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
+  int c = group < groups ? group : C;
+  float w[K * K];
+  if (c < C) load_weights<K>(w, depthwise_weight + c * K * K);  // in flight together with the tile
+  __syncthreads();
+
   const int quads = shape.OW / 4;
-  for (int c = group < groups ? group : C; c < C; c += groups) {
-    float w[K * K];
-    load_weights<K>(w, depthwise_weight + c * K * K);
+  while (c < C) {
     for (int i = lane; i < rows * quads; i += lanes) {
       const int row = i / quads, quad = i % quads;
       const float* corner = tile + (c * conv.x_rows() + row * S) * conv.x_pitch() + 4 * S * quad;
@@ -186,60 +226,69 @@ __global__ void __launch_bounds__(kThreads, 2)
           for (int t = 0; t < 4; ++t) d[t] = fmaf(w[ky * K + kx], window[t * S + kx * D], d[t]);
         }
       }
-      as_float4(depthwise + c * conv.pixels() + 4 * i) = make_float4(d[0], d[1], d[2], d[3]);
+      as_float4(depthwise + c * conv.pixels() + 4 * i) = float4_of(d);
     }
+    c += groups;
+    if (c < C) load_weights<K>(w, depthwise_weight + c * K * K);
   }
   __syncthreads();
 
   y += (int64_t(conv.picture()) * O * shape.OH + conv.first_row()) * shape.OW;
   const int pixel_quads = conv.pixels() / 4, out_plane = shape.OH * shape.OW;
   for (int i = threadIdx.x; i < O / 4 * pixel_quads; i += kThreads) {
-    const int o = i / pixel_quads * 4, pixel = i % pixel_quads * 4;
+    const int o = i / pixel_quads, pixel = i % pixel_quads * 4;  // outputs o, o + O / 4, …
     float sums[4][4] = {};
 #pragma unroll 2
     for (int c = 0; c < C; c += 4) {
-      float w[4][4];  // [input channel, output channel]
+      float4 d[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) d[k] = as_float4(depthwise + (c + k) * conv.pixels() + pixel);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float4 v = load4(pointwise_weight + (o + j) * C + c);
-        w[0][j] = v.x, w[1][j] = v.y, w[2][j] = v.z, w[3][j] = v.w;
-      }
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float4 d = as_float4(depthwise + (c + k) * conv.pixels() + pixel);
-        add_outer(sums, make_float4(w[k][0], w[k][1], w[k][2], w[k][3]), d);
+        const float4 v = as_float4(weight + (o + j * O / 4) * pitch + c);
+        add_scaled(sums[j], v.x, d[0]), add_scaled(sums[j], v.y, d[1]);
+        add_scaled(sums[j], v.z, d[2]), add_scaled(sums[j], v.w, d[3]);
       }
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      as_float4(y + (o + j) * out_plane + pixel) =
-          make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
-    }
+    for (int j = 0; j < 4; ++j) as_float4(y + (o + j * O / 4) * out_plane + pixel) = float4_of(sums[j]);
   }
 }
 
-// e = W_pwᵀ · dy for this block's channels, on the tile and its halo.
+// e = W_pwᵀ · dy for this block's channels, on the tile and its halo; zero outside the picture.
 template <typename Conv>
 __device__ void compute_e(const Conv& conv, float* e, const float* dy, const float* weight) {
-  const int O = conv.shape.O, C = conv.shape.C, width = conv.shape.OW;
-  const int pixels = conv.e_rows() * width, pixel_quads = pixels / 4;
-  for (int i = threadIdx.x; i < kChannels / 4 * pixel_quads; i += kThreads) {
-    const int c = i / pixel_quads * 4, pixel = i % pixel_quads * 4;
-    float sums[4][4] = {};
-#pragma unroll 4
+  const int O = conv.shape.O, width = conv.shape.OW, plane = conv.e_rows() * width;
+  const int first = conv.e_from() * width, pixel_quads = conv.e_to() * width / 4 - first / 4;
+  for (int i = threadIdx.x; i < kChannels / 2 * pixel_quads; i += kThreads) {
+    const int c = i / pixel_quads * 2, pixel = first + i % pixel_quads * 4;
+    float sums[2][4] = {};
+#pragma unroll 8
     for (int o = 0; o < O; ++o) {
-      add_outer(sums, load4(weight + o * C + c), *reinterpret_cast<const float4*>(dy + o * pixels + pixel));
+      const float2 w = *reinterpret_cast<const float2*>(weight + o * kChannels + c);
+      const float4 g = *reinterpret_cast<const float4*>(dy + o * plane + pixel);
+      add_scaled(sums[0], w.x, g), add_scaled(sums[1], w.y, g);
     }
-    const int row = pixel / width, column = pixel % width;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      float* target = e + ((c + k) * conv.e_rows() + row) * conv.e_pitch() + Conv::kHalo + column;
-      store4<Conv::kHalo>(target, make_float4(sums[k][0], sums[k][1], sums[k][2], sums[k][3]));
-    }
+    float* target = e + (c * conv.e_rows() + pixel / width) * conv.e_pitch() + Conv::kHalo + pixel % width;
+    store4<Conv::kHalo>(target, float4_of(sums[0]));
+    store4<Conv::kHalo>(target + conv.e_rows() * conv.e_pitch(), float4_of(sums[1]));
   }
 }
 
-// One channel's depthwise outputs, and its depthwise weight gradient over the tile: [K²] from all lanes.
+// The rows of e outside the picture, and the columns beside it.
+template <typename Conv>
+__device__ void zero_border(const Conv& conv, float* e) {
+  zero_columns<Conv::kHalo>(e, kChannels * conv.e_rows(), conv.shape.OW);
+  const int above = conv.e_from(), outside = above + conv.e_rows() - conv.e_to();
+  const int quads = conv.e_pitch() / 4;
+  for (int i = threadIdx.x; i < kChannels * outside * quads; i += kThreads) {
+    const int quad = i % quads, channel = i / quads / outside, nth = i / quads % outside;
+    const int row = nth < above ? nth : nth + conv.e_to() - above;
+    as_float4(e + (channel * conv.e_rows() + row) * conv.e_pitch() + 4 * quad) = float4();
+  }
+}
+
+// One channel's depthwise outputs, and this lane's share of its depthwise weight gradient.
 template <int K, int S, int D>
 __device__ void recompute_depthwise(const Conv<K, S, D>& conv, float* depthwise, float (&grad)[K * K],
                                     const float* x, const float* e, const float (&w)[K * K], int lane) {
@@ -264,14 +313,7 @@ __device__ void recompute_depthwise(const Conv<K, S, D>& conv, float* depthwise,
         }
       }
     }
-    as_float4(depthwise + 4 * i) = make_float4(d[0], d[1], d[2], d[3]);
-  }
-#pragma unroll
-  for (int i = 0; i < K * K; ++i) {
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      grad[i] += __shfl_xor_sync(~0u, grad[i], offset);
-    }
+    as_float4(depthwise + 4 * i) = float4_of(d);
   }
 }
 
@@ -305,7 +347,7 @@ __device__ void gather_dx(const Conv<K, S, D>& conv, float* dx, const float* x, 
     for (int t = 0; t < 4; ++t) {
       if (conv.shape.relu && at[t] == 0.f) sums[t] = 0.f;
     }
-    as_float4(dx + 4 * i) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+    as_float4(dx + 4 * i) = float4_of(sums);
   }
 }
 
@@ -318,37 +360,31 @@ __device__ void pointwise_gradient(float* partial, const float* dy, int dy_pitch
   for (int first = 0; first < O; first += kThreads / lanes) {
     const int item = first + threadIdx.x / lanes;
     const int o = item / 4 * 4, c = item % 4 * 4;
-    float sums[4][4] = {};
-    if (item < O) {
-      for (int pixel = 4 * lane; pixel < pixels; pixel += 4 * lanes) {
-        float4 d[4];
+    float sums[16] = {};
+    for (int pixel = item < O ? 4 * lane : pixels; pixel < pixels; pixel += 4 * lanes) {
+      float4 d[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          d[k] = *reinterpret_cast<const float4*>(depthwise + (c + k) * pixels + pixel);
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float4 g = *reinterpret_cast<const float4*>(dy + (o + j) * dy_pitch + pixel);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) sums[j][k] = dot4(g, d[k], sums[j][k]);
-        }
+      for (int k = 0; k < 4; ++k) {
+        d[k] = *reinterpret_cast<const float4*>(depthwise + (c + k) * pixels + pixel);
       }
-    }
-    for (int offset = lanes / 2; offset > 0; offset /= 2) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] += __shfl_xor_sync(~0u, sums[i / 4][i % 4], offset);
-    }
-    if (item < O && lane == 0) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        as_float4(partial + (o + j) * C + c) = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
+        const float4 g = *reinterpret_cast<const float4*>(dy + (o + j) * dy_pitch + pixel);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[4 * j + k] = dot4(g, d[k], sums[4 * j + k]);
       }
+    }
+    const Range owned = reduce_scatter(sums, lanes);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int j = owned.first + i;
+      if (item < O && i < owned.count) partial[(o + j / 4) * C + c + j % 4] = sums[i];
     }
   }
 }
 
-// Shared memory: dy [O, e_rows, OW], then of this block's channels e [e_rows, e_pitch], x [x_rows, x_pitch]
-// and the depthwise outputs [pixels]. Grid: (tiles of all pictures, blocks of channels).
+// Shared memory: dy [O, e_rows, OW], then of this block's channels e [e_rows, e_pitch], x [x_rows, x_pitch],
+// the depthwise outputs [pixels] and the pointwise weights [O, kChannels]. Grid: (tiles of all pictures, blocks of channels).
 template <int K, int S, int D>
 __global__ void __launch_bounds__(kThreads, 2)
     bwd_kernel(const __grid_constant__ Shape shape, const float* dy, const float* x,
@@ -363,35 +399,38 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* e = dy_tile + O * dy_pitch;
   float* tile = e + kChannels * conv.e_rows() * conv.e_pitch();
   float* depthwise = tile + kChannels * conv.x_rows() * conv.x_pitch();
+  float* weight = depthwise + kChannels * conv.pixels();
 
   dy += int64_t(conv.picture()) * O * shape.OH * shape.OW;
-  for (Walk at(shape.OW, conv.e_rows()); at.plane < O; at.next()) {
-    const int row = conv.first_row() - Conv::kHalo + at.row;
-    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (0 <= row && row < shape.OH) v = load4(dy + (at.plane * shape.OH + row) * shape.OW + 4 * at.quad);
-    as_float4(dy_tile + at.plane * dy_pitch + at.row * shape.OW + 4 * at.quad) = v;
+  const int above = conv.e_from();
+  for (Walk at(shape.OW, conv.e_to() - above); at.plane < O; at.next()) {
+    const int row = above + at.row, y = conv.first_row() - Conv::kHalo + row;
+    as_float4(dy_tile + at.plane * dy_pitch + row * shape.OW + 4 * at.quad) =
+        load4(dy + (at.plane * shape.OH + y) * shape.OW + 4 * at.quad);
   }
+  load_matrix(weight, kChannels, pointwise_weight + first_channel, C, O, kChannels);
   const int64_t planes = (int64_t(conv.picture()) * C + first_channel) * shape.H * shape.W;
   load_x(conv, tile, x + planes, kChannels, conv.first_row() * S - Conv::kPad);
-  zero_columns<Conv::kHalo>(e, kChannels * conv.e_rows(), shape.OW);
-  __syncthreads();
-
-  compute_e(conv, e, dy_tile, pointwise_weight + first_channel);
-  __syncthreads();
-
+  zero_border(conv, e);
   const int c = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const float* own_e = e + c * conv.e_rows() * conv.e_pitch();
-  const float* own_x = tile + c * conv.x_rows() * conv.x_pitch();
   float w[K * K];
   load_weights<K>(w, depthwise_weight + (first_channel + c) * K * K);
+  __syncthreads();
+
+  compute_e(conv, e, dy_tile, weight);
+  __syncthreads();
+
+  const float* own_e = e + c * conv.e_rows() * conv.e_pitch();
+  const float* own_x = tile + c * conv.x_rows() * conv.x_pitch();
   if (depthwise_partial != nullptr || pointwise_partial != nullptr) {
     float grad[K * K] = {};
     recompute_depthwise(conv, depthwise + c * conv.pixels(), grad, own_x, own_e, w, lane);
     if (depthwise_partial != nullptr) {
+      const Range owned = reduce_scatter(grad, kLanes);
       float* partial = depthwise_partial + (int64_t(blockIdx.x) * C + first_channel + c) * K * K;
 #pragma unroll
-      for (int i = 0; i < K * K; ++i) {
-        if (lane == i % kLanes) partial[i] = grad[i];
+      for (int i = 0; i < 2; ++i) {  // 16 lanes own at most two of 25
+        if (i < owned.count) partial[owned.first + i] = grad[i];
       }
     }
   }
