@@ -35,7 +35,7 @@ def test_the_cuda_kernels_spill_nothing(architecture, tmp_path):
     kernels = resources(done.stderr)
     assert len(kernels) == 19  # 3 dtypes, wide or not: forward and two backwards; and one reduction
     assert [kernel for kernel in kernels if kernel[2]] == []
-    # 64 leaves room for 8 blocks of 128 threads in a multiprocessor, which backward counts on.
+    # 64 leaves room for 4 blocks of 256 threads in a multiprocessor, which backward counts on.
     assert max(registers for _, registers, _ in kernels) <= 64
 
 
@@ -45,13 +45,13 @@ def test_the_cuda_kernels_move_16_bytes_at_a_time(tmp_path):
     subprocess.run(
         ["nvcc", "-std=c++17", "-ptx", "-arch=sm_90", SOURCES / "softmax_sum.cu", "-o", ptx], check=True
     )
-    for dtype in ("IfLi4", "I6__halfLi8", "I13__nv_bfloat16Li8"):
+    for dtype in ("IfN", "I6__halfN", "I13__nv_bfloat16N"):
         for kernel in ("fwd", "bwd"):
             (body, *_) = re.findall(
-                rf"entry \S*{kernel}_kernel{dtype}\S*\(.*?^}}", ptx.read_text(), re.M | re.S
+                rf"entry \S*{kernel}_kernel{dtype}\S*Wide\S*\(.*?^}}", ptx.read_text(), re.M | re.S
             )
             assert "ld.global.nc.v4" in body
-            assert "st.global.v4" in body
+            assert re.search(r"st\.global\S*\.v4", body)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])

@@ -17,10 +17,11 @@
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kForwardThreads = 256;
-constexpr int kBackwardThreads = 128;
-constexpr int kBackwardBlocks = 8;  // of a multiprocessor, which leaves 64 registers a thread
+constexpr int kForwardThreads = 128;
+constexpr int kBackwardThreads = 256;
+constexpr int kBackwardBlocks = 4;  // of a multiprocessor, which leaves 64 registers a thread
 constexpr int kReduceThreads = 512;
+constexpr size_t kGrantedSharedBytes = 47 * 1024;  // 48 KB less the weights; more must be asked for
 constexpr int kInFlight = 4;  // operands whose loads a thread issues before it uses the first
 
 struct Operands {
@@ -31,49 +32,93 @@ struct Gradients {
   void* x[kMaxOperands];
 };
 
-// Spelled out, since PyTorch's build flags turn the half types' implicit conversions off.
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
+// One element in an access: for tails, and for addresses that allow no more.
 template <typename T>
-__device__ T from_float(float x) {
-  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
-  else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
-  else return x;
-}
+struct Single {
+  using Bits = T;
+  static constexpr int V = 1;
 
-template <typename T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T value[V];
+  static __device__ Bits load(const void* base, int64_t i) { return __ldg(static_cast<const T*>(base) + i); }
+
+  static __device__ void store(void* base, int64_t i, const float (&values)[V]) {
+    static_cast<T*>(base)[i] = from_float(values[0]);
+  }
+
+  // Spelled out, since PyTorch's build flags turn the half types' implicit conversions off.
+  static __device__ void unpack(Bits bits, float (&values)[V]) {
+    if constexpr (std::is_same_v<T, __half>) values[0] = __half2float(bits);
+    else if constexpr (std::is_same_v<T, __nv_bfloat16>) values[0] = __bfloat162float(bits);
+    else values[0] = bits;
+  }
+
+ private:
+  static __device__ T from_float(float value) {
+    if constexpr (std::is_same_v<T, __half>) return __float2half_rn(value);
+    else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(value);
+    else return value;
+  }
 };
 
-template <typename T, int V>
-__device__ Pack<T, V> load(const void* base, int64_t i) {
-  const T* source = static_cast<const T*>(base) + i;
-  if constexpr (V == 1) {
-    return {__ldg(source)};
-  } else {
-    static_assert(sizeof(Pack<T, V>) == sizeof(uint4));
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(source));
-    return reinterpret_cast<const Pack<T, V>&>(bits);
-  }
-}
+// 16 bytes in an access. They stay in four registers until they are used: as an array of halves they
+// would take one register each.
+template <typename T>
+struct Wide {
+  using Bits = uint4;
+  static constexpr int V = sizeof(Bits) / sizeof(T);
 
-template <typename T, int V>
-__device__ void store(void* base, int64_t i, const float (&values)[V]) {
-  T* target = static_cast<T*>(base) + i;
-  if constexpr (V == 1) {
-    *target = from_float<T>(values[0]);
-  } else {
-    Pack<T, V> pack;
+  static __device__ Bits load(const void* base, int64_t i) {
+    return __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(base) + i));
+  }
+
+  static __device__ void store(void* base, int64_t i, const float (&values)[V]) {
+    constexpr int kStep = V / 4;
+    const uint4 bits = make_uint4(word(values), word(values + kStep), word(values + 2 * kStep),
+                                  word(values + 3 * kStep));
+    // An intrinsic, since the compiler splits a plain assignment into four narrow stores.
+    __stwb(reinterpret_cast<uint4*>(static_cast<T*>(base) + i), bits);
+  }
+
+  static __device__ void unpack(Bits bits, float (&values)[V]) {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int v = 0; v < V; ++v) pack.value[v] = from_float<T>(values[v]);
-    const uint4 bits = reinterpret_cast<const uint4&>(pack);
-    // Inline, since the compiler splits a plain assignment into four narrow stores.
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(__cvta_generic_to_global(target)), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
-                 : "memory");
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (std::is_same_v<T, float>) {
+        values[w] = __uint_as_float(words[w]);
+      } else if constexpr (std::is_same_v<T, __half>) {
+        const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[w]));
+        values[2 * w] = pair.x;
+        values[2 * w + 1] = pair.y;
+      } else {  // bf16 is the upper half of an fp32
+        values[2 * w] = __uint_as_float(words[w] << 16);
+        values[2 * w + 1] = __uint_as_float(words[w] & 0xffff0000u);
+      }
+    }
+  }
+
+ private:
+  static __device__ uint32_t word(const float* values) {
+    if constexpr (std::is_same_v<T, float>) {
+      return __float_as_uint(values[0]);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      const __half2 pair = __floats2half2_rn(values[0], values[1]);
+      return reinterpret_cast<const uint32_t&>(pair);
+    } else {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[0], values[1]);
+      return reinterpret_cast<const uint32_t&>(pair);
+    }
+  }
+};
+
+// What a thread has loaded of kInFlight operands.
+template <typename Access>
+using Group = typename Access::Bits[kInFlight];
+
+// Operands first, first + 1, … < K at element i.
+template <typename Access>
+__device__ void load_group(Group<Access>& x, const Operands& xs, int first, int K, int64_t i) {
+#pragma unroll
+  for (int j = 0; j < kInFlight; ++j) {
+    if (first + j < K) x[j] = Access::load(xs.x[first + j], i);
   }
 }
 
@@ -113,77 +158,97 @@ __device__ void read_weights(float* weights, const float* scores, int K, bool is
   __syncthreads();
 }
 
-// y[i : i + V] = Σ_k weights[k] · xs[k][i : i + V]
-template <typename T, int V>
-__device__ void sum_pack(const Operands& xs, const float* weights, void* y, int64_t i, int K) {
-  float sum[V] = {};
-#pragma unroll 8  // so that the loads of several operands are in flight together
-  for (int k = 0; k < K; ++k) {
-    const Pack<T, V> x = load<T, V>(xs.x[k], i);
+// y[i : i + V] = Σ_k weights[k] · xs[k][i : i + V], where x already holds the first group of operands.
+template <typename Access>
+__device__ void sum_groups(Group<Access>& x, const Operands& xs, const float* weights, void* y, int64_t i,
+                           int K) {
+  float sum[Access::V] = {};
+  for (int first = 0; first < K; first += kInFlight) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) sum[v] += weights[k] * to_float(x.value[v]);
+    for (int j = 0; j < kInFlight; ++j) {
+      if (first + j < K) {
+        float values[Access::V];
+        Access::unpack(x[j], values);
+#pragma unroll
+        for (int v = 0; v < Access::V; ++v) sum[v] += weights[first + j] * values[v];
+      }
+    }
+    load_group<Access>(x, xs, first + kInFlight, K, i);
   }
-  store<T, V>(y, i, sum);
+  Access::store(y, i, sum);
 }
 
-template <typename T, int V>
+template <typename T, typename Access>
 __global__ void __launch_bounds__(kForwardThreads)
     softmax_sum_fwd_kernel(const __grid_constant__ Operands xs, const float* scores, void* y, int64_t n,
                            int K, bool is_logits) {
   __shared__ float weights[kMaxOperands];
+  int64_t i = (int64_t(blockIdx.x) * kForwardThreads + threadIdx.x) * Access::V;
+  Group<Access> x;
+  if (i + Access::V <= n) load_group<Access>(x, xs, 0, K, i);  // on its way while the softmax is taken
   read_weights(weights, scores, K, is_logits);
 
-  int64_t i = (int64_t(blockIdx.x) * kForwardThreads + threadIdx.x) * V;
-  if (i + V <= n) {
-    sum_pack<T, V>(xs, weights, y, i, K);
+  if (i + Access::V <= n) {
+    sum_groups<Access>(x, xs, weights, y, i, K);
   } else {
-    for (; i < n; ++i) sum_pack<T, 1>(xs, weights, y, i, K);
+    for (; i < n; ++i) {
+      Group<Single<T>> tail;
+      load_group<Single<T>>(tail, xs, 0, K, i);
+      sum_groups<Single<T>>(tail, xs, weights, y, i, K);
+    }
   }
 }
 
-template <typename T, int V>
-__device__ float dot(const Pack<T, V>& a, const Pack<T, V>& b) {
-  float sum = 0.f;
-#pragma unroll
-  for (int v = 0; v < V; ++v) sum += to_float(a.value[v]) * to_float(b.value[v]);
-  return sum;
+// What a thread has loaded at element i before it needs any of it.
+template <typename Access>
+struct Loaded {
+  typename Access::Bits g;
+  Group<Access> x;
+};
+
+template <typename Access, bool kScores>
+__device__ void load_backward(Loaded<Access>& loaded, const void* grad_y, const Operands& xs, int64_t i,
+                              int K) {
+  loaded.g = Access::load(grad_y, i);
+  if (kScores) load_group<Access>(loaded.x, xs, 0, K, i);
 }
 
-template <typename T, int V>
-__device__ void store_scaled(void* base, int64_t i, float weight, const Pack<T, V>& pack) {
-  float scaled[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) scaled[v] = weight * to_float(pack.value[v]);
-  store<T, V>(base, i, scaled);
-}
-
-// grad_xs[k][i : i + V] = weights[k] · g and, with kScores, dots[k] += ⟨g, xs[k][i : i + V]⟩
-template <typename T, int V, bool kScores>
-__device__ void backward_pack(const void* grad_y, const Operands& xs, const float* weights,
-                              const Gradients& grad_xs, float* dots, int64_t i, int K) {
-  const Pack<T, V> g = load<T, V>(grad_y, i);
+// grad_xs[k][i : i + V] = weights[k] · g and, with kScores, dots[k] += ⟨g, xs[k][i : i + V]⟩, where
+// loaded already holds g and the first group of operands.
+template <typename Access, bool kScores>
+__device__ void backward_groups(Loaded<Access>& loaded, const Operands& xs, const float* weights,
+                                const Gradients& grad_xs, float* dots, int64_t i, int K) {
+  float g[Access::V];
+  Access::unpack(loaded.g, g);
   for (int first = 0; first < K; first += kInFlight) {
-    const int count = min(kInFlight, K - first);
-    Pack<T, V> x[kInFlight];
     if (kScores) {
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
-        if (j < count) x[j] = load<T, V>(xs.x[first + j], i);
+        if (first + j < K) {
+          float x[Access::V], dot = 0.f;
+          Access::unpack(loaded.x[j], x);
+#pragma unroll
+          for (int v = 0; v < Access::V; ++v) dot += g[v] * x[v];
+          dots[(first + j) * kBackwardThreads] += dot;
+        }
       }
+      load_group<Access>(loaded.x, xs, first + kInFlight, K, i);
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      if (j < count) {
-        const int k = first + j;
-        if (kScores) dots[k * kBackwardThreads] += dot<T, V>(g, x[j]);
-        if (grad_xs.x[k] != nullptr) store_scaled<T, V>(grad_xs.x[k], i, weights[k], g);
+      const int k = first + j;
+      if (k < K && grad_xs.x[k] != nullptr) {
+        float scaled[Access::V];
+#pragma unroll
+        for (int v = 0; v < Access::V; ++v) scaled[v] = weights[k] * g[v];
+        Access::store(grad_xs.x[k], i, scaled);
       }
     }
   }
 }
 
 // Gradients of the operands and, with kScores, this block's share of ⟨g, x_k⟩ in partials [K, gridDim.x].
-template <typename T, int V, bool kScores>
+template <typename T, typename Access, bool kScores>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
     softmax_sum_bwd_kernel(const void* grad_y, const __grid_constant__ Operands xs, const float* scores,
                            const __grid_constant__ Gradients grad_xs, float* partials, int64_t n, int K,
@@ -192,20 +257,26 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
   // [K, kBackwardThreads]: each thread's own sums. K is known at run time only, and registers cannot
   // be indexed; shared memory has the bandwidth to spare.
   extern __shared__ float dots[];
+  const int64_t step = int64_t(gridDim.x) * kBackwardThreads * Access::V;
+  int64_t i = (int64_t(blockIdx.x) * kBackwardThreads + threadIdx.x) * Access::V;
+  Loaded<Access> loaded;
+  if (i + Access::V <= n) load_backward<Access, kScores>(loaded, grad_y, xs, i, K);
   read_weights(weights, scores, K, is_logits);
+
+  float* own_dots = dots + threadIdx.x;
   if (kScores) {
 #pragma unroll 1
-    for (int k = 0; k < K; ++k) dots[k * kBackwardThreads + threadIdx.x] = 0.f;
+    for (int k = 0; k < K; ++k) own_dots[k * kBackwardThreads] = 0.f;
   }
-
-  const int64_t step = int64_t(gridDim.x) * kBackwardThreads * V;
-  int64_t i = (int64_t(blockIdx.x) * kBackwardThreads + threadIdx.x) * V;
-  float* own_dots = dots + threadIdx.x;
-  for (; i + V <= n; i += step) {
-    backward_pack<T, V, kScores>(grad_y, xs, weights, grad_xs, own_dots, i, K);
+  while (i + Access::V <= n) {
+    backward_groups<Access, kScores>(loaded, xs, weights, grad_xs, own_dots, i, K);
+    i += step;
+    if (i + Access::V <= n) load_backward<Access, kScores>(loaded, grad_y, xs, i, K);
   }
   for (; i < n; ++i) {
-    backward_pack<T, 1, kScores>(grad_y, xs, weights, grad_xs, own_dots, i, K);
+    Loaded<Single<T>> tail;
+    load_backward<Single<T>, kScores>(tail, grad_y, xs, i, K);
+    backward_groups<Single<T>, kScores>(tail, xs, weights, grad_xs, own_dots, i, K);
   }
 
   if (kScores) {
@@ -227,17 +298,17 @@ __global__ void __launch_bounds__(kReduceThreads)
     softmax_sum_bwd_reduce_kernel(const float* partials, const float* scores, float* grad_scores,
                                   int splits, int K, bool is_logits) {
   __shared__ float weights[kMaxOperands], dots[kMaxOperands];
-  read_weights(weights, scores, K, is_logits);
-
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int k = warp; k < K; k += kReduceThreads / kWarp) {
     float sum = 0.f;
-#pragma unroll 8
-    for (int s = lane; s < splits; s += kWarp) sum += partials[k * splits + s];
+#pragma unroll  // all loads at once: this kernel lasts as long as its chain of loads
+    for (int s = lane; s < kMaxSplits; s += kWarp) {
+      if (s < splits) sum += partials[k * splits + s];
+    }
     sum = warp_sum(sum);
     if (lane == 0) dots[k] = sum;
   }
-  __syncthreads();
+  read_weights(weights, scores, K, is_logits);  // its barrier also publishes dots
 
   if (threadIdx.x < K) {
     const int k = threadIdx.x;
@@ -264,25 +335,28 @@ Struct pack(const std::vector<Address>& addresses) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <typename T, int V>
+template <typename T, typename Access>
 void launch_forward(const std::vector<Address>& xs, const float* scores, void* y, int64_t n,
                     bool is_logits, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(n, int64_t(kForwardThreads) * V);
-  softmax_sum_fwd_kernel<T, V><<<blocks, kForwardThreads, 0, stream>>>(pack<Operands>(xs), scores, y, n,
-                                                                        xs.size(), is_logits);
+  const int64_t blocks = ceil_div(n, int64_t(kForwardThreads) * Access::V);
+  softmax_sum_fwd_kernel<T, Access><<<blocks, kForwardThreads, 0, stream>>>(pack<Operands>(xs), scores, y,
+                                                                            n, xs.size(), is_logits);
   check(cudaGetLastError());
 }
 
-template <typename T, int V>
+template <typename T, typename Access>
 void launch_backward(const void* grad_y, const std::vector<Address>& xs, const float* scores,
                      const std::vector<Address>& grad_xs, float* grad_scores, float* partials, int64_t n,
                      bool is_logits, cudaStream_t stream) {
   const int K = grad_xs.size();
-  const int splits = std::min<int64_t>(kMaxSplits, ceil_div(n, int64_t(kBackwardThreads) * V));
+  const int splits = std::min<int64_t>(kMaxSplits, ceil_div(n, int64_t(kBackwardThreads) * Access::V));
   const bool wants_scores = grad_scores != nullptr;
   const auto kernel =
-      wants_scores ? softmax_sum_bwd_kernel<T, V, true> : softmax_sum_bwd_kernel<T, V, false>;
+      wants_scores ? softmax_sum_bwd_kernel<T, Access, true> : softmax_sum_bwd_kernel<T, Access, false>;
   const size_t shared_bytes = wants_scores ? sizeof(float) * K * kBackwardThreads : 0;
+  if (shared_bytes > kGrantedSharedBytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  }
   kernel<<<splits, kBackwardThreads, shared_bytes, stream>>>(
       grad_y, pack<Operands>(xs), scores, pack<Gradients>(grad_xs), partials, n, K, is_logits);
   check(cudaGetLastError());
@@ -293,19 +367,17 @@ void launch_backward(const void* grad_y, const std::vector<Address>& xs, const f
   }
 }
 
-// How many elements of one type a thread moves in one access.
-template <typename T_, int V_>
-struct Access {
-  using T = T_;
-  static constexpr int V = V_;
-};
-
+// Calls f with the element type and the widest access that the addresses allow.
 template <typename F>
 void dispatch(DType dtype, bool wide, F f) {
+  const auto call = [&](auto element) {
+    using T = decltype(element);
+    return wide ? f(element, Wide<T>()) : f(element, Single<T>());
+  };
   switch (dtype) {
-    case DType::kFloat32: return wide ? f(Access<float, 4>()) : f(Access<float, 1>());
-    case DType::kFloat16: return wide ? f(Access<__half, 8>()) : f(Access<__half, 1>());
-    case DType::kBFloat16: return wide ? f(Access<__nv_bfloat16, 8>()) : f(Access<__nv_bfloat16, 1>());
+    case DType::kFloat32: return call(float());
+    case DType::kFloat16: return call(__half());
+    case DType::kBFloat16: return call(__nv_bfloat16());
   }
 }
 
@@ -313,8 +385,8 @@ void dispatch(DType dtype, bool wide, F f) {
 
 void softmax_sum_forward(const std::vector<Address>& xs, Address scores, Address y, int64_t n, DType dtype,
                          bool is_logits, Address stream) {
-  dispatch(dtype, aligned(xs) && aligned({y}), [&](auto access) {
-    launch_forward<typename decltype(access)::T, decltype(access)::V>(
+  dispatch(dtype, aligned(xs) && aligned({y}), [&](auto element, auto access) {
+    launch_forward<decltype(element), decltype(access)>(
         xs, reinterpret_cast<const float*>(scores), reinterpret_cast<void*>(y), n, is_logits,
         reinterpret_cast<cudaStream_t>(stream));
   });
@@ -323,8 +395,8 @@ void softmax_sum_forward(const std::vector<Address>& xs, Address scores, Address
 void softmax_sum_backward(Address grad_y, const std::vector<Address>& xs, Address scores,
                           const std::vector<Address>& grad_xs, Address grad_scores, Address partials,
                           int64_t n, DType dtype, bool is_logits, Address stream) {
-  dispatch(dtype, aligned(xs) && aligned(grad_xs) && aligned({grad_y}), [&](auto access) {
-    launch_backward<typename decltype(access)::T, decltype(access)::V>(
+  dispatch(dtype, aligned(xs) && aligned(grad_xs) && aligned({grad_y}), [&](auto element, auto access) {
+    launch_backward<decltype(element), decltype(access)>(
         reinterpret_cast<const void*>(grad_y), xs, reinterpret_cast<const float*>(scores), grad_xs,
         reinterpret_cast<float*>(grad_scores), reinterpret_cast<float*>(partials), n, is_logits,
         reinterpret_cast<cudaStream_t>(stream));

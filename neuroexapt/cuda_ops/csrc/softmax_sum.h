@@ -9,9 +9,9 @@
 #include <vector>
 
 constexpr int kMaxOperands = 64;
-// Blocks that share a reduction over n: 8 for each of the 132 multiprocessors of an H100. Fixed, so
+// Blocks that share a reduction over n: 4 for each of the 132 multiprocessors of an H100. Fixed, so
 // that the order of summation, and with it every bit of the result, depends on n alone.
-constexpr int kMaxSplits = 132 * 8;
+constexpr int kMaxSplits = 132 * 4;
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
