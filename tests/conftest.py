@@ -2,6 +2,10 @@
 
 import os
 
+# One thread a test process: the workers share the cores, and so do the processes that tests start. Read when
+# torch is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -1,9 +1,13 @@
-"""A data set and a configuration so small that whole runs fit into a test."""
+"""Data and settings so small that whole runs fit into a test, and what to compare of two runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from neuroexapt.engine.checkpoint import load_checkpoint
 
 
 def write_tiny_npz(path: Path) -> Path:
@@ -39,3 +43,23 @@ def tiny_settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "quiet": True,
         **changes,
     }
+
+
+def weights_of(run: Path, phase: str) -> dict[str, torch.Tensor]:
+    state = load_checkpoint(run / "checkpoints" / f"{phase}.safetensors")["phase"]
+    return state["supernet" if phase == "search" else "network"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: every weight and α of every phase, every metric, the genotype."""
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    assert (a / "genotype.json").read_bytes() == (b / "genotype.json").read_bytes()
+    for phase in ("search", "inherit", "scratch"):
+        x, y = weights_of(a, phase), weights_of(b, phase)
+        assert list(x) == list(y)
+        assert all(torch.equal(x[name], y[name]) for name in x), phase
+
+
+def dataset_of(run: Path) -> str:
+    """The data set of a run, to be used again."""
+    return json.loads((run / "config.json").read_text())["dataset"]
