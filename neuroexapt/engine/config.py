@@ -130,7 +130,7 @@ PRESETS: dict[str, dict[type[RunConfig], dict[str, Any]]] = {
             "init_channels": 8,
             "batch_size": 64,
             "train_epochs": 15,
-            "arch_learning_rate": 1e-2,
+            "arch_learning_rate": 3e-2,
             "learning_rate": 0.05,
         },
         EvaluateConfig: {
