@@ -185,10 +185,11 @@ def test_tiles_fit_in_shared_memory():
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_without_spills(tmp_path, arch):
+def test_keeps_everything_in_registers(tmp_path, arch):
     command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
     command += [SOURCES / "sepconv.cu", "-o", tmp_path / "sepconv.cubin"]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-    assert len(spills) == 17  # forward and backward for two kernel sizes, strides and dilations, and one more
-    assert not any(spills)
+    # Spills show there, and so do arrays that a loop left rolled indexes at run time.
+    frames = [int(n) for n in re.findall(r"(\d+) bytes stack frame", report)]
+    assert len(frames) == 17  # forward and backward for two kernel sizes, strides and dilations, and one more
+    assert not any(frames)

@@ -121,25 +121,21 @@ struct Range {
   int first, count;
 };
 
-// Adds N values up over `lanes` neighbouring threads, a power of two up to 16. Each is left with the sums of
-// the returned range, at the front of its array: a step exchanges half of the values that are left.
-template <int N>
-__device__ Range reduce_scatter(float (&values)[N], int lanes) {
-  Range owned{0, N};
+// Adds up the first Size values of each of 2 · offset neighbouring threads, a power of two. Each is left with
+// the sums of the range `owned`, at the front of its array: a step exchanges half of the values. Sizes are
+// compile-time constants, since a loop over them is not unrolled and then indexes registers by branches.
+template <int Size, int N>
+__device__ void reduce_scatter(float (&values)[N], int offset, Range& owned) {
+  if (offset == 0) return;
+  constexpr int kHalf = (Size + 1) / 2;
+  const bool upper = threadIdx.x & offset;
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    const int offset = lanes >> (step + 1);
-    if (offset == 0) break;
-    const int size = (N + (1 << step) - 1) >> step, half = (size + 1) / 2;
-    const bool upper = threadIdx.x & offset;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float above = i + half < size ? values[i + half] : 0.f;
-      values[i] = (upper ? above : values[i]) + __shfl_xor_sync(~0u, upper ? values[i] : above, offset);
-    }
-    owned = upper ? Range{owned.first + half, owned.count - half} : Range{owned.first, min(owned.count, half)};
+  for (int i = 0; i < kHalf; ++i) {
+    const float above = i + kHalf < Size ? values[i + kHalf] : 0.f;
+    values[i] = (upper ? above : values[i]) + __shfl_xor_sync(~0u, upper ? values[i] : above, offset);
   }
-  return owned;
+  owned = upper ? Range{owned.first + kHalf, owned.count - kHalf} : Range{owned.first, min(owned.count, kHalf)};
+  if constexpr (Size > 1) reduce_scatter<kHalf>(values, offset / 2, owned);
 }
 
 __device__ float dot4(float4 a, float4 b, float sum) {
@@ -374,7 +370,8 @@ __device__ void pointwise_gradient(float* partial, const float* dy, int dy_pitch
         for (int k = 0; k < 4; ++k) sums[4 * j + k] = dot4(g, d[k], sums[4 * j + k]);
       }
     }
-    const Range owned = reduce_scatter(sums, lanes);
+    Range owned{0, 16};
+    reduce_scatter<16>(sums, lanes / 2, owned);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const int j = owned.first + i;
@@ -426,7 +423,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     float grad[K * K] = {};
     recompute_depthwise(conv, depthwise + c * conv.pixels(), grad, own_x, own_e, w, lane);
     if (depthwise_partial != nullptr) {
-      const Range owned = reduce_scatter(grad, kLanes);
+      Range owned{0, K * K};
+      reduce_scatter<K * K>(grad, kLanes / 2, owned);
       float* partial = depthwise_partial + (int64_t(blockIdx.x) * C + first_channel + c) * K * K;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // 16 lanes own at most two of 25
