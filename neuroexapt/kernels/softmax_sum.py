@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neuroexapt.backend import Support
 
-MAX_OPERANDS = 64
+MAX_OPERANDS = 48
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Sum = Callable[[Sequence[Tensor], Tensor], Tensor]

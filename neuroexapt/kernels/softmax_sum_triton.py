@@ -23,12 +23,12 @@ _MAX_SPLITS = 1024
 
 
 @triton.jit
-def _row_addresses(tensors, KP: tl.constexpr):
-    """The addresses of a tuple of tensors, 0 for None and in the padding rows."""
+def _row_addresses(tensors, KP: tl.constexpr, WANTED: tl.constexpr = -1):
+    """The addresses of a tuple of tensors, 0 in the padding rows and where WANTED lacks bit k."""
     rows = tl.arange(0, KP)
     addresses = tl.zeros([KP], tl.int64)
     for k in tl.static_range(len(tensors)):
-        if tensors[k] is not None:
+        if WANTED >> k & 1:
             addresses = tl.where(rows == k, tensors[k].to(tl.int64), addresses)
     return addresses  # [KP]
 
@@ -76,17 +76,18 @@ def softmax_sum_bwd_kernel(
     KP: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_LOGITS: tl.constexpr,
+    WANTED: tl.constexpr,
     WANTS_SCORES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """``grad_x_k = w_k · g`` and, with WANTS_SCORES, this program's share of ⟨g, x_k⟩.
 
-    ``partials``: [splits, KP]; ``grad_xs`` holds None where no gradient is wanted.
+    ``partials``: [splits, KP]; where WANTED lacks bit k, ``grad_xs[k]`` is left alone.
     """
     dtype: tl.constexpr = grad_y.dtype.element_ty
     weights = _read_weights(scores, len(grad_xs), KP, IS_LOGITS)
     x_rows = _row_addresses(xs, KP)
-    grad_rows = _row_addresses(grad_xs, KP)
+    grad_rows = _row_addresses(grad_xs, KP, WANTED)
     dots = tl.zeros([KP, BLOCK], tl.float32)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     for tile in range(start, n, tl.num_programs(0).to(tl.int64) * BLOCK):
@@ -151,12 +152,14 @@ def _backward(
             grad_y,
             tuple(xs),
             scores,
-            tuple(grad_xs),
+            # Triton 3.6 takes no None in a tuple; any tensor stands for a gradient that is not wanted.
+            tuple(grad_y if grad_x is None else grad_x for grad_x in grad_xs),
             partials,
             n,
             padded,
             block,
             is_logits,
+            sum(1 << k for k, grad_x in enumerate(grad_xs) if grad_x is not None),
             grad_scores is not None,
             _aligned([*xs, *grad_xs]),
             num_warps=_WARPS,

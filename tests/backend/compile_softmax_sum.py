@@ -26,7 +26,8 @@ def sources(dtype: str, operands: int):
     tensors = {"scores": "*fp32", "partials": "*fp32", "grad_scores": "*fp32", "n": "i32", "splits": "i32"}
     tensors |= {"xs": pointers, "grad_xs": pointers, "y": f"*{dtype}", "grad_y": f"*{dtype}"}
     yield kernels.softmax_sum_fwd_kernel, tensors, common
-    yield kernels.softmax_sum_bwd_kernel, tensors, common | {"WANTS_SCORES": True}
+    for wanted in (-1, 1):  # every gradient, only the first
+        yield kernels.softmax_sum_bwd_kernel, tensors, common | {"WANTS_SCORES": True, "WANTED": wanted}
     reduce = {"K": operands, "KP": padded, "ROWS": block, "IS_LOGITS": True}
     yield kernels.softmax_sum_bwd_reduce_kernel, tensors, reduce
 

@@ -80,8 +80,8 @@ def test_arguments_that_a_kernel_does_not_take_go_to_pytorch_with_the_reason(cho
     assert backend.explain("softmax_sum", xs, weights).reason == "ext: dtype torch.float64"
     mixed = [*gpu_sum(4)[0], *gpu_sum(4, dtype=torch.float16)[0]]
     assert backend.explain("softmax_sum", mixed, weights).reason == "ext: operands of several dtypes"
-    many, weights = gpu_sum(65)
-    assert backend.explain("softmax_sum", many, weights).reason == "ext: more than 64 operands"
+    many, weights = gpu_sum(49)
+    assert backend.explain("softmax_sum", many, weights).reason == "ext: more than 48 operands"
     empty, weights = gpu_sum(elements=0)
     assert backend.explain("softmax_sum", empty, weights).reason == "ext: empty operands"
     xs, _ = gpu_sum()

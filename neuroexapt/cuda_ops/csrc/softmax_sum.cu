@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kForwardThreads = 128;
-constexpr int kBackwardThreads = 256;
-constexpr int kBackwardBlocks = 4;  // of a multiprocessor, which leaves 64 registers a thread
+constexpr int kBackwardThreads = 512;
+constexpr int kBackwardBlocks = 2;  // of a multiprocessor, which leaves 64 registers a thread
 constexpr int kReduceThreads = 512;
 constexpr size_t kGrantedSharedBytes = 47 * 1024;  // 48 KB less the weights; more must be asked for
 constexpr int kInFlight = 4;  // operands whose loads a thread issues before it uses the first

@@ -8,10 +8,10 @@
 #include <cstdint>
 #include <vector>
 
-constexpr int kMaxOperands = 64;
-// Blocks that share a reduction over n: 4 for each of the 132 multiprocessors of an H100. Fixed, so
+constexpr int kMaxOperands = 48;  // whose sums fill the 99 KB of shared memory that every GPU since sm_86 has
+// Blocks that share a reduction over n: 2 for each of the 132 multiprocessors of an H100. Fixed, so
 // that the order of summation, and with it every bit of the result, depends on n alone.
-constexpr int kMaxSplits = 132 * 4;
+constexpr int kMaxSplits = 132 * 2;
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
