@@ -1,6 +1,8 @@
 """``sepconv`` in CUDA C++ (``csrc/sepconv.cu``), for fp32 at the shapes of search networks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +139,7 @@ def _tiles(
     return _Tiles(x.shape[1], pointwise_weight.shape[0], x.shape[3], kernel_size, stride, dilation)
 
 
-def _rows(height: int, blocks_a_row, floats) -> int:
+def _rows(height: int, blocks_a_row: int, floats: Callable[[int], int]) -> int:
     """Rows of a tile: as many as fit, divide the picture and leave enough blocks for the whole GPU."""
     fitting = [
         rows for rows in range(1, height + 1) if height % rows == 0 and 4 * floats(rows) <= _SHARED_BYTES
@@ -146,7 +148,7 @@ def _rows(height: int, blocks_a_row, floats) -> int:
     return max(busy, default=fitting[0])
 
 
-def _shape(x: Tensor, depthwise_weight: Tensor, y: Tensor, stride: int, dilation: int, relu: bool):
+def _shape(x: Tensor, depthwise_weight: Tensor, y: Tensor, stride: int, dilation: int, relu: bool) -> Any:
     batch, channels, height, width = x.shape
     return extension().SepConvShape(
         batch,

@@ -134,7 +134,8 @@ __device__ void reduce_scatter(float (&values)[N], int offset, Range& owned) {
     const float above = i + kHalf < Size ? values[i + kHalf] : 0.f;
     values[i] = (upper ? above : values[i]) + __shfl_xor_sync(~0u, upper ? values[i] : above, offset);
   }
-  owned = upper ? Range{owned.first + kHalf, owned.count - kHalf} : Range{owned.first, min(owned.count, kHalf)};
+  if (upper) owned = Range{owned.first + kHalf, owned.count - kHalf};
+  else owned.count = min(owned.count, kHalf);
   if constexpr (Size > 1) reduce_scatter<kHalf>(values, offset / 2, owned);
 }
 
@@ -381,7 +382,8 @@ __device__ void pointwise_gradient(float* partial, const float* dy, int dy_pitch
 }
 
 // Shared memory: dy [O, e_rows, OW], then of this block's channels e [e_rows, e_pitch], x [x_rows, x_pitch],
-// the depthwise outputs [pixels] and the pointwise weights [O, kChannels]. Grid: (tiles of all pictures, blocks of channels).
+// the depthwise outputs [pixels] and the pointwise weights [O, kChannels].
+// Grid: (tiles of all pictures, blocks of channels).
 template <int K, int S, int D>
 __global__ void __launch_bounds__(kThreads, 2)
     bwd_kernel(const __grid_constant__ Shape shape, const float* dy, const float* x,
