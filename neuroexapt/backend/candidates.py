@@ -22,7 +22,7 @@ MODULES = {
     ("max_pool", "triton"): "neuroexapt.kernels.pool_triton",
     ("global_avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
 }
-# Best first: both tiers move the same bytes, and the extension costs less to launch.
+# Best first, as measured: see TRITON_CUDA_OPTIMIZATION_SUITE.md.
 KERNEL_TIERS = ("ext", "triton")
 
 

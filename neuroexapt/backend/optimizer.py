@@ -9,7 +9,14 @@ from neuroexapt.backend import workloads
 from neuroexapt.backend.candidates import KERNEL_TIERS, implements
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.backend.memory import get_memory_info
-from neuroexapt.backend.registry import Backend, list_backends, probe_tier, resolve, use_backend
+from neuroexapt.backend.registry import (
+    IMPLEMENTATIONS,
+    Backend,
+    list_backends,
+    probe_tier,
+    resolve,
+    use_backend,
+)
 from neuroexapt.backend.tuning import (
     NEVER,
     Crossover,
@@ -76,9 +83,15 @@ def _measure(backend: Backend) -> TuningConfig:
         _crossover(op, tier, dtype, operands)
         for tier, op, dtype in itertools.product(available, workloads.OPS, workloads.TOLERANCES)
         for operands in (_OPERANDS if op in workloads.SUMS else (1,))
-        if implements(op, tier)
+        if implements(op, tier) and _takes(op, tier, dtype)
     ]
     return TuningConfig.for_this_machine(tuple(crossovers))
+
+
+def _takes(op: str, tier: str, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs in ``dtype`` at all; what it refuses would be measured as PyTorch."""
+    call = workloads.sample_call(op, _SIZES[0], dtype, torch.device("cuda"))
+    return IMPLEMENTATIONS[op, tier].supports(*call.args, **call.kwargs).ok
 
 
 def _crossover(op: str, tier: str, dtype: torch.dtype, operands: int) -> Crossover:

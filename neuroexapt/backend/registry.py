@@ -151,7 +151,7 @@ def _best_device() -> Backend:
         backend = _probed(spec)
         if backend.available:
             return backend
-    logger.warning("running on the CPU, which is slower: %s", _probed("cuda").reason)
+    logger.info("running on the CPU, which is slower: %s", _probed("cuda").reason)
     return _probed("cpu")
 
 

@@ -3,6 +3,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from neuroexapt.backend import (
     BackendOptimizer,
@@ -10,6 +11,7 @@ from neuroexapt.backend import (
     TuningConfig,
     auto_configure_backend,
     optimizer,
+    registry,
     tuning,
 )
 from neuroexapt.backend.measure import Timing
@@ -103,6 +105,14 @@ def test_a_crossover_is_the_size_from_which_the_kernel_never_loses(monkeypatch, 
         optimizer, "_milliseconds", lambda size, backend: 1.0 if backend == "cuda:torch" else kernel_ms[size]
     )
     assert optimizer._crossover("softmax_sum", "ext", torch.float32, 4).min_elements == expected
+
+
+def test_a_dtype_that_a_kernel_refuses_is_not_measured(monkeypatch):
+    fp32_only = registry.Implementation(lambda x: x, lambda x: registry.Support(x.dtype == torch.float32))
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, ("global_avg_pool", "ext"), fp32_only)
+    with FakeTensorMode():  # its tensors claim to be on a GPU
+        assert optimizer._takes("global_avg_pool", "ext", torch.float32)
+        assert not optimizer._takes("global_avg_pool", "ext", torch.float16)
 
 
 @pytest.mark.gpu
