@@ -54,6 +54,7 @@ def test_an_explicit_choice_that_cannot_run_raises_with_the_reason(monkeypatch):
 
 def test_auto_falls_back_to_the_cpu_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(registry, "_probe_device", lambda device: "" if device == "cpu" else "not there")
+    caplog.set_level("INFO")
     _forget()
     assert [backend.resolve("auto").value for _ in range(3)] == ["cpu"] * 3
     assert [record.message for record in caplog.records] == ["running on the CPU, which is slower: not there"]
