@@ -57,7 +57,7 @@ def main(
     elif mode is Mode.FIXED:
         evaluate(**fixed_settings(settings, genotype))
     elif mode is Mode.CACHED:
-        search(**settings, execution="fastest")
+        search(**{**settings, "execution": "fastest"})
     else:
         search(**settings)
 
@@ -80,6 +80,7 @@ def fixed_settings(settings: dict[str, Any], genotype: str) -> dict[str, Any]:
 
 def benchmark(settings: dict[str, Any], genotype: str) -> None:
     """Each mode in a process of its own, so that its time and peak memory are its own."""
+    make_config(EvaluateConfig, fixed_settings(settings, genotype))  # refused now, not after the search
     out = settings.pop("out")
     rows = {
         mode: run_mode(mode, settings, genotype, out / mode.value)

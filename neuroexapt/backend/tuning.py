@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 NEVER = sys.maxsize
 _DEFAULT_MIN_ELEMENTS = 1024
+# These save device time at every size but cost more Python than PyTorch's own. Launched one by one, separable
+# convolutions were measured to pay off from 4 M elements on; in a captured graph choose the tier by name.
+_LATER = dict.fromkeys(("sepconv", "avg_pool", "max_pool", "global_avg_pool"), 2**22)
 _DEFAULT_MIN_OPERANDS = {"softmax_sum": 4, "weighted_sum": 4}
 
 
@@ -59,7 +62,7 @@ class TuningConfig:
         measured = [c for c in self.crossovers if (c.op, c.tier, c.dtype) == (op, tier, dtype)]
         if not measured:
             enough = operands >= _DEFAULT_MIN_OPERANDS.get(op, 1)
-            return _DEFAULT_MIN_ELEMENTS if enough else NEVER
+            return _LATER.get(op, _DEFAULT_MIN_ELEMENTS) if enough else NEVER
         # Fewer operands than measured make the kernel pay off less, so round down.
         fitting = [c for c in measured if c.operands <= operands]
         return max(fitting, key=lambda c: c.operands).min_elements if fitting else NEVER

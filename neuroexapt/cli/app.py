@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,7 @@ def _no_command(
 
 def run_command(command: Callable[..., Any], arguments: list[str] | None = None) -> int:
     """Run a typer app; the exit code. Whatever a user can mend is one line on standard error and code 2."""
+    threading.excepthook = _writer_failed
     try:
         return command(arguments, standalone_mode=False) or 0
     except typer.Exit as finished:
@@ -130,6 +132,12 @@ def run_command(command: Callable[..., Any], arguments: list[str] | None = None)
         if not _is_out_of_memory(error):
             raise
         return _fail("out of memory; lower --batch-size, --init-channels or --layers")
+
+
+def _writer_failed(failure: threading.ExceptHookArgs) -> None:
+    """The thread that writes TensorBoard's events repeats errors that its caller gets as well."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def _fail(message: str) -> int:

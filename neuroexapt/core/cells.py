@@ -15,12 +15,9 @@ INPUTS = 2
 
 @dataclass(frozen=True)
 class CellTopology:
-    """``nodes`` intermediate states, each fed by every earlier state; derivation keeps ``kept_edges`` a
-    node.
-    """
+    """``nodes`` intermediate states, each fed by every earlier state."""
 
     nodes: int = 4
-    kept_edges: int = 2
 
     @property
     def edges(self) -> tuple[tuple[int, int], ...]:

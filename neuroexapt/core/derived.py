@@ -193,5 +193,7 @@ def inherit_weights(network: DerivedNetwork, supernet: Supernet) -> None:
         target.load_state_dict(source.state_dict(), strict=False)
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def count_parameters(network: DerivedNetwork) -> int:
+    """Parameters at inference: without the auxiliary head, as papers count them."""
+    named = network.named_parameters()
+    return sum(p.numel() for name, p in named if not name.startswith("auxiliary_head."))

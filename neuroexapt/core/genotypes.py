@@ -10,6 +10,7 @@ from typing import Any
 from neuroexapt.errors import UserError
 
 Edge = tuple[str, int]
+EDGES_PER_NODE = 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Genotype:
 
     def edges(self, cell: str) -> tuple[tuple[int, int, str], ...]:
         """``(source, target, operation)`` of each edge of ``cell`` (``"normal"`` or ``"reduce"``)."""
-        return tuple((source, 2 + i // 2, op) for i, (op, source) in enumerate(getattr(self, cell)))
+        return tuple(
+            (source, 2 + i // EDGES_PER_NODE, op) for i, (op, source) in enumerate(getattr(self, cell))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -72,7 +75,7 @@ class Genotype:
             if not isinstance(call, ast.Call) or call.args:
                 raise ValueError
             fields = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, TypeError, ValueError) as error:
             raise UserError(
                 "the genotype is neither JSON nor of the form Genotype(normal=[...], ...)"
             ) from error
@@ -105,11 +108,12 @@ def _checked_edges(edges: Iterable[Sequence[Any]], cell: str) -> tuple[Edge, ...
 
 
 def _checked_concat(concat: Iterable[int], nodes: int, cell: str) -> tuple[int, ...]:
-    states = tuple(concat)
     valid = range(2, 2 + nodes)
-    if not states or len(set(states)) != len(states) or not all(state in valid for state in states):
+    states = tuple(concat) if isinstance(concat, (list, tuple, range)) else ()
+    known = all(isinstance(state, int) and state in valid for state in states)
+    if not states or not known or len(set(states)) != len(states):
         raise UserError(
-            f"genotype, {cell} cell: the output joins states {list(states)}; name distinct states of "
+            f"genotype, {cell} cell: the output joins states {concat}; list distinct states of "
             f"{valid.start} to {valid.stop - 1}"
         )
     return states
@@ -190,7 +194,9 @@ NASNet, AmoebaNet, DARTS_V1, DARTS_V2, PC_DARTS_cifar, PC_DARTS_image, PDARTS = 
 
 
 def load_genotype(name_or_file: str) -> Genotype:
-    """A published genotype by name (case and ``-``/``_`` do not matter), or one read from a file."""
+    """A genotype by its published name (in any case, with ``-`` or ``_``), from a file, or by its text."""
+    if name_or_file.lstrip().startswith(("{", "Genotype(")):
+        return Genotype.from_text(name_or_file)
     wanted = name_or_file.lower().replace("-", "_")
     aliases = {
         "darts": "darts_v2",

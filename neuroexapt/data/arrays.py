@@ -29,6 +29,8 @@ def read_npz(path: Path) -> Splits[ResidentImages]:
             "(channels, height, width); bring them to one shape"
         )
     names = arrays.get("classes", range(len(train.labels.unique())))
+    if np.ndim(names) != 1:
+        raise UserError(f"classes in {path} is no list of names; give one string a class or leave it out")
     splits = Splits(train, test, tuple(str(name) for name in names))
     _check_labels(splits)
     return splits

@@ -4,6 +4,8 @@ Tensors keep their exact bits. Everything else of the state is JSON in the file'
 checkpoint never runs code from it. A digest over both reveals damage.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -64,13 +66,15 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as on a file system that is read-only
+            temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
+    advice = "make room or choose" if error.errno == errno.ENOSPC else "choose"
     return UserError(
-        f"cannot write {path}: {error.strerror or error}; make room or choose another folder with --out. "
+        f"cannot write {path}: {error.strerror or error}; {advice} another place with --out. "
         "What was saved before is intact"
     )
 

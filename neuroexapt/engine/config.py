@@ -5,6 +5,7 @@ The command line's options are generated from these fields, so a setting is decl
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class RunConfig:
     )
     data_root: Path = setting(Path("data"), "folder in which the standard data sets are looked for")
     download: bool = setting(False, "download a standard data set that is not there")
-    image_size: int | None = setting(None, "side in pixels to which the pictures of a folder are resized")
+    image_size: int | None = setting(None, "side in pixels to which the pictures are resized")
     space: str = setting("darts", "search space")
     layers: int = setting(8, "cells, two of them reduction cells")
     init_channels: int = setting(16, "channels of the first cells")
@@ -67,8 +68,9 @@ class RunConfig:
             raise UserError(f"seed={self.seed}: choose one from 0 to 2**63 - 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, in the order of declaration."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain JSON values, without the run's own folder: another run may load them."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "overwrite")}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +189,8 @@ def _typed(name: str, value: Any, expected: tuple[type, bool]) -> Any:
         return Path(value)
     if kind is float and type(value) is int:
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value}: choose a finite number")
     if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
         return value
     raise UserError(f"{name}={value!r}: expected {'a path' if kind is Path else kind.__name__}")

@@ -17,7 +17,7 @@ PHASE = "evaluate"
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """A trained genotype; ``curves["evaluate"][name]`` holds a value an epoch."""
+    """A trained genotype; ``curves["evaluate"][name]`` holds a value an epoch, ``result`` is result.json."""
 
     genotype: Genotype
     model: DerivedNetwork
@@ -47,7 +47,7 @@ def evaluate(
 def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> EvaluationResult:
     config, data = run.config, run.data
     genotype = _genotype(run, new)
-    get_space(config.space).check(data.image_size, config.init_channels, config.layers)
+    get_space(config.space).check(data.image_size, config.init_channels, config.layers, config.batch_size)
     if config.auxiliary:
         check_auxiliary_size(data.image_size)
     network = run.derived_network(genotype, PHASE, auxiliary=config.auxiliary)
@@ -66,7 +66,7 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> EvaluationResult:
         run.folder.write_json("genotype.json", genotype.to_dict())
     run.session.progress.say(
         f"training {config.genotype} on {config.dataset}: {phase.epochs} epochs of "
-        f"{phase.steps_per_epoch} steps on {run.device}, run folder {run.folder.path}"
+        f"{phase.steps_per_epoch} steps on {run.where}, run folder {run.folder.path}"
     )
     seconds = run.train(phase)
     curves = read_curves(run.folder)

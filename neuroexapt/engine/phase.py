@@ -76,7 +76,7 @@ class Session:
     progress: Progress
     stop: StopRequest
     checkpoint_seconds: float
-    command: str
+    how_to_resume: str
 
 
 @dataclass
@@ -104,6 +104,9 @@ class PhaseRunner:
     def run(self) -> float:
         """Train to the end; seconds that the phase has taken over all its invocations."""
         self._restore()
+        if self.position.epoch == self.phase.epochs:
+            return self.position.seconds
+        self.events.start(self.position.epoch * self.phase.steps_per_epoch + self.position.step)
         reset_peak_memory(self.phase.device)
         self._clock = self._saved_at = self._looked_at = time.monotonic()
         with self.session.progress.phase(self.phase.name, self.phase.epochs, self.phase.steps_per_epoch):
@@ -124,7 +127,6 @@ class PhaseRunner:
         else:
             run.rewind(name, 0)
             self._save()
-        self.events.start(self.position.epoch * self.phase.steps_per_epoch + self.position.step)
 
     def _run_epoch(self, epoch: int) -> None:
         started, first_step = time.monotonic(), self.position.step
@@ -215,7 +217,7 @@ class PhaseRunner:
         assert number is not None
         raise Interrupted(
             f"stopped in phase {self.phase.name}, epoch {self.position.epoch}, step {self.position.step}; "
-            f"everything is saved. Continue with: {self.session.command} --resume {self.session.run.path}",
+            f"everything is saved. Continue with: {self.session.how_to_resume}",
             number,
         )
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.progress import TextColumn, TimeRemainingColumn
 
 SHOWN = {
     "train_loss": "loss",
@@ -38,9 +38,8 @@ class Progress:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left  {task.fields[numbers]}"),
         )
         with RichProgress(
             *columns, console=self.console, transient=True, speed_estimate_period=60
@@ -57,8 +56,8 @@ class Progress:
         self._bar.update(
             self._task,
             completed=epoch * self._steps + step,
-            description=f"{self._name} epoch {epoch + 1}/{self._epochs} step {step}/{self._steps}",
-            numbers=_numbers(values) + rate,
+            description=f"{self._name} {epoch + 1}/{self._epochs} step {step}/{self._steps}",
+            numbers=_numbers(values, digits=3) + rate,
         )
 
     def end_epoch(self, record: dict[str, Any], timing: dict[str, float]) -> None:
@@ -66,5 +65,6 @@ class Progress:
         self.say(f"{line}  {timing['steps_per_second']:.1f} steps/s")
 
 
-def _numbers(values: dict[str, Any]) -> str:
-    return "  ".join(f"{label} {values[name]:.4f}" for name, label in SHOWN.items() if name in values)
+def _numbers(values: dict[str, Any], digits: int = 4) -> str:
+    shown = ((label, values[name]) for name, label in SHOWN.items() if name in values)
+    return "  ".join(f"{label} {value:.{digits}f}" for label, value in shown)

@@ -9,6 +9,22 @@ from typing import Any
 from neuroexapt.engine.checkpoint import cannot_write, write_atomically
 from neuroexapt.errors import UserError
 
+OWN_FILES = frozenset(
+    {
+        "checkpoints",
+        "config.json",
+        "genotype.json",
+        "metrics.jsonl",
+        "report.html",
+        "result.json",
+        "space.json",
+        "split.json",
+        "tensorboard",
+        "timing.jsonl",
+    }
+)
+"""What a run writes into its folder."""
+
 
 class RunFolder:
     """``config.json, space.json, split.json, metrics.jsonl, timing.jsonl, genotype.json, result.json,
@@ -27,21 +43,25 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, *, overwrite: bool) -> "RunFolder":
         """An empty run folder. One that holds a run is replaced only with ``overwrite``, any other never."""
+        path = path.resolve()
         run = cls(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if not (path / "config.json").is_file():
-                raise UserError(f"{path} exists and holds no run; choose another folder with --out")
-            if not overwrite:
-                raise UserError(
-                    f"{path} already holds a run: continue it with --resume {path}, replace it with "
-                    "--overwrite, or choose another folder with --out"
-                )
-            shutil.rmtree(path)
         try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                run._check_replaceable(overwrite)
+                shutil.rmtree(path)
             run.checkpoints.mkdir(parents=True)
         except OSError as error:
             raise cannot_write(path, error) from error
         return run
+
+    def _check_replaceable(self, overwrite: bool) -> None:
+        if not self.path.is_dir() or {file.name.lstrip(".") for file in self.path.iterdir()} - OWN_FILES:
+            raise UserError(f"{self.path} exists and is no run's folder; choose another with --out")
+        if not overwrite:
+            raise UserError(
+                f"{self.path} already holds a run: continue it with --resume {self.path}, replace it with "
+                "--overwrite, or choose another folder with --out"
+            )
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -73,13 +93,21 @@ class RunFolder:
     def records(self, path: Path) -> Iterator[dict[str, Any]]:
         """The records of a .jsonl file; a last line that a crash cut short is left out."""
         if path.exists():
-            for line in path.read_text().splitlines(keepends=True):
+            for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
                 if line.endswith("\n"):
-                    yield json.loads(line)
+                    try:
+                        yield json.loads(line)
+                    except ValueError as error:
+                        raise UserError(
+                            f"{path}, line {number}, is damaged: {error}; delete the line"
+                        ) from error
 
     def rewind(self, phase: str, epoch: int) -> None:
-        """Forget the records of ``phase`` from ``epoch`` on: they will be made again."""
+        """Forget the records of ``phase`` from ``epoch`` on, to be made again; the others must exist."""
         for path in (self.metrics, self.timing):
-            if path.exists():
-                kept = [r for r in self.records(path) if r["phase"] != phase or r["epoch"] < epoch]
+            records = list(self.records(path))
+            kept = [r for r in records if r["phase"] != phase or r["epoch"] < epoch]
+            if [r["epoch"] for r in kept if r["phase"] == phase] != list(range(epoch)):
+                raise UserError(f"{path} lacks records of phase {phase}, epochs 0 to {epoch - 1}; start anew")
+            if kept != records:
                 write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -18,6 +18,7 @@ from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
 from neuroexapt.engine.training import TrainPhase, evaluate_loss
+from neuroexapt.errors import UserError
 from neuroexapt.spaces import get_space
 from neuroexapt.strategies import get_strategy
 
@@ -26,8 +27,8 @@ from neuroexapt.strategies import get_strategy
 class SearchResult:
     """What a search found.
 
-    ``model``: the derived network as trained last; ``curves[phase][name]``: a value an epoch, ``result``: the
-    content of result.json.
+    ``model``: the derived network that inherited the search network's weights, as trained;
+    ``curves[phase][name]``: a value for every epoch that recorded it; ``result``: what is in result.json.
     """
 
     genotype: Genotype
@@ -62,6 +63,10 @@ def search(
 def derive(run_dir: str | Path) -> Genotype:
     """The genotype that α stands for in the last search checkpoint of a run, finished or not."""
     folder = RunFolder.open(Path(run_dir))
+    if not folder.checkpoint(SearchPhase.name).exists():
+        raise UserError(
+            f"{run_dir} holds no checkpoint of a search: {folder.checkpoint(SearchPhase.name)} is missing"
+        )
     config = make_config(SearchConfig, folder.read_json("config.json"))
     supernet = load_checkpoint(folder.checkpoint(SearchPhase.name))["phase"]["supernet"]
     alphas = {k.removeprefix("alphas."): v for k, v in supernet.items() if k.startswith("alphas.")}
@@ -75,7 +80,7 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> SearchResult:
         _create_folder(run)
     progress.say(
         f"searching {config.space} on {config.dataset} with {config.strategy}: {phase.epochs} epochs of "
-        f"{phase.steps_per_epoch} steps on {run.device}, run folder {run.folder.path}"
+        f"{phase.steps_per_epoch} steps on {run.where}, run folder {run.folder.path}"
     )
     phase.prepare_execution(progress.say)
     seconds = {"search": run.train(phase)}
@@ -107,7 +112,7 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> SearchResult:
 def _search_phase(run: OpenRun[SearchConfig]) -> SearchPhase:
     config, data = run.config, run.data
     space = get_space(config.space)
-    space.check(data.image_size, config.init_channels, config.layers)
+    space.check(data.image_size, config.init_channels, config.layers, config.batch_size)
     train_indices, valid_indices = _split(run)
     train_loader = run.loader("train", training=True, indices=train_indices, stream="w")
     valid_loader = run.loader("train", training=True, indices=valid_indices, stream="alpha")

@@ -58,12 +58,14 @@ class SearchPhase(Phase):
 
     def prepare_execution(self, say: Callable[[str], None]) -> None:
         """Set up ``config.execution``; measuring uses copies, so the search's own state is not touched."""
+        config = self._config
+        if config.execution == "eager":
+            return
         train, valid = Batch(*next(self._train_loader.epoch(0))), Batch(*next(self._valid_loader.forever(0)))
 
         def take_step(network: Supernet) -> None:
             self._make_step(network)(train, valid)
 
-        config = self._config
         key = (
             f"{get_device_name(self.device)}, torch {torch.__version__}, {config.space}, {config.strategy}, "
             f"{config.layers} layers, {config.init_channels} channels, batch {tuple(train.images.shape)}"

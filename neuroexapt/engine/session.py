@@ -3,11 +3,12 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import platform
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from neuroexapt.backend import get_backend, use_backend
+from neuroexapt.backend import Backend, get_backend, list_backends, use_backend
 from neuroexapt.core.derived import DerivedNetwork
 from neuroexapt.core.genotypes import Genotype
 from neuroexapt.data import ImageDataset, Loader, load_dataset, make_loader
@@ -27,7 +28,7 @@ from neuroexapt.engine.phase import Phase, PhaseRunner, Session
 from neuroexapt.engine.progress import Progress
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.errors import UserError
-from neuroexapt.spaces import get_space
+from neuroexapt.spaces import BUILT_IN, get_space
 from neuroexapt.version import __version__
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -83,7 +84,19 @@ class OpenRun(Generic[Config]):
     config: Config
     session: Session
     data: ImageDataset
-    device: torch.device
+    backend: Backend
+
+    @property
+    def device(self) -> torch.device:
+        return self.backend.torch_device
+
+    @property
+    def where(self) -> str:
+        """The device, and if it is not a GPU why not."""
+        if self.device.type != "cpu" or self.config.backend == "cpu":
+            return str(self.device)
+        reason = next(backend.reason for backend in list_backends() if backend.value == "cuda")
+        return f"cpu ({reason}, which would be faster)"
 
     @property
     def folder(self) -> RunFolder:
@@ -158,9 +171,7 @@ class OpenRun(Generic[Config]):
 @contextmanager
 def running(config: Config, folder: RunFolder, command: str) -> Iterator[OpenRun[Config]]:
     """Choose the backend, read the data and listen to signals while the block runs."""
-    # "auto" leaves the choice to the environment and to the saved configuration.
-    chosen = nullcontext(get_backend()) if config.backend == "auto" else use_backend(config.backend)
-    with chosen as backend, StopRequest().listening() as stop:
+    with _warnings(not config.quiet), _chosen_backend(config) as backend, StopRequest().listening() as stop:
         data = load_dataset(
             config.dataset,
             root=config.data_root,
@@ -175,9 +186,37 @@ def running(config: Config, folder: RunFolder, command: str) -> Iterator[OpenRun
             progress=Progress(config.quiet),
             stop=stop,
             checkpoint_seconds=config.checkpoint_seconds,
-            command=f"neuroexapt {command}",
+            how_to_resume=_how_to_resume(config, folder, command),
         )
-        yield OpenRun(config, session, data, backend.torch_device)
+        yield OpenRun(config, session, data, backend)
+
+
+@contextmanager
+def _warnings(shown: bool) -> Iterator[None]:
+    logger = logging.getLogger("neuroexapt")
+    before = logger.level
+    logger.setLevel(before if shown else logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def _chosen_backend(config: RunConfig) -> Iterator[Backend]:
+    if config.backend == "auto":  # left to the environment and to the saved configuration
+        yield get_backend()
+    else:
+        with use_backend(config.backend) as backend:
+            yield backend
+
+
+def _how_to_resume(config: RunConfig, folder: RunFolder, command: str) -> str:
+    if config.space in BUILT_IN:
+        return f"neuroexapt {command} --resume {folder.path}"
+    return (
+        f"neuroexapt.{command}(resume={str(folder.path)!r}), from Python where {config.space!r} is registered"
+    )
 
 
 def seed_for(seed: int, purpose: str) -> int:

@@ -42,14 +42,15 @@ def sepconv(
     if relu:
         x = F.relu(x)
     padding = dilation * (depthwise_weight.shape[-1] // 2)
-    x = F.conv2d(
-        x, depthwise_weight, stride=stride, padding=padding, dilation=dilation, groups=x.shape[1]
-    )
+    x = F.conv2d(x, depthwise_weight, stride=stride, padding=padding, dilation=dilation, groups=x.shape[1])
     return F.conv2d(x, pointwise_weight)
 
 
 def avg_pool(x: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
     """Average over the window's pixels inside the picture (padding ``k // 2``, not counted)."""
+    if x.is_cuda:
+        # PyTorch's backward is wrong there for channels-last inputs with padding (pytorch issue 188344).
+        x = x.contiguous()
     return F.avg_pool2d(x, kernel_size, stride, padding=kernel_size // 2, count_include_pad=False)
 
 

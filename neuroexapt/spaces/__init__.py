@@ -6,8 +6,13 @@ from neuroexapt.spaces.darts import DARTS
 
 SPACES: dict[str, CellSpace] = {space.name: space for space in (DARTS,)}
 
+BUILT_IN = frozenset(SPACES)
+
 
 def get_space(name: str) -> CellSpace:
     if name not in SPACES:
-        raise UserError(f"unknown search space {name!r}; known are {', '.join(SPACES)}")
+        raise UserError(
+            f"unknown search space {name!r}; known are {', '.join(SPACES)}. Register one of your own first, "
+            "from Python: SPACES[name] = CellSpace(...)"
+        )
     return SPACES[name]

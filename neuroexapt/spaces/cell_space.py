@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuroexapt.core.cells import CellTopology
 from neuroexapt.core.derived import DerivedNetwork
-from neuroexapt.core.genotypes import Edge, Genotype
+from neuroexapt.core.genotypes import EDGES_PER_NODE, Edge, Genotype
 from neuroexapt.core.operations import make_op
 from neuroexapt.core.supernet import Supernet, reduction_layers
 from neuroexapt.errors import UserError
@@ -35,20 +36,21 @@ class CellSpace:
         if not any(primitive != "none" for primitive in self.primitives):
             raise UserError(f"search space {self.name!r} needs at least one operation besides 'none'")
 
-    def check(self, image_size: Sequence[int], channels: int, layers: int) -> None:
+    def check(self, image_size: Sequence[int], channels: int, layers: int, batch_size: int) -> None:
         """Refuse, with one clear line, what no network of this space can take."""
         if channels < 2 or channels % 2:
-            raise UserError(
-                f"init_channels={channels}: factorized reduction needs an even number, at least 2"
-            )
+            raise UserError(f"init_channels={channels}: factorized reduction needs an even number from 2 up")
         reduction_layers(layers)
-        for primitive in self.primitives:
-            make_op(primitive, 2, 1, affine=False)
-        if min(image_size) < 2**REDUCTIONS:
+        smallest = 2**REDUCTIONS
+        if min(image_size) < smallest:
             raise UserError(
                 f"pictures of {image_size[0]}x{image_size[1]} pixels are too small for {REDUCTIONS} "
-                f"reductions; give at least {2**REDUCTIONS}x{2**REDUCTIONS}, for instance with --image-size 8"
+                f"reductions; give at least {smallest}x{smallest}, for instance with --image-size 8"
             )
+        if batch_size == 1 and max(image_size) <= smallest:
+            raise UserError("batches of 1 leave BatchNorm one value a channel here; raise --batch-size")
+        for primitive in self.primitives:
+            _check_shape(primitive)
 
     def supernet(self, *, in_channels: int, num_classes: int, channels: int, layers: int) -> Supernet:
         return Supernet(
@@ -75,7 +77,7 @@ class CellSpace:
         kept: list[Edge] = []
         for node in self.topology.concat:
             incoming = [i for i, (_, target) in enumerate(self.topology.edges) if target == node]
-            strongest = sorted(incoming, key=lambda i: -rows[i][best[i]])[: self.topology.kept_edges]
+            strongest = sorted(incoming, key=lambda i: -rows[i][best[i]])[:EDGES_PER_NODE]
             kept += [(self.primitives[best[i]], self.topology.edges[i][0]) for i in strongest]
         return tuple(kept)
 
@@ -107,3 +109,15 @@ class CellSpace:
             "edges": {"normal": edges, "reduce": edges},
             "nodes": list(self.topology.state_names),
         }
+
+
+def _check_shape(primitive: str) -> None:
+    """An operation keeps the width and divides the resolution by its stride, rounding up."""
+    for stride in (1, 2):
+        shape = make_op(primitive, 2, stride, affine=False)(torch.zeros(2, 2, 5, 5)).shape
+        expected = (2, 2, *(-(-5 // stride),) * 2)
+        if shape != expected:
+            raise UserError(
+                f"operation {primitive!r} turns [2, 2, 5, 5] at stride {stride} into {[*shape]}; it must be "
+                f"{[*expected]}"
+            )

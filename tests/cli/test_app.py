@@ -97,7 +97,7 @@ def test_config_file_and_overrides(
     )
     assert code == 0
     old, new = (json.loads((p / "config.json").read_text()) for p in (searched, tmp_path / "run"))
-    assert {k for k in old if old[k] != new[k]} == {"out", "seed"}
+    assert {k for k in old if old[k] != new[k]} == {"seed"}
 
 
 def test_original_options_keep_working(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -150,6 +150,8 @@ def test_help_and_version_without_a_command(capsys: pytest.CaptureFixture) -> No
         (["search", "--resume", "/does/not/exist"], "holds no run"),
         (["evaluate", "--genotype", "DARTS_V9"], "no genotype 'DARTS_V9'"),
         (["evaluate", "--auxiliary"], "auxiliary head needs pictures of at least 21 pixels, these have 8"),
+        (["search", "--grad-clip", "inf"], "grad_clip=inf: choose a finite number"),
+        (["search", "--space", "mine"], "Register one of your own first"),
         (["derive", "/does/not/exist"], "holds no run"),
         (["report", "/does/not/exist"], "/does/not/exist"),
     ],
@@ -228,7 +230,7 @@ def test_disk_full_keeps_what_was_saved(
 
     monkeypatch.setattr(checkpoint, "write_atomically", fills_up)
     line = refused(capsys, "search", f"--dataset=npz:{data}", f"--out={tmp_path}/run", "--quiet", *TINY)
-    assert "No space left on device; make room or choose another folder with --out" in line
+    assert "No space left on device; make room or choose another place with --out" in line
     assert checkpoint.load_checkpoint(saved[-1])["position"]["epoch"] == 1
 
 

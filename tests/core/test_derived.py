@@ -30,6 +30,8 @@ def test_published_size_of_darts_v2() -> None:
     """3.3 M parameters at 20 cells of 36 channels (table 1 of the paper, without the auxiliary head)."""
     network = DerivedNetwork(DARTS_V2, in_channels=3, num_classes=10, channels=36, layers=20)
     assert count_parameters(network) == 3_349_342
+    sizes = {"in_channels": 3, "num_classes": 10, "channels": 36, "layers": 20}
+    assert count_parameters(DerivedNetwork(DARTS_V2, **sizes, auxiliary=True)) == 3_349_342
 
 
 def test_auxiliary_head_sees_two_thirds_of_the_depth() -> None:

@@ -55,8 +55,12 @@ def test_edges_name_source_target_and_op() -> None:
         ({"normal": []}, "every node takes two edges, 0"),
         ({"normal": ["sep_conv_3x3"] * 2}, r"expected \(operation, source state\) pairs"),
         ({"normal": [["sep_conv_3x3", "0"], ["skip_connect", 1]]}, "is not an"),
-        ({"normal_concat": [2, 9]}, r"joins states \[2, 9\]; name distinct states of 2 to 5"),
-        ({"reduce_concat": []}, "name distinct states"),
+        ({"normal_concat": [2, 9]}, r"joins states \[2, 9\]; list distinct states of 2 to 5"),
+        ({"reduce_concat": []}, "list distinct states"),
+        ({"reduce_concat": 5}, "list distinct states"),
+        ({"reduce_concat": [2.0, 3.0]}, "list distinct states"),
+        ({"reduce_concat": [[2]]}, "list distinct states"),
+        ({"reduce_concat": [2, 2]}, "list distinct states"),
         ({"surplus": 1}, "exactly the fields"),
     ],
 )
@@ -65,7 +69,9 @@ def test_refuses_what_is_no_genotype(change: dict, message: str) -> None:
         Genotype.from_dict({**FIELDS, **change})
 
 
-@pytest.mark.parametrize("text", ["", "{", "Genotype(", "__import__('os').system('true')", "[1, 2]"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "Genotype(", "__import__('os').system('true')", "[1, 2]", "Genotype(normal=range('a'))"]
+)
 def test_refuses_other_text(text: str) -> None:
     with pytest.raises(UserError):
         Genotype.from_text(text)
@@ -76,6 +82,7 @@ def test_load_by_name_file_and_run_folder(tmp_path: Path) -> None:
     file = tmp_path / "genotype.json"
     file.write_text(json.dumps(FIELDS))
     assert load_genotype(str(file)) == load_genotype(str(tmp_path)) == DARTS_V2
+    assert load_genotype(str(DARTS_V2)) == load_genotype(json.dumps(FIELDS)) == DARTS_V2
     with pytest.raises(UserError, match="neither a file nor one of NASNet"):
         load_genotype("nonsense")
     file.write_bytes(b"\xff\xfe\x00")

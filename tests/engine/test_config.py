@@ -28,7 +28,9 @@ def test_defaults_are_those_of_the_paper() -> None:
 
 def test_saved_config_reads_back() -> None:
     config = make_config(SearchConfig, {"dataset": "cifar10", "out": "somewhere", "flip": False, "cutout": 4})
-    assert make_config(SearchConfig, json.loads(json.dumps(config.to_dict()))) == config
+    saved = json.loads(json.dumps(config.to_dict()))
+    assert not {"out", "overwrite"} & set(saved), "loading the settings of a run must not replace that run"
+    assert make_config(SearchConfig, {**saved, "out": config.out}) == config
 
 
 @pytest.mark.parametrize("dataset", PRESETS)
@@ -45,7 +47,8 @@ def test_presets_are_valid(dataset: str, cls: type) -> None:
         ({"epochs": True}, "epochs=True: expected int"),
         ({"flip": 1}, "flip=1: expected bool"),
         ({"out": 3}, "out=3: expected a path"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: choose a finite number"),
+        ({"grad_clip": float("inf")}, "grad_clip=inf: choose a finite number"),
         ({"batch_size": -4}, "batch_size=-4"),
         ({"train_portion": 1.0}, "train_portion=1.0: choose a share"),
         ({"epochs": 3, "warmup_epochs": 3}, "leaves none of 3 epochs"),

@@ -1,8 +1,16 @@
+import errno
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import neuroexapt
+from neuroexapt.engine.search_phase import SearchPhase
+from neuroexapt.errors import UserError
 from tests.engine.tiny import tiny_settings
 
 
@@ -26,5 +34,34 @@ def test_event_files_hold_what_the_run_recorded(tmp_path: Path) -> None:
     entropies = [tag for tag in tags["scalars"] if tag.startswith("alpha_entropy_normal/")]
     assert len(entropies) == 14
     assert set(tags["images"]) == {"alpha/normal", "alpha/reduce", "cell/normal", "cell/reduce"}
-    assert {event.step for event in events.Images("cell/normal")} == {3, 6}
+    assert {event.step for event in events.Images("cell/normal")} == {2, 5}
     assert "epoch/test_accuracy" in events_of(result.run_dir / "tensorboard" / "inherit").Tags()["scalars"]
+
+
+def test_resuming_between_epochs_keeps_all_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny_settings(tmp_path, epochs=3, train_epochs=0)
+    steps = SearchPhase.steps
+
+    def dying_steps(self: Any, epoch: int, start: int) -> Iterator[torch.Tensor]:
+        if epoch == 2:
+            raise InterruptedError
+        return steps(self, epoch, start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchPhase, "steps", dying_steps)
+        with pytest.raises(InterruptedError):
+            neuroexapt.search(**settings)
+    for _ in range(2):  # on from epoch 2, then once more when all is done
+        neuroexapt.search(resume=settings["out"], quiet=True)
+        events = events_of(settings["out"] / "tensorboard" / "search")
+        assert [event.step for event in events.Scalars("epoch/valid_accuracy")] == [2, 5, 8]
+        assert [event.step for event in events.Scalars("step/train_loss")] == list(range(9))
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    with pytest.raises(UserError, match="No space left on device; make room or choose another place"):
+        neuroexapt.search(**tiny_settings(tmp_path))

@@ -201,6 +201,15 @@ class TestResumeRefuses:
         with pytest.raises(UserError, match="epochs was 2 and is 3"):
             neuroexapt.search(resume=run)
 
+    def test_records_that_are_missing_or_damaged(self, run: Path) -> None:
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(lines[1:]))
+        with pytest.raises(UserError, match="lacks records of phase search, epochs 0 to 1"):
+            neuroexapt.search(resume=run)
+        (run / "metrics.jsonl").write_text("{oops\n" + "".join(lines[1:]))
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 1, is damaged"):
+            neuroexapt.search(resume=run)
+
     def test_other_data(self, run: Path, tmp_path: Path) -> None:
         import numpy as np
 

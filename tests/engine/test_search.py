@@ -71,12 +71,21 @@ def test_refuses_to_replace_a_run(finished: Any) -> None:
     assert (finished.run_dir / "result.json").exists()
 
 
-def test_refuses_a_folder_of_something_else_even_with_overwrite(tmp_path: Path) -> None:
+def test_settings_of_a_run_do_not_name_its_folder(finished: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    again = neuroexapt.search(config=finished.run_dir / "config.json", epochs=1, train_epochs=0)
+    assert again.run_dir != finished.run_dir
+    assert (finished.run_dir / "result.json").exists()
+
+
+@pytest.mark.parametrize("others", [["thesis.txt"], ["config.json", "thesis.txt"]])
+def test_refuses_a_folder_of_something_else_even_with_overwrite(others: list[str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds no run; choose another folder"):
+    for name in others:
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(UserError, match="is no run's folder; choose another"):
         neuroexapt.search(**tiny_settings(tmp_path, overwrite=True))
-    assert (tmp_path / "run" / "thesis.txt").exists()
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == sorted(others)
 
 
 def test_overwrite_is_not_carried_out_when_the_new_run_is_refused(finished: Any) -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from neuroexapt.core.cells import CellTopology
+from neuroexapt.core.operations import OPS
 from neuroexapt.errors import UserError
 from neuroexapt.spaces import DARTS, CellSpace, get_space
 
@@ -52,12 +53,24 @@ def test_derive_breaks_ties_by_order() -> None:
 )
 def test_check_refuses(image_size: tuple[int, int], channels: int, layers: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        DARTS.check(image_size, channels, layers)
+        DARTS.check(image_size, channels, layers, batch_size=8)
 
 
 def test_unknown_op_of_a_space_is_refused_when_checked() -> None:
     with pytest.raises(UserError, match="unknown operation 'typo'"):
-        CellSpace("mine", ("none", "typo")).check((8, 8), 4, 3)
+        CellSpace("mine", ("none", "typo")).check((8, 8), 4, 3, batch_size=8)
+
+
+def test_batches_of_one_need_more_than_one_pixel() -> None:
+    DARTS.check((8, 8), 4, 3, batch_size=1)
+    with pytest.raises(UserError, match="raise --batch-size"):
+        DARTS.check((4, 4), 4, 3, batch_size=1)
+
+
+def test_an_op_of_the_wrong_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS, "shrinks", lambda channels, stride, affine: torch.nn.AvgPool2d(2))
+    with pytest.raises(UserError, match=r"'shrinks' turns \[2, 2, 5, 5\] at stride 1 into \[2, 2, 2, 2\]"):
+        CellSpace("mine", ("none", "shrinks")).check((8, 8), 4, 3, batch_size=8)
 
 
 def test_unknown_space() -> None:
