@@ -42,7 +42,6 @@ FASHION = (
 class DatasetSpec:
     """A data set known by name. read(root, download) returns its splits or raises UserError."""
 
-    summary: str
     read: Callable[[Path, bool], Splits[ResidentImages]]
     augmentation: Augmentation
 
@@ -202,26 +201,22 @@ def _not_found(name: str, folders: list[Path]) -> UserError:
 
 
 DATASETS: dict[str, DatasetSpec] = {
-    "digits": DatasetSpec("1,797 digits, 8 × 8 grey, embedded", _read_digits, Augmentation(crop_padding=1)),
+    "digits": DatasetSpec(_read_digits, Augmentation(crop_padding=1)),
     "mnist": DatasetSpec(
-        "70,000 digits, 28 × 28 grey",
         partial(_read_mnist_like, name="mnist", builder="MNIST", classes=DIGITS),
         Augmentation(crop_padding=2),
     ),
     "fashion-mnist": DatasetSpec(
-        "70,000 articles of clothing, 28 × 28 grey",
         partial(_read_mnist_like, name="fashion-mnist", builder="FashionMNIST", classes=FASHION),
         Augmentation(crop_padding=2, flip=True),
     ),
     "cifar10": DatasetSpec(
-        "60,000 pictures, 32 × 32 colour",
         partial(_read_cifar, name="cifar10", builder="CIFAR10"),
         Augmentation(crop_padding=4, flip=True),
     ),
     "cifar100": DatasetSpec(
-        "60,000 pictures, 32 × 32 colour",
         partial(_read_cifar, name="cifar100", builder="CIFAR100"),
         Augmentation(crop_padding=4, flip=True),
     ),
-    "svhn": DatasetSpec("99,289 house numbers, 32 × 32 colour", _read_svhn, Augmentation(crop_padding=4)),
+    "svhn": DatasetSpec(_read_svhn, Augmentation(crop_padding=4)),
 }

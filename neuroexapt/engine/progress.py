@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.progress import TextColumn, TimeRemainingColumn
 
 SHOWN = {
@@ -24,7 +25,7 @@ class Progress:
 
     def __init__(self, quiet: bool) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
-        self._bar: RichProgress | None = None
+        self.live: RichProgress | None = None
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)
@@ -36,24 +37,25 @@ class Progress:
         if not self.console.is_terminal or self.console.quiet:
             yield
             return
+        # In a narrow terminal the numbers at the end are cut, not the time left.
         columns = (
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left  {task.fields[numbers]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(name) + 20)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("left  {task.fields[numbers]}", table_column=Column(no_wrap=True)),
         )
         with RichProgress(
             *columns, console=self.console, transient=True, speed_estimate_period=60
-        ) as self._bar:
-            self._task = self._bar.add_task(name, total=epochs * steps, numbers="")
+        ) as self.live:
+            self._task = self.live.add_task(name, total=epochs * steps, numbers="")
             yield
-        self._bar = None
+        self.live = None
 
     def step(self, epoch: int, step: int, values: dict[str, float]) -> None:
-        if self._bar is None:
+        if self.live is None:
             return
-        speed = self._bar.tasks[0].speed
+        speed = self.live.tasks[0].speed
         rate = f"  {speed:.1f} steps/s" if speed else ""
-        self._bar.update(
+        self.live.update(
             self._task,
             completed=epoch * self._steps + step,
             description=f"{self._name} {epoch + 1}/{self._epochs} step {step}/{self._steps}",
