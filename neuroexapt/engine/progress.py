@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress as RichProgress
-from rich.table import Column
 from rich.progress import TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 SHOWN = {
     "train_loss": "loss",
