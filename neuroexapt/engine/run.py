@@ -55,7 +55,10 @@ class RunFolder:
         return run
 
     def _check_replaceable(self, overwrite: bool) -> None:
-        if not self.path.is_dir() or {file.name.lstrip(".") for file in self.path.iterdir()} - OWN_FILES:
+        files = self.path.iterdir() if self.path.is_dir() else ()
+        # A process that was killed while it wrote leaves `.NAME.tmp`.
+        names = {file.name.removeprefix(".").removesuffix(".tmp") for file in files}
+        if not {"checkpoints", "config.json"} <= names <= OWN_FILES:
             raise UserError(f"{self.path} exists and is no run's folder; choose another with --out")
         if not overwrite:
             raise UserError(

@@ -78,7 +78,7 @@ def test_settings_of_a_run_do_not_name_its_folder(finished: Any, tmp_path: Path,
     assert (finished.run_dir / "result.json").exists()
 
 
-@pytest.mark.parametrize("others", [["thesis.txt"], ["config.json", "thesis.txt"]])
+@pytest.mark.parametrize("others", [["thesis.txt"], ["config.json", "thesis.txt"], ["config.json"]])
 def test_refuses_a_folder_of_something_else_even_with_overwrite(others: list[str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name in others:
@@ -86,6 +86,14 @@ def test_refuses_a_folder_of_something_else_even_with_overwrite(others: list[str
     with pytest.raises(UserError, match="is no run's folder; choose another"):
         neuroexapt.search(**tiny_settings(tmp_path, overwrite=True))
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == sorted(others)
+
+
+def test_overwrite_replaces_a_run_that_was_killed_while_it_wrote(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, epochs=1, train_epochs=0)
+    neuroexapt.search(**settings)
+    (settings["out"] / ".result.json.tmp").write_text("{")
+    neuroexapt.search(**settings, overwrite=True)
+    assert not (settings["out"] / ".result.json.tmp").exists()
 
 
 def test_overwrite_is_not_carried_out_when_the_new_run_is_refused(finished: Any) -> None:
