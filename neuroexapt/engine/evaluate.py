@@ -1,13 +1,12 @@
 """Training a given genotype from scratch and testing it."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neuroexapt.core.derived import DerivedNetwork, check_auxiliary_size, count_parameters
+from neuroexapt.core.derived import check_auxiliary_size, count_parameters
 from neuroexapt.core.genotypes import Genotype, load_genotype
 from neuroexapt.engine.config import EvaluateConfig
-from neuroexapt.engine.search import finish, read_curves
+from neuroexapt.engine.result import RunResult, finish, read_curves
 from neuroexapt.engine.session import OpenRun, open_run, running
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.spaces import get_space
@@ -15,20 +14,9 @@ from neuroexapt.spaces import get_space
 PHASE = "evaluate"
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
-    """A trained genotype; ``curves["evaluate"][name]`` holds a value an epoch, ``result`` is result.json."""
-
-    genotype: Genotype
-    model: DerivedNetwork
-    curves: dict[str, dict[str, list[Any]]]
-    result: dict[str, Any]
-    run_dir: Path
-
-
 def evaluate(
     *, resume: str | Path | None = None, config: str | Path | None = None, **settings: Any
-) -> EvaluationResult:
+) -> RunResult:
     """Train the network of ``genotype`` on all training pictures and test it.
 
     ``settings`` are the fields of ``EvaluateConfig``; ``resume`` and ``config`` as in ``search``.
@@ -37,14 +25,14 @@ def evaluate(
         EvaluateConfig,
         settings,
         first_phase=PHASE,
-        resume=Path(resume) if resume else None,
-        config_file=Path(config) if config else None,
+        resume=resume,
+        config_file=config,
     )
     with running(run_config, folder, "evaluate") as run:
         return _evaluate(run, new=resume is None)
 
 
-def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> EvaluationResult:
+def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
     config, data = run.config, run.data
     genotype = _genotype(run, new)
     get_space(config.space).check(data.image_size, config.init_channels, config.layers, config.batch_size)
@@ -79,7 +67,7 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> EvaluationResult:
         **run.environment(),
     }
     finish(run, result)
-    return EvaluationResult(genotype, network, curves, result, run.folder.path)
+    return RunResult(genotype, network, curves, result, run.folder.path)
 
 
 def _genotype(run: OpenRun[EvaluateConfig], new: bool) -> Genotype:

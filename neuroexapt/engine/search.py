@@ -1,7 +1,5 @@
 """A whole search: bilevel steps, genotype, derived network with inherited weights, and its control."""
 
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from neuroexapt.data import split_indices
 from neuroexapt.engine.checkpoint import load_checkpoint
 from neuroexapt.engine.config import SearchConfig, make_config
 from neuroexapt.engine.device import place
+from neuroexapt.engine.result import RunResult, finish, read_curves
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
@@ -23,24 +22,9 @@ from neuroexapt.spaces import get_space
 from neuroexapt.strategies import get_strategy
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
-
-    ``model``: the derived network that inherited the search network's weights, as trained;
-    ``curves[phase][name]``: a value for every epoch that recorded it; ``result``: what is in result.json.
-    """
-
-    genotype: Genotype
-    model: DerivedNetwork
-    curves: dict[str, dict[str, list[Any]]]
-    result: dict[str, Any]
-    run_dir: Path
-
-
 def search(
     *, resume: str | Path | None = None, config: str | Path | None = None, **settings: Any
-) -> SearchResult:
+) -> RunResult:
     """Search an architecture, derive it, train it with the inherited weights, and keep it all in a run
     folder.
 
@@ -53,8 +37,8 @@ def search(
         SearchConfig,
         settings,
         first_phase=SearchPhase.name,
-        resume=Path(resume) if resume else None,
-        config_file=Path(config) if config else None,
+        resume=resume,
+        config_file=config,
     )
     with running(run_config, folder, "search") as run:
         return _search(run, new=resume is None)
@@ -73,7 +57,7 @@ def derive(run_dir: str | Path) -> Genotype:
     return get_space(config.space).derive(get_strategy(config.strategy).relax(alphas))
 
 
-def _search(run: OpenRun[SearchConfig], *, new: bool) -> SearchResult:
+def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
     config, progress = run.config, run.session.progress
     phase = _search_phase(run)
     if new:
@@ -106,7 +90,7 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> SearchResult:
         **run.environment(),
     }
     finish(run, result)
-    return SearchResult(genotype, network, curves, result, run.folder.path)
+    return RunResult(genotype, network, curves, result, run.folder.path)
 
 
 def _search_phase(run: OpenRun[SearchConfig]) -> SearchPhase:
@@ -154,26 +138,3 @@ def _train_derived(
     phase = TrainPhase(name, network, loader, test_loader, config, epochs=config.train_epochs)
     seconds = run.train(phase)
     return network, seconds, read_curves(run.folder)[name]["test_accuracy"][-1]
-
-
-def read_curves(folder: RunFolder) -> dict[str, dict[str, list[Any]]]:
-    """``curves[phase][name]``: what metrics.jsonl holds, a value an epoch."""
-    curves: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for record in folder.records(folder.metrics):
-        for name, value in record.items():
-            curves[record["phase"]][name].append(value)
-    return {phase: dict(values) for phase, values in curves.items()}
-
-
-def finish(run: OpenRun[Any], result: dict[str, Any]) -> None:
-    """Write result.json and the report, and say what came out."""
-    from neuroexapt.report.html import write_report
-
-    run.folder.write_json("result.json", result)
-    report = write_report(run.folder.path)
-    scratch = result.get("scratch_test_accuracy")
-    compared = f" (from scratch {scratch:.2%})" if scratch is not None else ""
-    run.session.progress.say(
-        f"test accuracy {result['test_accuracy']:.2%}{compared}, {result['parameters']:,} parameters, "
-        f"{result['seconds']:.0f} s; report: {report}"
-    )

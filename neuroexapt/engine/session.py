@@ -54,18 +54,18 @@ def open_run(
     overrides: dict[str, Any],
     *,
     first_phase: str,
-    resume: Path | None,
-    config_file: Path | None,
+    resume: str | Path | None,
+    config_file: str | Path | None,
 ) -> tuple[Config, RunFolder]:
     """A new run folder with its config, or one that holds a run, whose settings then stand.
 
     Without the checkpoint of its first phase a run is not resumed: it would start from random weights.
     """
     if resume is None:
-        config = make_config(cls, overrides, config_file)
+        config = make_config(cls, overrides, Path(config_file) if config_file else None)
         out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(config.dataset).name}"
         return dataclasses.replace(config, out=out), RunFolder(out)
-    run = RunFolder.open(resume)
+    run = RunFolder.open(Path(resume))
     fixed = sorted(set(overrides) - PLACEMENT) + (["config"] if config_file else [])
     if fixed:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
@@ -74,7 +74,7 @@ def open_run(
         raise UserError(
             f"{resume} cannot go on: {run.checkpoint(first_phase)} is missing; start anew without --resume"
         )
-    return make_config(cls, {**overrides, "out": resume}, run.path / "config.json"), run
+    return make_config(cls, {**overrides, "out": run.path}, run.path / "config.json"), run
 
 
 @dataclass

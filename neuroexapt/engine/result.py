@@ -1,0 +1,49 @@
+"""What a finished run gives back, in Python and in its folder."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neuroexapt.core.derived import DerivedNetwork
+from neuroexapt.core.genotypes import Genotype
+from neuroexapt.engine.run import RunFolder
+from neuroexapt.engine.session import OpenRun
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a search found, or what came of training a genotype.
+
+    ``model``: the trained network of the genotype, after a search the one that inherited its weights;
+    ``curves[phase][name]``: a value for every epoch that recorded it; ``result``: what is in result.json.
+    """
+
+    genotype: Genotype
+    model: DerivedNetwork
+    curves: dict[str, dict[str, list[Any]]]
+    result: dict[str, Any]
+    run_dir: Path
+
+
+def read_curves(folder: RunFolder) -> dict[str, dict[str, list[Any]]]:
+    """``curves[phase][name]``: what metrics.jsonl holds, a value an epoch."""
+    curves: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for record in folder.records(folder.metrics):
+        for name, value in record.items():
+            curves[record["phase"]][name].append(value)
+    return {phase: dict(values) for phase, values in curves.items()}
+
+
+def finish(run: OpenRun[Any], result: dict[str, Any]) -> None:
+    """Write result.json and the report, and say what came out."""
+    from neuroexapt.report.html import write_report
+
+    run.folder.write_json("result.json", result)
+    report = write_report(run.folder.path)
+    scratch = result.get("scratch_test_accuracy")
+    compared = f" (from scratch {scratch:.2%})" if scratch is not None else ""
+    run.session.progress.say(
+        f"test accuracy {result['test_accuracy']:.2%}{compared}, {result['parameters']:,} parameters, "
+        f"{result['seconds']:.0f} s; report: {report}"
+    )
