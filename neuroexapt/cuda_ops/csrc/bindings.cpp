@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cell_conv.h"
 #include "sepconv.h"
 #include "softmax_sum.h"
 
@@ -17,4 +18,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(pybind11::init<int, int, int, int, int, int, int, int, int, int, bool>());
   m.def("sepconv_forward", &sepconv::forward);
   m.def("sepconv_backward", &sepconv::backward);
+
+  using cell_conv::Address;
+  pybind11::class_<cell_conv::Shape>(m, "ConvShape")
+      .def(pybind11::init<int, int, int, int, bool>());
+  pybind11::class_<cell_conv::Job>(m, "ConvJob")
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, int, int>());
+  pybind11::class_<cell_conv::GradJob>(m, "ConvGradJob")
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, std::int64_t, Address, Address, Address,
+                          Address, Address, Address, Address, int, int>());
+  pybind11::class_<cell_conv::CoefJob>(m, "ConvCoefJob").def(pybind11::init<Address, Address, Address>());
+  pybind11::class_<cell_conv::ReduceJob>(m, "ConvReduceJob").def(pybind11::init<Address, Address, int, int>());
+  m.def("cell_conv_forward_parts", &cell_conv::forward_parts);
+  m.def("cell_conv_backward_parts", &cell_conv::backward_parts);
+  m.def("cell_conv_dx_splits", &cell_conv::dx_splits);
+  m.def("cell_conv_forward", &cell_conv::forward);
+  m.def("cell_conv_backward_first", &cell_conv::backward_first);
+  m.def("cell_conv_backward_second", &cell_conv::backward_second);
+  m.def("cell_conv_first_coefficients", &cell_conv::first_coefficients);
+  m.def("cell_conv_reduce", &cell_conv::reduce);
 }

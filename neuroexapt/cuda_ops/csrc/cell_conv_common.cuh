@@ -1,0 +1,254 @@
+// What the forward and backward convolution stages of a fused cell share: tiles, windows, matrix products.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cell_conv.h"
+
+namespace cell_conv {
+namespace {
+
+constexpr int kHalo = 4;  // columns and rows around a tile: what a 5 x 5 of dilation 2 reads
+constexpr int kTapsPitch = 28;
+
+// A tile of a picture: Rows x Width pixels of all channels. Wider for fewer channels, so that shared memory
+// holds it and a search network's usual pictures (32 pixels at 16 channels, 16 at 32, 8 at 64) fill it.
+template <int C>
+struct Tile {
+  static constexpr int kWidth = 512 / C;
+  static constexpr int kRows = C == 32 ? 16 : 8;
+  static constexpr int kRunsPerRow = kWidth / 8;
+  static constexpr int kRuns = kRows * kRunsPerRow;  // of eight neighbouring pixels
+};
+
+// Where a block's tile lies, and its rows in shared memory. Rows outside the picture are all one row of
+// zeros. There is always room for it: where the halo is complete, no row lies outside.
+template <int C>
+struct Place {
+  int picture, y0, x0;
+  int first, rows;  // the tile's rows with halo that lie inside the picture
+
+  __device__ Place(const Shape& shape) {
+    const int across = (shape.width + Tile<C>::kWidth - 1) / Tile<C>::kWidth;
+    const int down = (shape.height + Tile<C>::kRows - 1) / Tile<C>::kRows;
+    picture = blockIdx.x / (across * down);
+    const int tile = blockIdx.x % (across * down);
+    y0 = tile / across * Tile<C>::kRows;
+    x0 = tile % across * Tile<C>::kWidth;
+    first = max(0, y0 - kHalo);
+    rows = min(shape.height, y0 + Tile<C>::kRows + kHalo) - first;
+  }
+
+  // The stored row of the picture's row y.
+  __device__ int stored(int y) const {
+    const unsigned row = y - first;
+    return min(row, unsigned(rows));
+  }
+};
+
+template <int C>
+__host__ __device__ int stored_rows(const Shape& shape) {
+  return min(Tile<C>::kRows + 2 * kHalo, shape.height + 1);
+}
+
+template <int C>
+int tile_count(const Shape& shape) {
+  const int across = (shape.width + Tile<C>::kWidth - 1) / Tile<C>::kWidth;
+  const int down = (shape.height + Tile<C>::kRows - 1) / Tile<C>::kRows;
+  return shape.batch * across * down;
+}
+
+// The least number from `floats` on that leaves `remainder` when divided by the 32 banks.
+__host__ __device__ constexpr int pad_to_bank(int floats, int remainder) {
+  return floats + ((remainder - floats) % 32 + 32) % 32;
+}
+
+__device__ inline float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
+
+// As in PyTorch, NaN passes.
+__device__ inline float relu(float x) { return x < 0.f ? 0.f : x; }
+
+// Four neighbours of a row from column x on; zeros past its end.
+__device__ inline float4 load_row4(const float* row, int x, int width, bool aligned) {
+  if (aligned && x + 4 <= width) return load4(row + x);
+  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (x < width) v.x = __ldg(row + x);
+  if (x + 1 < width) v.y = __ldg(row + x + 1);
+  if (x + 2 < width) v.z = __ldg(row + x + 2);
+  if (x + 3 < width) v.w = __ldg(row + x + 3);
+  return v;
+}
+
+__device__ inline void store_row4(float* row, int x, int width, bool aligned, float4 v) {
+  if (aligned && x + 4 <= width) {
+    // Written out: the compiler splits a float4 that it gathers from scattered registers.
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(row + x), "f"(v.x), "f"(v.y), "f"(v.z),
+                 "f"(v.w)
+                 : "memory");
+    return;
+  }
+  if (x < width) row[x] = v.x;
+  if (x + 1 < width) row[x + 1] = v.y;
+  if (x + 2 < width) row[x + 2] = v.z;
+  if (x + 3 < width) row[x + 3] = v.w;
+}
+
+// Whether every row of every plane starts at a multiple of 16 bytes.
+__device__ inline bool rows_aligned(const void* base, int64_t batch_stride, int width) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && batch_stride % 4 == 0 && width % 4 == 0;
+}
+
+// The input of a convolution, as it is read: relu(x) or relu((x − mean) · rstd).
+struct Source {
+  const float* x;
+  const float2* stats;
+  bool aligned;
+
+  __device__ Source(Address x_, int64_t batch_stride, Address stats_, const Shape& shape, int picture)
+      : x(reinterpret_cast<const float*>(x_) + picture * batch_stride),
+        stats(reinterpret_cast<const float2*>(stats_)),
+        aligned(rows_aligned(reinterpret_cast<const void*>(x_), batch_stride, shape.width)) {}
+
+  __device__ float2 moments(int channel) const {
+    return stats == nullptr ? make_float2(0.f, 1.f) : __ldg(stats + channel);
+  }
+};
+
+__device__ inline float activate(float x, float2 moments) { return relu((x - moments.x) * moments.y); }
+
+// The activated tile with its halo into shared memory, `pitch` floats a row and `plane` a channel; channel c goes
+// to slot(c).
+template <int C, int Threads, typename Slot>
+__device__ void load_tile(float* tile, const Source& source, const Place<C>& at, const Shape& shape, int pitch,
+                          int plane, Slot slot) {
+  constexpr int kQuads = (Tile<C>::kWidth + 2 * kHalo) / 4;
+  const int height = shape.height, width = shape.width, rows = at.rows + 1;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < C * rows * kQuads; i += Threads) {
+    const int quad = i % kQuads, row = i / kQuads % rows, channel = i / kQuads / rows;
+    const int x = at.x0 + 4 * (quad - 1);
+    if (row == at.rows && row == stored_rows<C>(shape)) continue;  // complete halo: no row of zeros
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (row < at.rows && 0 <= x && x < width) {
+      const float2 m = source.moments(channel);
+      v = load_row4(source.x + (int64_t(channel) * height + at.first + row) * width, x, width, source.aligned);
+      // Past the row's end zero stays zero: padding comes after the normalisation.
+      v.x = activate(v.x, m);
+      v.y = x + 1 < width ? activate(v.y, m) : 0.f;
+      v.z = x + 2 < width ? activate(v.z, m) : 0.f;
+      v.w = x + 3 < width ? activate(v.w, m) : 0.f;
+    }
+    *reinterpret_cast<float4*>(tile + slot(channel) * plane + row * pitch + 4 * quad) = v;
+  }
+}
+
+// Pixels [-Pad, N + Pad) around a strip of N, at window[kHalo - Pad ...]; `strip` points at pixel -kHalo.
+template <int Pad, int N>
+__device__ void load_window(float (&window)[N + 2 * kHalo], const float* strip) {
+#pragma unroll
+  for (int i = Pad > 2 ? 0 : 4; i < (Pad > 2 ? N + 8 : N + 4); i += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(strip + i);
+    window[i] = v.x, window[i + 1] = v.y, window[i + 2] = v.z, window[i + 3] = v.w;
+  }
+  if constexpr (Pad <= 2) {
+    const float2 left = *reinterpret_cast<const float2*>(strip + 2);
+    const float2 right = *reinterpret_cast<const float2*>(strip + N + 4);
+    window[2] = left.x, window[3] = left.y, window[N + 4] = right.x, window[N + 5] = right.y;
+  }
+}
+
+// Depthwise weights of a channel in shared memory, for one aligned load a row: the first three or four of every
+// row, four floats apart, then the fifth of every row.
+template <int K>
+__device__ inline int tap_position(int tap) {
+  const int ky = tap / K, kx = tap % K;
+  return kx < 4 ? 4 * ky + kx : 20 + ky;
+}
+
+template <int K>
+__device__ void load_tap_row(float (&taps)[K], const float* channel_taps, int ky) {
+  const float4 v = *reinterpret_cast<const float4*>(channel_taps + 4 * ky);
+  taps[0] = v.x, taps[1] = v.y, taps[2] = v.z;
+  if constexpr (K == 5) taps[3] = v.w, taps[4] = channel_taps[20 + ky];
+}
+
+template <int C, int K, int Threads, typename Slot>
+__device__ void load_taps(float* taps, const float* depthwise, Slot slot) {
+  for (int i = threadIdx.x; i < C * K * K; i += Threads) {
+    taps[slot(i / (K * K)) * kTapsPitch + tap_position<K>(i % (K * K))] = __ldg(depthwise + i);
+  }
+}
+
+__device__ inline uint32_t to_tf32(float v) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return bits;
+}
+
+// Operands of the tensor cores: N values rounded to TF32 and, for products of fp32 grade, what that cut off.
+template <int N, bool kExact>
+struct Fragment {
+  uint32_t high[N], low[kExact ? N : 1];
+
+  __device__ void set(int i, float v) {
+    high[i] = to_tf32(v);
+    if constexpr (kExact) low[i] = to_tf32(v - __uint_as_float(high[i]));
+  }
+};
+
+__device__ inline void mma(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// sums [16, 8] += a [16, 8] · b [8, 8]. With g = lane / 4 and q = lane % 4 a lane holds
+// a: (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4); b: (q, g), (q + 4, g);
+// sums: (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
+template <bool kExact>
+__device__ void multiply(float (&sums)[4], const Fragment<4, kExact>& a, const Fragment<2, kExact>& b) {
+  if constexpr (kExact) {
+    mma(sums, a.low, b.high);
+    mma(sums, a.high, b.low);
+  }
+  mma(sums, a.high, b.high);
+}
+
+__device__ inline float sum_over_quad(float v) {  // of the four lanes that share g
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+template <typename Launch>
+void launch(void (*kernel)(Launch), dim3 grid, dim3 threads, int shared_bytes, Address stream,
+            const Launch& parameters) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<grid, threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(parameters);
+  check(cudaGetLastError());
+}
+
+// Calls f with the channels as a compile-time constant.
+template <typename F>
+auto with_channels(const Shape& shape, F f) {
+  switch (shape.channels) {
+    case 16: return f(std::integral_constant<int, 16>());
+    case 32: return f(std::integral_constant<int, 32>());
+    case 64: return f(std::integral_constant<int, 64>());
+    default: throw std::invalid_argument("the cell's convolutions take 16, 32 or 64 channels");
+  }
+}
+
+template <typename F>
+auto with_precision(const Shape& shape, F f) {
+  return shape.exact ? f(std::true_type()) : f(std::false_type());
+}
+
+}  // namespace
+}  // namespace cell_conv

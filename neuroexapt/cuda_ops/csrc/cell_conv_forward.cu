@@ -1,0 +1,354 @@
+// The forward convolution stages of a fused cell; cell_conv.h has the legend.
+//
+// What limits these kernels is traffic inside a multiprocessor, so depthwise outputs go from the registers that
+// they are summed in straight to the tensor cores: a lane computes them for the channels and pixels that it must
+// hold as the right operand of the matrix product. For that, shared memory keeps the tile's channels in the
+// order in which lanes own them (contraction_slot). Convolutions of one kernel size and dilation that read the
+// same tensor form a group: its tile is loaded once, and at 16 channels two of them share every window.
+
+#include "cell_conv_common.cuh"
+
+namespace cell_conv {
+namespace {
+
+constexpr int kForwardThreads = 128;
+constexpr int kGroup = 2;        // convolutions that share a tile
+constexpr int kMaxGroups = 32;   // of a launch
+
+struct Conv {
+  const float *depthwise, *pointwise;
+  float *z, *moments;
+};
+
+struct Group {
+  Address x;
+  int64_t x_batch_stride;
+  Address stats;
+  int kernel_size, dilation, count;
+  Conv convs[kGroup];
+};
+
+struct ForwardLaunch {
+  Shape shape;
+  Group groups[kMaxGroups];
+};
+
+// Lane q of four contracts channels 16n + 4q + i: so its weights lie side by side. Their slots are 16n + 4i + q,
+// so that the four lanes read neighbouring slots.
+__device__ inline int contraction_slot(int channel) {
+  return (channel & ~15) | (channel & 3) << 2 | (channel >> 2 & 3);
+}
+
+template <int C>
+struct Unit {  // what a warp computes at a time: eight strips of kStrip pixels, all channels
+  static constexpr int kStrip = C == 64 ? 4 : 8;
+  static constexpr int kRuns = kStrip;  // runs of eight pixels
+  static constexpr int kCount = Tile<C>::kRuns / kRuns;
+  static constexpr int kStripsPerRow = Tile<C>::kWidth / kStrip;
+
+  // The strip whose sums lane q of four holds at index i. Neighbouring lanes own neighbouring runs.
+  static __device__ int strip(int q, int i) {
+    return kStrip == 8 ? 2 * i + (q & 1) + 4 * (q >> 1) : 2 * q + i;
+  }
+};
+
+template <int C>
+struct Geometry {
+  static constexpr int kPitch = C == 32 ? 28 : Tile<C>::kWidth + 2 * kHalo;
+  int plane;  // chosen, as the pitch, so that a warp's 16-byte loads of windows meet no bank twice
+
+  __host__ __device__ Geometry(const Shape& shape)
+      : plane(pad_to_bank(stored_rows<C>(shape) * kPitch, C == 16 ? 4 : 8)) {}
+};
+
+template <int C, int N>
+using Sums = float[N][C / 16][Unit<C>::kStrip][4];
+
+// sums = W_pw · (W_dw ⋆ tile) of a unit for N convolutions.
+template <int C, int K, int D, int N, bool kExact>
+__device__ void convolve(Sums<C, N>& sums, const float* tile, const float* taps, const Conv* convs, int unit,
+                         const Place<C>& at, const Geometry<C>& geometry) {
+  constexpr int kPad = D * (K / 2), kStrip = Unit<C>::kStrip;
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
+  const int strip = unit * 8 + Unit<C>::strip(g / 2, g % 2);
+  const int y = at.y0 + strip / Unit<C>::kStripsPerRow;
+  const float* column = tile + strip % Unit<C>::kStripsPerRow * kStrip;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int m = 0; m < C / 16; ++m) {
+#pragma unroll
+      for (int t = 0; t < kStrip; ++t) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sums[n][m][t][r] = 0.f;
+      }
+    }
+  }
+#pragma unroll 1
+  for (int step = 0; step < C / 8; ++step) {  // eight channels: 16 · (step / 2) + 4q + 2 · (step % 2) + {0, 1}
+    float depthwise[2][N][kStrip] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int slot = step / 2 * 16 + step % 2 * 8 + half * 4 + q;
+#pragma unroll
+      for (int ky = 0; ky < K; ++ky) {
+        float window[kStrip + 2 * kHalo];
+        load_window<kPad, kStrip>(
+            window, column + slot * geometry.plane + at.stored(y + ky * D - kPad) * Geometry<C>::kPitch);
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          float w[K];
+          load_tap_row<K>(w, taps + (n * C + slot) * kTapsPitch, ky);
+#pragma unroll
+          for (int kx = 0; kx < K; ++kx) {
+#pragma unroll
+            for (int t = 0; t < kStrip; ++t) {
+              depthwise[half][n][t] =
+                  fmaf(w[kx], window[kHalo + t + kx * D - kPad], depthwise[half][n][t]);
+            }
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      Fragment<2, kExact> right[kStrip];
+#pragma unroll
+      for (int t = 0; t < kStrip; ++t) {
+        right[t].set(0, depthwise[0][n][t]);
+        right[t].set(1, depthwise[1][n][t]);
+      }
+      const float* weights = convs[n].pointwise + step / 2 * 16 + 4 * q + step % 2 * 2;
+#pragma unroll
+      for (int m = 0; m < C / 16; ++m) {
+        const float2 upper = __ldg(reinterpret_cast<const float2*>(weights + (m * 16 + g) * C));
+        const float2 lower = __ldg(reinterpret_cast<const float2*>(weights + (m * 16 + g + 8) * C));
+        Fragment<4, kExact> left;
+        left.set(0, upper.x), left.set(1, lower.x), left.set(2, upper.y), left.set(3, lower.y);
+#pragma unroll
+        for (int t = 0; t < kStrip; ++t) multiply<kExact>(sums[n][m][t], left, right[t]);
+      }
+    }
+  }
+}
+
+// The picture's row and column of the first pixel of a run of eight.
+struct Run {
+  int y, x;
+
+  template <int C>
+  static __device__ Run of(int run, const Place<C>& at) {
+    return {at.y0 + run / Tile<C>::kRunsPerRow, at.x0 + run % Tile<C>::kRunsPerRow * 8};
+  }
+  __device__ int pixels(const Shape& shape) const {  // inside the picture
+    return y < shape.height ? min(max(shape.width - x, 0), 8) : 0;
+  }
+};
+
+// Stores this lane's run, and that of the neighbouring lane q ^ 1. The two swap halves first: so that each
+// store instruction covers whole 32-byte sectors.
+template <int C>
+__device__ void store_run(float* plane, const float (&v)[8], int run, const Place<C>& at, const Shape& shape,
+                          bool aligned) {
+  const bool odd = threadIdx.x & 1;
+  float received[4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) received[t] = __shfl_xor_sync(~0u, odd ? v[t] : v[4 + t], 1);
+  const Run even_run = Run::of(run & ~1, at), odd_run = Run::of(run | 1, at);
+  const int half = odd ? 4 : 0;
+  const float4 first = odd ? make_float4(received[0], received[1], received[2], received[3])
+                           : make_float4(v[0], v[1], v[2], v[3]);
+  const float4 second = odd ? make_float4(v[4], v[5], v[6], v[7])
+                            : make_float4(received[0], received[1], received[2], received[3]);
+  const int width = shape.width;
+  if (even_run.y < shape.height) {
+    store_row4(plane + int64_t(even_run.y) * width, even_run.x + half, width, aligned, first);
+  }
+  if (odd_run.y < shape.height) {
+    store_row4(plane + int64_t(odd_run.y) * width, odd_run.x + half, width, aligned, second);
+  }
+}
+
+// Stores a unit's sums of one convolution, and their moments a channel into shared memory [unit][C].
+template <int C>
+__device__ void store_unit(const float (&sums)[C / 16][Unit<C>::kStrip][4], float* z, float2* moments,
+                           float* count, int unit, const Place<C>& at, const Shape& shape) {
+  constexpr int kStrip = Unit<C>::kStrip, kLaneRuns = kStrip / 4;
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
+  const bool aligned = shape.width % 4 == 0;
+  int runs[kLaneRuns], pixels[kLaneRuns], total = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneRuns; ++i) {
+    runs[i] = unit * Unit<C>::kRuns + (kStrip == 8 ? Unit<C>::strip(q, i) : q);
+    pixels[i] = Run::of(runs[i], at).pixels(shape);
+    total += pixels[i];
+  }
+  const float unit_count = sum_over_quad(float(total)), scale = 1.f / fmaxf(unit_count, 1.f);
+  if (lane == 0) count[unit] = unit_count;
+  const int64_t plane = int64_t(shape.height) * shape.width;
+#pragma unroll
+  for (int m = 0; m < C / 16; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int channel = m * 16 + h * 8 + g;
+      float v[kLaneRuns][8], sum = 0.f;
+#pragma unroll
+      for (int i = 0; i < kLaneRuns; ++i) {
+#pragma unroll
+        for (int t = 0; t < 8; ++t) {
+          v[i][t] = kStrip == 8 ? sums[m][t][2 * h + i] : sums[m][t % 4][2 * h + t / 4];
+          if (t < pixels[i]) sum += v[i][t];
+        }
+        store_run(z + channel * plane, v[i], runs[i], at, shape, aligned);
+      }
+      const float mean = sum_over_quad(sum) * scale;
+      float squares = 0.f;
+#pragma unroll
+      for (int i = 0; i < kLaneRuns; ++i) {
+#pragma unroll
+        for (int t = 0; t < 8; ++t) {
+          if (t < pixels[i]) squares = fmaf(v[i][t] - mean, v[i][t] - mean, squares);
+        }
+      }
+      squares = sum_over_quad(squares);
+      if (q == 0) moments[unit * C + channel] = make_float2(mean, squares);
+    }
+  }
+}
+
+// The tile's moments from those of its units, merged as Chan, Golub and LeVeque do.
+template <int C>
+__device__ void store_moments(float* target, const float2* moments, const float* count) {
+  for (int channel = threadIdx.x; channel < C; channel += kForwardThreads) {
+    float total = 0.f, mean = 0.f, squares = 0.f;
+    for (int unit = 0; unit < Unit<C>::kCount; ++unit) {
+      total += count[unit];
+      mean = fmaf(count[unit], moments[unit * C + channel].x, mean);
+    }
+    mean /= fmaxf(total, 1.f);
+    for (int unit = 0; unit < Unit<C>::kCount; ++unit) {
+      const float2 m = moments[unit * C + channel];
+      squares += m.y + count[unit] * (m.x - mean) * (m.x - mean);
+    }
+    target += 3 * channel;
+    target[0] = total, target[1] = mean, target[2] = squares;
+    target -= 3 * channel;
+  }
+}
+
+template <int C>
+int forward_shared_floats(const Shape& shape) {
+  return C * Geometry<C>(shape).plane + kGroup * C * kTapsPitch + kGroup * Unit<C>::kCount * (2 * C + 1);
+}
+
+template <int C, int K, int D, bool kExact>
+__device__ void forward_group(const Shape& shape, const Group& group) {
+  extern __shared__ __align__(16) float shared[];
+  const Place<C> at(shape);
+  const Geometry<C> geometry(shape);
+  float* tile = shared;
+  float* taps = tile + C * geometry.plane;
+  float2* moments = reinterpret_cast<float2*>(taps + kGroup * C * kTapsPitch);
+  float* count = reinterpret_cast<float*>(moments + kGroup * Unit<C>::kCount * C);
+
+  const Source source(group.x, group.x_batch_stride, group.stats, shape, at.picture);
+  load_tile<C, kForwardThreads>(tile, source, at, shape, Geometry<C>::kPitch, geometry.plane,
+                                contraction_slot);
+  for (int n = 0; n < group.count; ++n) {
+    load_taps<C, K, kForwardThreads>(taps + n * C * kTapsPitch, group.convs[n].depthwise, contraction_slot);
+  }
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32;
+  const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
+  const auto finish = [&](const auto& sums, int n, int unit) {
+    store_unit<C>(sums, group.convs[n].z + picture, moments + n * Unit<C>::kCount * C,
+                  count + n * Unit<C>::kCount, unit, at, shape);
+  };
+  const int tasks = group.count * Unit<C>::kCount;
+  if (C == 16 && group.count == 2) {
+    if constexpr (C == 16) {
+      for (int unit = warp; unit < Unit<C>::kCount; unit += kForwardThreads / 32) {
+        Sums<C, 2> sums;
+        convolve<C, K, D, 2, kExact>(sums, tile, taps, group.convs, unit, at, geometry);
+        finish(sums[0], 0, unit);
+        finish(sums[1], 1, unit);
+      }
+    }
+  } else {
+    for (int task = warp; task < tasks; task += kForwardThreads / 32) {
+      const int n = task / Unit<C>::kCount, unit = task % Unit<C>::kCount;
+      Sums<C, 1> sums;
+      convolve<C, K, D, 1, kExact>(sums, tile, taps + n * C * kTapsPitch, group.convs + n, unit, at,
+                                   geometry);
+      finish(sums[0], n, unit);
+    }
+  }
+  __syncthreads();
+  for (int n = 0; n < group.count; ++n) {
+    store_moments<C>(group.convs[n].moments + int64_t(blockIdx.x) * C * 3, moments + n * Unit<C>::kCount * C,
+                     count + n * Unit<C>::kCount);
+  }
+}
+
+// Grid: (parts, groups).
+template <int C, bool kExact>
+__global__ void __launch_bounds__(kForwardThreads, 3)
+    forward_kernel(const __grid_constant__ ForwardLaunch launch) {
+  const Group& group = launch.groups[blockIdx.y];
+  switch (group.kernel_size * 2 + group.dilation) {
+    case 7: return forward_group<C, 3, 1, kExact>(launch.shape, group);
+    case 8: return forward_group<C, 3, 2, kExact>(launch.shape, group);
+    case 11: return forward_group<C, 5, 1, kExact>(launch.shape, group);
+    default: return forward_group<C, 5, 2, kExact>(launch.shape, group);
+  }
+}
+
+bool share_tile(const Group& group, const Job& job) {
+  return group.count < kGroup && group.x == job.x && group.stats == job.stats &&
+         group.kernel_size == job.kernel_size && group.dilation == job.dilation;
+}
+
+std::vector<Group> group_jobs(std::vector<Job> jobs) {
+  // The long ones first, so that none is left for the end; stable, so that launches are reproducible.
+  std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) {
+    return a.kernel_size * 4 + a.dilation > b.kernel_size * 4 + b.dilation;
+  });
+  std::vector<Group> groups;
+  for (const Job& job : jobs) {
+    auto group = std::find_if(groups.begin(), groups.end(),
+                              [&](const Group& candidate) { return share_tile(candidate, job); });
+    if (group == groups.end()) {
+      groups.push_back({job.x, job.x_batch_stride, job.stats, job.kernel_size, job.dilation, 0, {}});
+      group = groups.end() - 1;
+    }
+    group->convs[group->count++] = {
+        reinterpret_cast<const float*>(job.depthwise), reinterpret_cast<const float*>(job.pointwise),
+        reinterpret_cast<float*>(job.z), reinterpret_cast<float*>(job.moments)};
+  }
+  return groups;
+}
+
+}  // namespace
+
+int forward_parts(const Shape& shape) {
+  return with_channels(shape, [&](auto channels) { return tile_count<channels()>(shape); });
+}
+
+void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
+  const std::vector<Group> groups = group_jobs(jobs);
+  for (size_t first = 0; first < groups.size(); first += kMaxGroups) {
+    const size_t count = std::min(groups.size() - first, size_t(kMaxGroups));
+    ForwardLaunch parameters{shape, {}};
+    std::copy_n(groups.begin() + first, count, parameters.groups);
+    with_channels(shape, [&](auto channels) {
+      with_precision(shape, [&](auto exact) {
+        constexpr int C = channels();
+        launch(forward_kernel<C, exact()>, dim3(tile_count<C>(shape), count), kForwardThreads,
+               forward_shared_floats<C>(shape) * sizeof(float), stream, parameters);
+      });
+    });
+  }
+}
+
+}  // namespace cell_conv
