@@ -48,6 +48,13 @@ class Identity(nn.Module):
         return x
 
 
+def shift_by_one(x: Tensor) -> Tensor:
+    """``x`` from its second row and column on; odd heights and widths keep their size, padded by zeros."""
+    height, width = x.shape[-2:]
+    shifted = x[:, :, 1:, 1:]
+    return F.pad(shifted, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else shifted
+
+
 class FactorizedReduce(nn.Module):
     """Skip connection at stride 2: two 1x1 convolutions on grids shifted by one pixel, side by side.
 
@@ -67,12 +74,12 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(channels_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.convolve(x))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """All but the batch normalisation."""
         x = F.relu(x)
-        height, width = x.shape[-2:]
-        shifted = x[:, :, 1:, 1:]
-        if height % 2 or width % 2:
-            shifted = F.pad(shifted, (0, width % 2, 0, height % 2))
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+        return torch.cat([self.conv_1(x), self.conv_2(shift_by_one(x))], dim=1)
 
 
 class ReLUConvBN(nn.Module):
