@@ -1,8 +1,8 @@
 """``sepconv`` in CUDA C++ (``csrc/sepconv.cu``), for fp32 at the shapes of search networks."""
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ _BLOCK_CHANNELS = 16  # kChannels in sepconv.cu
 _WANTED_BLOCKS = 256  # about two for each of 132 multiprocessors
 
 
-@dataclass(frozen=True)
-class _Tiles:
+class _Tiles(NamedTuple):
     """Floats of shared memory that the kernels lay out for tiles of some number of output rows."""
 
     channels: int
@@ -50,95 +49,71 @@ class _Tiles:
         return self.dilation * (self.kernel_size // 2)
 
 
-def supports(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    relu: bool = True,
-) -> Support:
-    """Whether the kernels take these arguments."""
-    tensors = shared.autocast(x, depthwise_weight, pointwise_weight)
-    if any(tensor.dtype != torch.float32 for tensor in tensors):
+def _takes(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
+    if dtypes != {torch.float32}:
         return Support(False, "only fp32")
-    if not x.is_contiguous():
+    if not call.x.is_contiguous():
         return Support(False, "x is not contiguous")
-    if depthwise_weight.shape[-1] not in (3, 5) or stride not in (1, 2) or dilation not in (1, 2):
+    if call.kernel_size not in (3, 5) or call.stride not in (1, 2) or call.dilation not in (1, 2):
         return Support(
-            False, f"kernel size {depthwise_weight.shape[-1]}, stride {stride}, dilation {dilation}"
+            False, f"kernel size {call.kernel_size}, stride {call.stride}, dilation {call.dilation}"
         )
-    channels, out_channels, width = x.shape[1], pointwise_weight.shape[0], x.shape[3]
-    if channels % 16 or out_channels % 16 or width % (4 * stride):
-        return Support(False, f"{channels} to {out_channels} channels at width {width}")
-    tiles = _tiles(x, depthwise_weight, pointwise_weight, stride, dilation)
+    tiles = _tiles(call)
+    if tiles.channels % 16 or tiles.out_channels % 16 or tiles.width % (4 * tiles.stride):
+        return Support(False, f"{tiles.channels} to {tiles.out_channels} channels at width {tiles.width}")
     if 4 * max(tiles.forward_floats(1), tiles.backward_floats(1)) > _SHARED_BYTES:
         return Support(False, "one row with its halo does not fit in shared memory")
     return Support(True)
 
 
-def _forward(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    y: Tensor,
-    stride: int,
-    dilation: int,
-    relu: bool,
-) -> None:
-    floats = _tiles(x, depthwise_weight, pointwise_weight, stride, dilation).forward_floats
+def _forward(call: shared.Call, y: Tensor) -> None:
+    floats = _tiles(call).forward_floats
     rows = _rows(y.shape[2], y.shape[0], floats)
-    tensors = [_dense(tensor) for tensor in (x, depthwise_weight, pointwise_weight)]
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(y):
         extension().sepconv_forward(
-            _shape(x, depthwise_weight, y, stride, dilation, relu),
-            *_addresses(*tensors, y),
+            _shape(call, y),
+            *_addresses(*map(_dense, call[:3]), y),
             rows,
             4 * floats(rows),
             torch.cuda.current_stream().cuda_stream,
         )
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    grads: shared.Grads,
-    needed: tuple[bool, ...],
-    stride: int,
-    dilation: int,
-    relu: bool,
-) -> None:
-    floats = _tiles(x, depthwise_weight, pointwise_weight, stride, dilation).backward_floats
+def _backward(call: shared.Call, dy: Tensor, grads: shared.Grads, needed: list[bool]) -> None:
+    floats = _tiles(call).backward_floats
     batch, out_channels, out_height, _ = dy.shape
-    channels, kernel_size = x.shape[1], depthwise_weight.shape[-1]
+    channels = call.x.shape[1]
     rows = _rows(out_height, batch * channels // _BLOCK_CHANNELS, floats)
     tiles = batch * out_height // rows
     partials = [
-        x.new_empty(tiles, size) if need else None
-        for need, size in zip(needed[1:], (channels * kernel_size**2, out_channels * channels), strict=True)
+        dy.new_empty(tiles, size) if need else None
+        for need, size in zip(
+            needed[1:], (channels * call.kernel_size**2, out_channels * channels), strict=True
+        )
     ]
-    tensors = [_dense(tensor) for tensor in (dy, x, depthwise_weight, pointwise_weight)]
     wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(dy):
         extension().sepconv_backward(
-            _shape(x, depthwise_weight, dy, stride, dilation, relu),
-            *_addresses(*tensors, *wanted, *partials),
+            _shape(call, dy),
+            *_addresses(*map(_dense, (dy, *call[:3])), *wanted, *partials),
             rows,
             4 * floats(rows),
             torch.cuda.current_stream().cuda_stream,
         )
 
 
-def _tiles(
-    x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: int, dilation: int
-) -> _Tiles:
-    kernel_size = depthwise_weight.shape[-1]
-    return _Tiles(x.shape[1], pointwise_weight.shape[0], x.shape[3], kernel_size, stride, dilation)
+def _tiles(call: shared.Call) -> _Tiles:
+    return _Tiles(
+        call.x.shape[1],
+        call.pointwise_weight.shape[0],
+        call.x.shape[3],
+        call.kernel_size,
+        call.stride,
+        call.dilation,
+    )
 
 
+@functools.cache
 def _rows(height: int, blocks_a_row: int, floats: Callable[[int], int]) -> int:
     """Rows of a tile: as many as fit, divide the picture and leave enough blocks for the whole GPU."""
     fitting = [
@@ -148,17 +123,13 @@ def _rows(height: int, blocks_a_row: int, floats: Callable[[int], int]) -> int:
     return max(busy, default=fitting[0])
 
 
-def _shape(x: Tensor, depthwise_weight: Tensor, y: Tensor, stride: int, dilation: int, relu: bool) -> Any:
-    batch, channels, height, width = x.shape
+def _shape(call: shared.Call, y: Tensor) -> Any:
+    batch, channels, height, width = call.x.shape
     return extension().SepConvShape(
-        batch,
-        channels,
-        *(y.shape[1], height, width),
+        *(batch, channels, y.shape[1], height, width),
         *y.shape[2:],
-        depthwise_weight.shape[-1],
-        stride,
-        dilation,
-        relu,
+        call.kernel_size,
+        *call[3:],
     )
 
 
@@ -178,4 +149,5 @@ def _round_up_4(n: int) -> int:
 
 
 sepconv, _ = shared.define_op("ext", _forward, _backward)
+supports = shared.supports_if(_takes)
 register_impl("sepconv", "ext", sepconv, supports)

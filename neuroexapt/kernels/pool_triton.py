@@ -13,6 +13,8 @@ eight bytes): deciding it anew for each of the k² pixels that ask would read k�
 the winners first took a third of the time.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.errors import UserError
+from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNEL_SIZES = (3, 5, 7)
@@ -174,7 +177,7 @@ def avg_pool(x: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
         UserError: x has not four dimensions, or a value is not among those above.
     """
     _check(x, kernel_size, stride)
-    return torch.ops.neuroexapt.avg_pool(x, kernel_size, stride)
+    return _avg_pool(x, kernel_size, stride)
 
 
 def max_pool(x: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
@@ -184,13 +187,13 @@ def max_pool(x: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
     """
     _check(x, kernel_size, stride)
     keep_winner = x.requires_grad and torch.is_grad_enabled()
-    return torch.ops.neuroexapt.max_pool(x, kernel_size, stride, keep_winner)[0]
+    return _max_pool(x, kernel_size, stride, keep_winner)[0]
 
 
 def global_avg_pool(x: Tensor) -> Tensor:
     """Mean over height and width: [B, C, H, W] in fp32, fp16 or bf16, any strides → [B, C, 1, 1]."""
     _check(x)
-    return torch.ops.neuroexapt.global_avg_pool(x)
+    return _global_avg_pool(x)
 
 
 def supports(x: Tensor, kernel_size: int = 3, stride: int = 1) -> Support:
@@ -214,23 +217,34 @@ def _check(x: Tensor, kernel_size: int = 3, stride: int = 1) -> None:
         )
 
 
-@torch.library.custom_op("neuroexapt::avg_pool", mutates_args=())
-def _avg_pool(x: Tensor, kernel_size: int, stride: int) -> Tensor:
+def _forward_average(x: Tensor, kernel_size: int, stride: int) -> Tensor:
     y = _empty_pooled(x, stride)
     _launch_forward(x, y, None, K=kernel_size, STRIDE=stride, MAX=False, WINNER=False)
     return y
 
 
-@torch.library.custom_op("neuroexapt::max_pool", mutates_args=())
-def _max_pool(x: Tensor, kernel_size: int, stride: int, keep_winner: bool) -> tuple[Tensor, Tensor]:
+def _backward_average(dy: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
+    dx = _empty_like_layout(dy, height, width, dy.dtype)
+    _launch_backward(dy, None, dx, K=kernel_size, STRIDE=stride, MAX=False)
+    return dx
+
+
+def _forward_maximum(x: Tensor, kernel_size: int, stride: int, keep_winner: bool) -> tuple[Tensor, Tensor]:
     """The maximum and, where wanted, the number of its tap in the window as a byte, else an empty tensor."""
     y, winner = _empty_maximum(x, stride, keep_winner)
     _launch_forward(x, y, winner, K=kernel_size, STRIDE=stride, MAX=True, WINNER=keep_winner)
     return y, winner
 
 
-@torch.library.custom_op("neuroexapt::global_avg_pool", mutates_args=())
-def _global_avg_pool(x: Tensor) -> Tensor:
+def _backward_maximum(
+    dy: Tensor, winner: Tensor, height: int, width: int, kernel_size: int, stride: int
+) -> Tensor:
+    dx = _empty_like_layout(winner, height, width, dy.dtype)
+    _launch_backward(dy, winner, dx, K=kernel_size, STRIDE=stride, MAX=True)
+    return dx
+
+
+def _forward_mean(x: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     y = x.new_empty(batch, channels, 1, 1)
     if y.numel():
@@ -242,76 +256,57 @@ def _global_avg_pool(x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("neuroexapt::avg_pool_backward", mutates_args=())
-def _avg_pool_backward(dy: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
-    dx = _empty_like_layout(dy, height, width, dy.dtype)
-    _launch_backward(dy, None, dx, K=kernel_size, STRIDE=stride, MAX=False)
-    return dx
+_avg_pool = define(
+    "avg_pool(Tensor x, int kernel_size, int stride) -> Tensor",
+    _forward_average,
+    lambda x, kernel_size, stride: _empty_pooled(x, stride),
+)
+_avg_pool_backward = define(
+    "avg_pool_backward(Tensor dy, int height, int width, int kernel_size, int stride) -> Tensor",
+    _backward_average,
+    lambda dy, height, width, *_window: _empty_like_layout(dy, height, width, dy.dtype),
+)
+_max_pool = define(
+    "max_pool(Tensor x, int kernel_size, int stride, bool keep_winner) -> (Tensor, Tensor)",
+    _forward_maximum,
+    lambda x, kernel_size, stride, keep_winner: _empty_maximum(x, stride, keep_winner),
+)
+_max_pool_backward = define(
+    "max_pool_backward"
+    "(Tensor dy, Tensor winner, int height, int width, int kernel_size, int stride) -> Tensor",
+    _backward_maximum,
+    lambda dy, winner, height, width, *_window: _empty_like_layout(winner, height, width, dy.dtype),
+)
+_global_avg_pool = define(
+    "global_avg_pool(Tensor x) -> Tensor", _forward_mean, lambda x: x.new_empty(*x.shape[:2], 1, 1)
+)
 
 
-@torch.library.custom_op("neuroexapt::max_pool_backward", mutates_args=())
-def _max_pool_backward(
-    dy: Tensor, winner: Tensor, height: int, width: int, kernel_size: int, stride: int
-) -> Tensor:
-    dx = _empty_like_layout(winner, height, width, dy.dtype)
-    _launch_backward(dy, winner, dx, K=kernel_size, STRIDE=stride, MAX=True)
-    return dx
+def _save_shape(ctx, arguments: tuple, _results: Any) -> None:
+    ctx.picture = arguments[0].shape[2:]
+    ctx.window = arguments[1:3]
 
 
-@_avg_pool.register_fake
-def _(x, kernel_size, stride):
-    return _empty_pooled(x, stride)
+def _save_winner(ctx, arguments: tuple, results: tuple[Tensor, Tensor]) -> None:
+    _save_shape(ctx, arguments, results)
+    ctx.save_for_backward(results[1])
 
 
-@_max_pool.register_fake
-def _(x, kernel_size, stride, keep_winner):
-    return _empty_maximum(x, stride, keep_winner)
+def _differentiate_average(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _avg_pool_backward(dy, *ctx.picture, *ctx.window), None, None
 
 
-@_global_avg_pool.register_fake
-def _(x):
-    return x.new_empty(x.shape[0], x.shape[1], 1, 1)
+def _differentiate_maximum(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _max_pool_backward(dy, *ctx.saved_tensors, *ctx.picture, *ctx.window), None, None, None
 
 
-@_avg_pool_backward.register_fake
-def _(dy, height, width, kernel_size, stride):
-    return _empty_like_layout(dy, height, width, dy.dtype)
-
-
-@_max_pool_backward.register_fake
-def _(dy, winner, height, width, kernel_size, stride):
-    return _empty_like_layout(winner, height, width, dy.dtype)
-
-
-def _save_shape(ctx, inputs, output):
-    ctx.picture = inputs[0].shape[2:]
-    ctx.arguments = inputs[1:]
-
-
-def _save_winner(ctx, inputs, output):
-    _save_shape(ctx, inputs, output)
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # else autograd would fill a gradient of the winners with zeros
-
-
-def _differentiate_avg_pool(ctx, dy):
-    return _avg_pool_backward(dy, *ctx.picture, *ctx.arguments), None, None
-
-
-def _differentiate_max_pool(ctx, dy, _winner_grad):
-    kernel_size, stride, _ = ctx.arguments
-    dx = _max_pool_backward(dy, *ctx.saved_tensors, *ctx.picture, kernel_size, stride)
-    return dx, None, None, None
-
-
-def _differentiate_global_avg_pool(ctx, dy):
+def _differentiate_mean(ctx, dy: Tensor) -> Tensor:
     return (dy / ctx.picture.numel()).expand(-1, -1, *ctx.picture)
 
 
-_avg_pool.register_autograd(_differentiate_avg_pool, setup_context=_save_shape)
-_max_pool.register_autograd(_differentiate_max_pool, setup_context=_save_winner)
-_global_avg_pool.register_autograd(_differentiate_global_avg_pool, setup_context=_save_shape)
+set_autograd(_avg_pool, differentiable_once(_avg_pool, _save_shape, _differentiate_average))
+set_autograd(_max_pool, differentiable_once(_max_pool, _save_winner, _differentiate_maximum))
+set_autograd(_global_avg_pool, differentiable_once(_global_avg_pool, _save_shape, _differentiate_mean))
 
 
 def _launch_forward(x: Tensor, y: Tensor, winner: Tensor | None, **flags: int) -> None:

@@ -1,72 +1,100 @@
 """What the Triton and the CUDA version of ``sepconv`` share.
 
-Checks, autocast, ``torch.library`` registration and autograd are written here once; a tier adds two
-launchers. Legend: B batch, C channels in, O channels out, H x W picture in, OH x OW picture out, k kernel
+Checks, autocast, registration and autograd are written here once; a tier adds two launchers and a check of
+what it takes. Legend: B batch, C channels in, O channels out, H x W picture in, OH x OW picture out, k kernel
 size. Only the inputs are saved: backward recomputes what it needs of the forward pass.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
+from neuroexapt.backend import Support
 from neuroexapt.errors import UserError
+from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 KERNEL_SIZES = (3, 5, 7)
+# What an operator takes; the fields of ``Call``.
+ARGUMENTS = "Tensor x, Tensor depthwise_weight, Tensor pointwise_weight, int stride, int dilation, bool relu"
+
+
+class Call(NamedTuple):
+    """The arguments of one call: x [B, C, H, W], weights [C, 1, k, k] and [O, C, 1, 1]."""
+
+    x: Tensor
+    depthwise_weight: Tensor
+    pointwise_weight: Tensor
+    stride: int
+    dilation: int
+    relu: bool
+
+    @property
+    def kernel_size(self) -> int:
+        return self.depthwise_weight.shape[-1]
+
+    def empty_output(self) -> Tensor:
+        """y, not yet computed: [B, O, OH, OW], channels_last where x is."""
+        batch, _, height, width = self.x.shape
+        channels_last = self.x.is_contiguous(memory_format=torch.channels_last) and not self.x.is_contiguous()
+        out_height, out_width = ((size - 1) // self.stride + 1 for size in (height, width))
+        return torch.empty(
+            (batch, self.pointwise_weight.shape[0], out_height, out_width),
+            dtype=self.x.dtype,
+            device=self.x.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        )
+
+    def empty_grads(self, needed: list[bool]) -> "Grads":
+        """dx, dW_dw and dW_pw, not yet computed; one that is not needed is empty."""
+        dx = torch.empty_like(self.x) if needed[0] else self.x.new_empty(0)
+        depthwise_grad, pointwise_grad = (
+            weight.new_empty(weight.shape if need else 0)
+            for weight, need in zip(self[1:3], needed[1:], strict=True)
+        )
+        return dx, depthwise_grad, pointwise_grad
+
+
 Grads = tuple[Tensor, Tensor, Tensor]
-# (x, depthwise_weight, pointwise_weight, y, stride, dilation, relu) fills y.
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, int, int, bool], None]
-# (dy, x, depthwise_weight, pointwise_weight, grads, needed, stride, dilation, relu) fills each of the three
-# grads that is needed.
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Grads, tuple[bool, ...], int, int, bool], None]
+# (call, y) fills y.
+Forward = Callable[[Call, Tensor], None]
+# (call, dy, grads, needed) fills each of the three grads that is needed.
+Backward = Callable[[Call, Tensor, Grads, list[bool]], None]
 
 
-def define_op(tier: str, forward: Forward, backward: Backward) -> tuple[Callable[..., Tensor], Any]:
-    """Register ``neuroexapt::sepconv_<tier>``; returns the function and autograd's formula for it."""
-    name = f"neuroexapt::sepconv_{tier}"
+def define_op(tier: str, forward: Forward, backward: Backward) -> tuple[Callable[..., Tensor], OpOverload]:
+    """Register ``neuroexapt::sepconv_<tier>`` and its backward; returns a function and the latter."""
 
-    @torch.library.custom_op(name, mutates_args=())
-    def op(
-        x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: int, dilation: int, relu: bool
-    ) -> Tensor:
-        y = empty_output(x, pointwise_weight, stride)
+    def run(*arguments) -> Tensor:
+        call = Call(*arguments)
+        y = call.empty_output()
         if y.numel():
-            forward(x, depthwise_weight, pointwise_weight, y, stride, dilation, relu)
+            forward(call, y)
         return y
 
-    @op.register_fake
-    def _(x, depthwise_weight, pointwise_weight, stride, dilation, relu):
-        return empty_output(x, pointwise_weight, stride)
-
-    @torch.library.custom_op(f"{name}_backward", mutates_args=())
-    def backward_op(
-        dy: Tensor,
-        x: Tensor,
-        depthwise_weight: Tensor,
-        pointwise_weight: Tensor,
-        needed: list[bool],
-        stride: int,
-        dilation: int,
-        relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dx, dW_dw, dW_pw; one that is not needed comes back empty."""
-        grads = _empty_grads(x, depthwise_weight, pointwise_weight, needed)
+    def run_backward(dy: Tensor, needed: list[bool], *arguments) -> Grads:
+        call = Call(*arguments)
+        grads = call.empty_grads(needed)
         if dy.numel():
-            backward(dy, x, depthwise_weight, pointwise_weight, grads, tuple(needed), stride, dilation, relu)
+            backward(call, dy, grads, needed)
         else:
             for grad in grads:
                 grad.zero_()
         return grads
 
-    @backward_op.register_fake
-    def _(dy, x, depthwise_weight, pointwise_weight, needed, stride, dilation, relu):
-        return _empty_grads(x, depthwise_weight, pointwise_weight, needed)
+    def fake(*arguments) -> Tensor:
+        return Call(*arguments).empty_output()
 
-    def autograd_backward(ctx, dy: Tensor, *_stats_grads: Tensor):
-        needed = ctx.needs_input_grad[:3]
-        grads = backward_op(dy, *ctx.saved_tensors, list(needed), *ctx.arguments)
-        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
+    def fake_backward(dy: Tensor, needed: list[bool], *arguments) -> Grads:
+        return Call(*arguments).empty_grads(needed)
+
+    name = f"sepconv_{tier}"
+    op = define(f"{name}({ARGUMENTS}) -> Tensor", run, fake)
+    backward_schema = f"{name}_backward(Tensor dy, bool[] needed, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+    backward_op = define(backward_schema, run_backward, fake_backward)
+    differentiate(op, backward_op)
 
     def sepconv(
         x: Tensor,
@@ -101,14 +129,39 @@ def define_op(tier: str, forward: Forward, backward: Backward) -> tuple[Callable
         """
         return op(*checked(x, depthwise_weight, pointwise_weight, stride, dilation), stride, dilation, relu)
 
-    op.register_autograd(autograd_backward, setup_context=save_inputs)
-    return sepconv, autograd_backward
+    return sepconv, backward_op
+
+
+def differentiate(op: OpOverload, backward_op: OpOverload) -> None:
+    """Let autograd differentiate ``op``, whose first result is y, by ``backward_op``."""
+
+    def save(ctx, arguments: tuple, _results: Any) -> None:
+        ctx.save_for_backward(*arguments[:3])
+        ctx.options = arguments[3:]
+
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:3]
+        grads = backward_op(dy, needed, *ctx.saved_tensors, *ctx.options)
+        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
+
+    set_autograd(op, differentiable_once(op, save, backward))
+
+
+def supports_if(takes: Callable[[Call, set[torch.dtype]], Support]) -> Callable[..., Support]:
+    """A check of ``sepconv``'s arguments from one of the call and its tensors' dtypes under autocast."""
+
+    def supports(*tensors: Any, stride: int = 1, dilation: int = 1, relu: bool = True) -> Support:
+        dtype = _autocast_dtype(tensors[0].device.type)
+        dtypes = {tensor.dtype for tensor in tensors} if dtype is None else {dtype}
+        return takes(Call._make((*tensors, stride, dilation, relu)), dtypes)
+
+    return supports
 
 
 def checked(
     x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: int, dilation: int
 ) -> tuple[Tensor, ...]:
-    """The three tensors in autocast's dtype, once their shapes are known to fit."""
+    """The three tensors, in autocast's dtype where it is enabled, once their shapes are known to fit."""
     if x.dim() != 4:
         raise UserError(f"sepconv needs x of shape [B, C, H, W], got {list(x.shape)}")
     channels, kernel_size = x.shape[1], depthwise_weight.shape[-1]
@@ -127,46 +180,14 @@ def checked(
             f"pointwise_weight must be [O, {channels}, 1, 1] for x with {channels} channels, "
             f"got {list(pointwise_weight.shape)}"
         )
-    tensors = autocast(x, depthwise_weight, pointwise_weight)
-    if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
+    tensors = x, depthwise_weight, pointwise_weight
+    dtype = _autocast_dtype(x.device.type)
+    if dtype is not None:
+        return tuple(tensor.to(dtype) for tensor in tensors)
+    if any(tensor.dtype != x.dtype for tensor in tensors):
         raise UserError(f"x is {x.dtype}, so both weights must be; cast them or use torch.autocast")
     return tensors
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is enabled."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-def save_inputs(ctx, inputs, output) -> None:
-    """Autograd's set-up of an op whose first three inputs are tensors and the rest its arguments."""
-    ctx.save_for_backward(*inputs[:3])
-    ctx.arguments = inputs[3:]
-    if isinstance(output, tuple):
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # else autograd would fill gradients of the statistics with zeros
-
-
-def empty_output(x: Tensor, pointwise_weight: Tensor, stride: int) -> Tensor:
-    """y, not yet computed: [B, O, OH, OW], channels_last where x is."""
-    batch, _, height, width = x.shape
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty(
-        (batch, pointwise_weight.shape[0], (height - 1) // stride + 1, (width - 1) // stride + 1),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
-
-
-def _empty_grads(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, needed: list[bool]) -> Grads:
-    dx = torch.empty_like(x) if needed[0] else x.new_empty(0)
-    depthwise_grad, pointwise_grad = (
-        weight.new_empty(weight.shape if need else 0)
-        for weight, need in zip((depthwise_weight, pointwise_weight), needed[1:], strict=True)
-    )
-    return dx, depthwise_grad, pointwise_grad
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

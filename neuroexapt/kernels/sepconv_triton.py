@@ -26,6 +26,8 @@ are not specialised: told that a width is a multiple of 16, Triton gives a threa
 and the shifted loads, never aligned, then touch four times as many cache lines.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels import sepconv as shared
+from neuroexapt.kernels.registration import define
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _REDUCE = {"BLOCK_S": 128, "BLOCK": 8}
@@ -316,42 +319,25 @@ def sepconv_bwd_reduce_kernel(
         _sum_partials(dw_partial_ptr, dw_grad_ptr, block - PW_BLOCKS, dw_splits, DW_SIZE, BLOCK_S, BLOCK)
 
 
-def _forward(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    y: Tensor,
-    stride: int,
-    dilation: int,
-    relu: bool,
-    stats: Tensor | None = None,
-) -> None:
+def _forward(call: shared.Call, y: Tensor, stats: Tensor | None = None) -> None:
+    x, depthwise_weight, pointwise_weight, stride, dilation, relu = call
     blocks = _forward_blocks(y, x.shape[1])
     grid = triton.cdiv(_pixels(y), blocks["BLOCK_P"]), triton.cdiv(y.shape[1], blocks["BLOCK_O"])
     with torch.cuda.device_of(x):
         sepconv_fwd_kernel[grid](
             x, *x.stride(), depthwise_weight.contiguous(), pointwise_weight.contiguous(), y, *y.stride(),
             stats, _pixels(y), *x.shape[2:], *y.shape[2:], C=x.shape[1], C_OUT=y.shape[1],
-            K=depthwise_weight.shape[-1], STRIDE=stride, DILATION=dilation, RELU=relu,
+            K=call.kernel_size, STRIDE=stride, DILATION=dilation, RELU=relu,
             STATS=stats is not None, PRECISION=_precision(), **blocks,
         )  # fmt: skip
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    grads: shared.Grads,
-    needed: tuple[bool, ...],
-    stride: int,
-    dilation: int,
-    relu: bool,
-) -> None:
+def _backward(call: shared.Call, dy: Tensor, grads: shared.Grads, needed: list[bool]) -> None:
+    x, stride, dilation, relu = call.x, call.stride, call.dilation, call.relu
     dx, depthwise_grad, pointwise_grad = grads
     need_dx, need_dw, need_pw = needed
-    depthwise_weight, pointwise_weight = depthwise_weight.contiguous(), pointwise_weight.contiguous()
-    channels, out_channels, kernel_size = x.shape[1], dy.shape[1], depthwise_weight.shape[-1]
+    depthwise_weight, pointwise_weight = (weight.contiguous() for weight in call[1:3])
+    channels, out_channels, kernel_size = x.shape[1], dy.shape[1], call.kernel_size
     shape = (*x.shape[2:], *dy.shape[2:])
     conv = {"C": channels, "K": kernel_size, "STRIDE": stride, "DILATION": dilation, "RELU": relu}
     pw_splits, pw_grid, pw_blocks = _backward_pointwise_plan(dy, channels)
@@ -379,19 +365,43 @@ def _backward(
             )  # fmt: skip
 
 
-sepconv, _differentiate = shared.define_op("triton", _forward, _backward)
+def _forward_with_stats(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    call = shared.Call(*arguments)
+    y, mean, var = _empty_with_stats(*arguments)
+    pixels, out_channels = _pixels(y), y.shape[1]
+    block_p = _forward_blocks(y, call.x.shape[1])["BLOCK_P"]
+    tiles = triton.cdiv(pixels, block_p)
+    stats = y.new_empty(tiles, 2, out_channels, dtype=torch.float32)
+    _forward(call, y, stats)
+    with torch.cuda.device_of(y):
+        sepconv_stats_kernel[triton.cdiv(out_channels, 16),](
+            stats, mean, var, pixels, tiles, C_OUT=out_channels, TILE_PIXELS=block_p, BLOCK_T=128, BLOCK_O=16
+        )
+    return y, mean, var
+
+
+def _empty_with_stats(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    y = shared.Call(*arguments).empty_output()
+    mean, var = (y.new_empty(y.shape[1], dtype=torch.float32) for _ in range(2))
+    return y, mean, var
+
+
+sepconv, _backward_op = shared.define_op("triton", _forward, _backward)
+_with_stats_op = define(
+    f"sepconv_with_stats({shared.ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _forward_with_stats,
+    _empty_with_stats,
+)
+shared.differentiate(_with_stats_op, _backward_op)
 
 
 def sepconv_with_stats(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    relu: bool = True,
+    *tensors: Any, stride: int = 1, dilation: int = 1, relu: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sepconv`` and, from the same pass, the batch statistics that a BatchNorm after it needs.
+
+    Args:
+        tensors: x, depthwise_weight and pointwise_weight, and the options, as ``sepconv`` takes them.
 
     Returns:
         y as ``sepconv`` gives it, and the mean and the biased variance of each of its channels over
@@ -399,63 +409,22 @@ def sepconv_with_stats(
         the mean is large (Chan et al., 1979). They carry no gradient: BatchNorm's backward formula
         already accounts for them.
     """
+    x, depthwise_weight, pointwise_weight = tensors
     inputs = shared.checked(x, depthwise_weight, pointwise_weight, stride, dilation)
-    return torch.ops.neuroexapt.sepconv_with_stats(*inputs, stride, dilation, relu)
+    return _with_stats_op(*inputs, stride, dilation, relu)
 
 
-def supports(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    relu: bool = True,
-) -> Support:
-    """Whether the kernels take these arguments."""
+def _takes(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
+    x, stride, dilation = call.x, call.stride, call.dilation
     if not x.is_cuda:
         return Support(False, f"Triton kernels need a CUDA tensor, x is on {x.device}")
-    dtypes = {tensor.dtype for tensor in shared.autocast(x, depthwise_weight, pointwise_weight)}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
         return Support(False, f"dtypes {sorted(map(str, dtypes))} are not one of fp32, fp16, bf16")
-    if (
-        depthwise_weight.shape[-1] not in shared.KERNEL_SIZES
-        or stride not in (1, 2)
-        or dilation not in (1, 2)
-    ):
-        return Support(
-            False, f"kernel size {depthwise_weight.shape[-1]}, stride {stride}, dilation {dilation}"
-        )
-    if x.shape[0] * x.shape[2] * x.shape[3] >= 2**30:
+    if call.kernel_size not in shared.KERNEL_SIZES or stride not in (1, 2) or dilation not in (1, 2):
+        return Support(False, f"kernel size {call.kernel_size}, stride {stride}, dilation {dilation}")
+    if _pixels(x) >= 2**30:
         return Support(False, "2^30 pixels or more in a batch")
     return Support(True)
-
-
-@torch.library.custom_op("neuroexapt::sepconv_with_stats", mutates_args=())
-def _sepconv_with_stats(
-    x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride: int, dilation: int, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = shared.empty_output(x, pointwise_weight, stride)
-    pixels, out_channels = _pixels(y), y.shape[1]
-    block_p = _forward_blocks(y, x.shape[1])["BLOCK_P"]
-    tiles = triton.cdiv(pixels, block_p)
-    stats = x.new_empty(tiles, 2, out_channels, dtype=torch.float32)
-    mean, var = (x.new_empty(out_channels, dtype=torch.float32) for _ in range(2))
-    _forward(x, depthwise_weight, pointwise_weight, y, stride, dilation, relu, stats)
-    with torch.cuda.device_of(x):
-        sepconv_stats_kernel[triton.cdiv(out_channels, 16),](
-            stats, mean, var, pixels, tiles, C_OUT=out_channels, TILE_PIXELS=block_p, BLOCK_T=128, BLOCK_O=16
-        )
-    return y, mean, var
-
-
-@_sepconv_with_stats.register_fake
-def _(x, depthwise_weight, pointwise_weight, stride, dilation, relu):
-    mean, var = (x.new_empty(pointwise_weight.shape[0], dtype=torch.float32) for _ in range(2))
-    return shared.empty_output(x, pointwise_weight, stride), mean, var
-
-
-_sepconv_with_stats.register_autograd(_differentiate, setup_context=shared.save_inputs)
 
 
 def _pixels(x: Tensor) -> int:
@@ -520,4 +489,5 @@ def _splits(tiles: int, blocks: int) -> int:
     return max(1, min(tiles, 512 // blocks))
 
 
+supports = shared.supports_if(_takes)
 register_impl("sepconv", "triton", sepconv, supports)

@@ -4,8 +4,7 @@ Memory layout, ``torch.library`` registration and autograd are written here once
 launchers. Legend: K operands ``xs`` of one shape and dtype; ``scores``: [K], the weights themselves
 or, where ``is_logits``, the logits whose softmax the weights are.
 
-The ops save ``scores`` and, only where ``scores`` need a gradient, ``xs``. Their backward is an op
-without a backward of its own: differentiating twice raises.
+The ops save ``scores`` and, only where ``scores`` need a gradient, ``xs``.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from neuroexapt.backend import Support
+from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 MAX_OPERANDS = 48
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,8 +24,6 @@ Forward = Callable[[list[Tensor], Tensor, Tensor, bool], None]
 # (grad_y, xs, scores, grad_xs, grad_scores, is_logits) fills every gradient that is not None; xs is
 # empty where grad_scores is None.
 Backward = Callable[[Tensor, list[Tensor], Tensor, list[Tensor | None], Tensor | None, bool], None]
-
-_library = torch.library.Library("neuroexapt", "FRAGMENT")
 
 
 def define_ops(tier: str, forward: Forward, backward: Backward) -> tuple[Sum, Sum]:
@@ -60,18 +58,6 @@ def probe(weighted_sum: Sum) -> None:
 
 
 def _define_op(name: str, is_logits: bool, forward: Forward, backward: Backward) -> Sum:
-    """Define the op, its backward, and what autograd and fake tensors make of them.
-
-    By hand, since what ``torch.library.custom_op`` wraps around an op took 230 of the 320 µs that Python
-    spent on a forward and backward of eight operands.
-    """
-    tags = (torch.Tag.pt2_compliant_tag,)
-    _library.define(f"{name}(Tensor[] xs, Tensor scores) -> Tensor", tags=tags)
-    backward_schema = "Tensor grad_y, Tensor[] xs, Tensor scores, bool[] wants_xs, bool wants_scores"
-    _library.define(f"{name}_backward({backward_schema}) -> Tensor[]", tags=tags)
-    op = getattr(torch.ops.neuroexapt, name).default
-    backward_op = getattr(torch.ops.neuroexapt, f"{name}_backward").default
-
     def run(xs: list[Tensor], scores: Tensor) -> Tensor:
         y = torch.empty_like(xs[0])
         forward(_with_strides(xs, y.stride()), _fp32(scores), y, is_logits)
@@ -94,30 +80,23 @@ def _define_op(name: str, is_logits: bool, forward: Forward, backward: Backward)
     ) -> list[Tensor]:
         return _wanted(*_empty_gradients(grad_y, xs, scores, wants_xs, wants_scores), scores)
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, scores: Tensor, *xs: Tensor) -> Tensor:
-            wants_scores, *ctx.wants_xs = ctx.needs_input_grad
-            ctx.save_for_backward(scores, *(xs if wants_scores else ()))
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(xs, scores)
+    def save(ctx, arguments: tuple[Tensor, ...], y: Tensor) -> None:
+        scores, *xs = arguments
+        wants_scores, *ctx.wants_xs = ctx.needs_input_grad
+        ctx.save_for_backward(scores, *(xs if wants_scores else ()))
 
-        @staticmethod
-        def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled():  # which create_graph=True does
-                raise RuntimeError(
-                    "the kernels can be differentiated once; use PyTorch (cuda:torch) for more"
-                )
-            scores, *xs = ctx.saved_tensors
-            grads = iter(backward_op(grad_y, xs, scores, ctx.wants_xs, bool(xs)))
-            grad_xs = [next(grads) if wanted else None for wanted in ctx.wants_xs]
-            return next(grads, None), *grad_xs
+    def differentiate(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        scores, *xs = ctx.saved_tensors
+        grads = iter(backward_op(grad_y, xs, scores, ctx.wants_xs, bool(xs)))
+        grad_xs = [next(grads) if wanted else None for wanted in ctx.wants_xs]
+        return next(grads, None), *grad_xs
 
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    _library.impl(name, lambda xs, scores: Differentiable.apply(scores, *xs), "Autograd")
-    _library.impl(f"{name}_backward", run_backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(op, fake, lib=_library)
-    torch.library.register_fake(backward_op, fake_backward, lib=_library)
+    op = define(f"{name}(Tensor[] xs, Tensor scores) -> Tensor", run, fake)
+    backward_arguments = "Tensor grad_y, Tensor[] xs, Tensor scores, bool[] wants_xs, bool wants_scores"
+    backward_op = define(f"{name}_backward({backward_arguments}) -> Tensor[]", run_backward, fake_backward)
+    # Autograd looks for tensors among the arguments, not inside lists.
+    of_tensors = differentiable_once(lambda scores, *xs: op(xs, scores), save, differentiate)
+    set_autograd(op, lambda xs, scores: of_tensors(scores, *xs))
     return op
 
 

@@ -1,0 +1,55 @@
+"""Calls every kernel forward and backward at shapes that fill no tile: a program for a memory checker.
+
+``PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m tests.kernels.awkward_calls``
+"""
+
+import itertools
+
+import torch
+
+from neuroexapt.cuda_ops import sepconv as sepconv_ext
+from neuroexapt.cuda_ops import softmax_sum as softmax_sum_ext
+from neuroexapt.kernels import pool_triton, sepconv_triton, softmax_sum_triton
+
+
+def tensor(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", requires_grad=True)
+
+
+def backward(y: torch.Tensor) -> None:
+    y.backward(torch.randn_like(y))
+
+
+def call_separable_convolutions() -> None:
+    # (operator, batch, channels, out_channels, height, width, kernel sizes)
+    for sepconv, b, c, o, h, w, kernel_sizes in (
+        (sepconv_triton.sepconv, 3, 20, 36, 13, 11, (3, 5, 7)),
+        (sepconv_ext.sepconv, 3, 32, 48, 7, 16, (3, 5)),
+    ):
+        for k, stride, dilation in itertools.product(kernel_sizes, (1, 2), (1, 2)):
+            arguments = tensor(b, c, h, w), tensor(c, 1, k, k), tensor(o, c, 1, 1)
+            backward(sepconv(*arguments, stride=stride, dilation=dilation))
+    y, _mean, _var = sepconv_triton.sepconv_with_stats(*arguments)
+    backward(y)
+
+
+def call_pools() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = tensor(5, 20, 13, 11).to(memory_format=layout)
+        for k, stride in itertools.product((3, 5, 7), (1, 2)):
+            backward(pool_triton.avg_pool(x, k, stride))
+            backward(pool_triton.max_pool(x, k, stride))
+        backward(pool_triton.global_avg_pool(x))
+
+
+def call_sums() -> None:
+    for tier, operands in itertools.product((softmax_sum_triton, softmax_sum_ext), (1, 5)):
+        for op in (tier.softmax_sum, tier.weighted_sum):
+            backward(op([tensor(1001) for _ in range(operands)], tensor(operands)))
+
+
+if __name__ == "__main__":
+    call_separable_convolutions()
+    call_pools()
+    call_sums()
+    torch.cuda.synchronize()
