@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "cell_conv.h"
+#include "node.h"
 #include "sepconv.h"
 #include "softmax_sum.h"
 
@@ -37,4 +38,30 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cell_conv_backward_second", &cell_conv::backward_second);
   m.def("cell_conv_first_coefficients", &cell_conv::first_coefficients);
   m.def("cell_conv_reduce", &cell_conv::reduce);
+
+  pybind11::class_<node::Tensor>(m, "NodeTensor").def(pybind11::init<Address, std::int64_t>());
+  pybind11::class_<node::Shape>(m, "NodeShape").def(pybind11::init<int, int, int>());
+  pybind11::class_<node::PoolShape>(m, "PoolShape").def(pybind11::init<int, int, int, int, int, int, int, int>());
+  pybind11::class_<node::MomentsJob>(m, "MomentsJob").def(pybind11::init<node::Tensor, Address>());
+  pybind11::class_<node::StatsJob>(m, "StatsJob")
+      .def(pybind11::init<Address, int, Address, Address, Address, Address>());
+  pybind11::class_<node::PoolJob>(m, "PoolJob")
+      .def(pybind11::init<node::Tensor, Address, Address, Address, Address>());
+  pybind11::class_<node::Term>(m, "NodeTerm").def(pybind11::init<node::Tensor, Address, Address>());
+  pybind11::class_<node::TermGradient>(m, "NodeTermGradient")
+      .def(pybind11::init<Address, Address, Address, Address>());
+  pybind11::class_<node::AffineJob>(m, "AffineJob")
+      .def(pybind11::init<node::Tensor, node::Tensor, Address, Address>());
+  pybind11::class_<node::StateEdge>(m, "StateEdge")
+      .def(pybind11::init<node::Tensor, Address, Address, Address>());
+  m.def("node_parts", &node::parts);
+  m.def("node_pool_parts", &node::pool_parts);
+  m.def("node_moments", &node::plane_moments);
+  m.def("node_finalize", &node::finalize);
+  m.def("node_pool", &node::pool);
+  m.def("node_sum", &node::sum);
+  m.def("node_dots", &node::dots);
+  m.def("node_coefficients", &node::coefficients);
+  m.def("node_affine_gradient", &node::affine_gradient);
+  m.def("node_state_gradient", &node::state_gradient);
 }

@@ -1,0 +1,96 @@
+// Launchers of what a fused search cell does besides its convolutions, fp32: pools, BatchNorm statistics, the sum
+// that makes a node, and their gradients.
+//
+// Legend: B pictures of C channels; a tensor's planes are contiguous and only the distance of two pictures varies
+// (in elements). `stats` (float2 [C]): mean and 1 / sqrt(variance + eps) of a BatchNorm. `moments` [parts, C] of
+// {count, mean, sum of squared deviations}: each of the parts of a sum over all pictures leaves its own, and a
+// later launch merges them in a fixed order. Addresses travel as integers, 0 for what is absent, as in
+// softmax_sum.h.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace node {
+
+using Address = std::uintptr_t;
+
+struct Tensor {
+  Address data = 0;
+  std::int64_t batch_stride = 0;
+};
+
+struct Shape {
+  int batch, channels, pixels;  // of a plane
+};
+
+constexpr int kMaxTerms = 96;    // of a node
+constexpr int kMaxEdges = 16;    // that leave a state
+constexpr int kMaxAddends = 64;  // of a state's gradient
+constexpr int kMaxWidth = 1024;  // of a state's pictures
+
+int parts(const Shape& shape);  // of every sum over pictures
+
+struct MomentsJob {
+  Tensor z;
+  Address moments;
+};
+void plane_moments(const Shape& shape, const std::vector<MomentsJob>& jobs, Address stream);
+
+// `stats` from the moments, which also enter the running statistics as PyTorch's BatchNorm does it, or where
+// moments is 0 from the running statistics.
+struct StatsJob {
+  Address moments;
+  int parts;
+  Address stats, running_mean, running_var, num_batches_tracked;
+};
+void finalize(int channels, float eps, float momentum, const std::vector<StatsJob>& jobs, Address stream);
+
+// Windows of kernel_size (3) pixels square, padded by half of it, stride 1 or 2.
+struct PoolShape {
+  int batch, channels, height, width, out_height, out_width, kernel_size, stride;
+};
+int pool_parts(const PoolShape& shape);
+
+// Maxima and averages (over the pixels inside the picture) of every window, contiguous, and their moments.
+struct PoolJob {
+  Tensor x;
+  Address max, max_moments, avg, avg_moments;
+};
+void pool(const PoolShape& shape, const PoolJob& job, Address stream);
+
+// A summand of a node: weight · (z − mean) · rstd, or weight · z where stats is 0; weight 0 stands for 1.
+struct Term {
+  Tensor z;
+  Address stats, weight;
+};
+void sum(const Shape& shape, const std::vector<Term>& terms, Tensor y, Address stream);
+
+// dots [1 + terms, C, parts]: Σ g, then for every term Σ g · (z − mean).
+void dots(const Shape& shape, const std::vector<Term>& terms, Tensor g, Address dots, Address stream);
+
+// From dots the gradient of every weight and coef (float4 {A, B, D, 0} [C]) with dz = A · g + B · z + D; in
+// evaluation mode the statistics are constants.
+struct TermGradient {
+  Address stats, weight, grad_weight, coef;
+};
+void coefficients(const Shape& shape, bool training, const std::vector<TermGradient>& terms, Address dots,
+                  Address stream);
+
+// dz = A · g + B · z + D.
+struct AffineJob {
+  Tensor g, z;
+  Address coef, dz;
+};
+void affine_gradient(const Shape& shape, const std::vector<AffineJob>& jobs, Address stream);
+
+// dx = Σ addends + Σ_edges identity_weight · g, plus the gradients of the two pools, each of which is transposed
+// once: that of the maxima is Σ_edges A · g + B · max + D with the edge's max_coef, likewise the averages'.
+struct StateEdge {
+  Tensor g;
+  Address max_coef, avg_coef, identity_weight;
+};
+void state_gradient(const PoolShape& shape, Tensor x, const std::vector<StateEdge>& edges,
+                    const std::vector<Tensor>& addends, Address dx, Address stream);
+
+}  // namespace node
