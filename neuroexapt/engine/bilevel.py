@@ -19,12 +19,10 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-class ArchGradient(NamedTuple):
-    """Gradients of every α, and loss [] and logits [B, num_classes] of the validation batch they came
-    from.
-    """
+class Gradients(NamedTuple):
+    """Gradients of some parameters, and loss [] and logits [B, num_classes] of the batch they came from."""
 
-    gradients: Sequence[Tensor]
+    gradients: tuple[Tensor, ...]
     loss: Tensor
     logits: Tensor
 
@@ -48,14 +46,15 @@ class Strategy(ABC):
         """Mixing weights [E, K] of every cell type from its α [E, K]."""
 
     @abstractmethod
-    def arch_gradient(self, step: "BilevelStep", train: Batch, valid: Batch) -> ArchGradient:
+    def arch_gradient(self, step: "BilevelStep", train: Batch, valid: Batch) -> Gradients:
         """The gradient of the validation loss with respect to each α; w must be left as it was."""
 
 
 class BilevelStep:
     """Alternate descent on ``min_α L_val(w*(α), α)`` and ``min_w L_train(w, α)`` (DARTS, algorithm 1).
 
-    The α step asks autograd for no weight gradients, the weight step for no α gradients.
+    The α step computes no weight gradients, the weight step none of α. Nothing of a step waits for the
+    device, so that all of it can be captured in one CUDA graph.
     """
 
     def __init__(
@@ -77,10 +76,12 @@ class BilevelStep:
         self.weights = supernet.weights()
         self.alphas = supernet.arch_parameters()
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss [] and logits [B, num_classes] of the search network as the strategy relaxes it."""
-        logits = self.supernet(batch.images, self.strategy.relax(dict(self.supernet.alphas)))
-        return self.criterion(logits, batch.labels), logits
+    def gradients(self, batch: Batch, wanted: Sequence[nn.Parameter]) -> Gradients:
+        """Those of the loss with respect to ``wanted``, of the search network as the strategy relaxes it."""
+        with torch.enable_grad(), _required_alone(wanted, [*self.weights, *self.alphas]):
+            logits = self.supernet(batch.images, self.strategy.relax(dict(self.supernet.alphas)))
+            loss = self.criterion(logits, batch.labels)
+            return Gradients(torch.autograd.grad(loss, wanted), loss.detach(), logits.detach())
 
     def __call__(self, train: Batch, valid: Batch | None) -> StepMetrics:
         """Update α on ``valid`` (None: α stays, as in warm-up epochs), then w on ``train``."""
@@ -96,21 +97,46 @@ class BilevelStep:
         return arch.loss, accuracy(arch.logits, valid.labels)
 
     def _step_weights(self, train: Batch) -> tuple[Tensor, Tensor]:
-        loss, logits = self.loss(train)
-        gradients = torch.autograd.grad(loss, self.weights)
-        _apply(self.weight_optimizer, self.weights, gradients, self.grad_clip)
-        return loss.detach(), accuracy(logits, train.labels)
+        found = self.gradients(train, self.weights)
+        _apply(self.weight_optimizer, self.weights, found.gradients, self.grad_clip)
+        return found.loss, accuracy(found.logits, train.labels)
 
     @contextmanager
     def running_statistics_kept(self) -> Iterator[None]:
         """Whatever runs inside leaves the buffers of the search network as they were."""
         buffers = list(self.supernet.buffers())
-        saved = [buffer.clone() for buffer in buffers]
+        saved = [torch.empty_like(buffer) for buffer in buffers]
+        copy_tensors(saved, buffers)
         try:
             yield
         finally:
-            for buffer, value in zip(buffers, saved, strict=True):
-                buffer.copy_(value)
+            copy_tensors(buffers, saved)
+
+
+@contextmanager
+def _required_alone(wanted: Sequence[nn.Parameter], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, no other of ``parameters`` requires a gradient, so that no operation computes one."""
+    chosen = {id(parameter) for parameter in wanted}
+    others = [parameter for parameter in parameters if id(parameter) not in chosen]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each of ``sources`` into its target, all of a dtype in a few launches."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        pair = by_dtype.setdefault(target.dtype, ([], []))
+        pair[0].append(target)
+        pair[1].append(source)
+    for target_list, source_list in by_dtype.values():
+        torch._foreach_copy_(target_list, source_list)
 
 
 def _apply(

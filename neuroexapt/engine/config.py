@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from neuroexapt.errors import UserError
 
-EXECUTIONS = ("eager", "compile", "fastest")
+EXECUTIONS = ("fused", "reference", "compile", "fastest")
+PRECISIONS = ("fp32", "bf16")
 
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -83,7 +84,10 @@ class SearchConfig(RunConfig):
     arch_learning_rate: float = setting(3e-4, "learning rate of α (Adam)")
     arch_weight_decay: float = setting(1e-3, "weight decay of α")
     train_portion: float = setting(0.5, "share of the training pictures for w; the rest is for α")
-    execution: str = setting("eager", "eager, compile (torch.compile an edge) or fastest (measured once)")
+    execution: str = setting(
+        "fused",
+        "fused, reference (module by module), compile (torch.compile an edge) or fastest (measured once)",
+    )
     train_epochs: int = setting(10, "epochs of the derived network with the inherited weights; 0: none")
     control: bool = setting(True, "also train the derived network from scratch, as long, to compare")
 

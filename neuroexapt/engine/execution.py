@@ -1,20 +1,26 @@
-"""How the search step is executed: eagerly, through torch.compile, or whichever was measured faster here."""
+"""How the search network is executed: fused, module by module, or through torch.compile."""
 
-import copy
 import logging
 from collections.abc import Callable
 
 import torch
 
 from neuroexapt.backend.config import load_config, save_config
-from neuroexapt.backend.measure import time_calls
 from neuroexapt.core.operations import MixedOp
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.errors import UserError
 
-MEASURED_SECONDS = 5.0
+EXECUTIONS = ("fused", "reference", "compile")
+"""``fused``: cell by cell as its plan groups it. ``reference``: module by module, every kernel launched by
+itself. ``compile``: every edge through torch.compile. On a GPU the first and the last run as one CUDA graph.
+"""
 
-logger = logging.getLogger(__name__)
+
+def set_execution(supernet: Supernet, execution: str) -> None:
+    """Let ``supernet`` run as ``execution``, one of ``EXECUTIONS``."""
+    supernet.set_execution("fused" if execution == "fused" else "reference")
+    if execution == "compile":
+        compile_edges(supernet)
 
 
 def compile_edges(supernet: Supernet) -> None:
@@ -31,25 +37,14 @@ def compile_edges(supernet: Supernet) -> None:
             module.compile()
 
 
-def choose_execution(
-    wanted: str,
-    supernet: Supernet,
-    take_step: Callable[[Supernet], None],
-    key: str,
-    say: Callable[[str], None],
-) -> str:
-    """``eager`` or ``compile`` for ``wanted``; ``fastest`` measures both once and remembers it under ``key``.
-
-    ``take_step(network)`` takes one step of the search with a copy of ``supernet``, which stays as it is.
-    """
-    if wanted != "fastest":
-        return wanted
-    remembered = load_config().get("execution", {})
+def choose_execution(measure_ms: Callable[[str], float], key: str, say: Callable[[str], None]) -> str:
+    """The fastest of ``EXECUTIONS``, measured once by ``measure_ms`` and remembered under ``key``."""
+    remembered = load_config().get("fastest_execution", {})
     if key not in remembered:
-        say("measuring the eager and the compiled step once; the result is remembered")
-        remembered[key] = _measure(supernet, take_step)
+        say("measuring a step of the search in every way once; the result is remembered")
+        remembered[key] = _measure(measure_ms)
         try:
-            save_config({"execution": remembered})
+            save_config({"fastest_execution": remembered})
         except UserError as error:
             say(f"the result is not remembered: {error}")
     entry = remembered[key]
@@ -57,20 +52,14 @@ def choose_execution(
     return entry["choice"]
 
 
-def _measure(supernet: Supernet, take_step: Callable[[Supernet], None]) -> dict[str, str]:
-    eager = _median_ms(copy.deepcopy(supernet), take_step)
-    compiled_network = copy.deepcopy(supernet)
-    compile_edges(compiled_network)
-    try:
-        compiled = _median_ms(compiled_network, take_step)
-    except Exception as error:  # whatever the compiler or its toolchain raises
-        reason = " ".join(str(error).split())[:200]
-        logger.warning("torch.compile failed, the search runs eagerly: %s", reason)
-        return {"choice": "eager", "reason": f"torch.compile failed: {reason}"}
-    choice = "compile" if compiled < eager else "eager"
-    return {"choice": choice, "reason": f"measured {eager:.0f} ms eager, {compiled:.0f} ms compiled a step"}
-
-
-def _median_ms(network: Supernet, take_step: Callable[[Supernet], None]) -> float:
-    device = next(network.parameters()).device
-    return time_calls(lambda: take_step(network), device, MEASURED_SECONDS).median_ms
+def _measure(measure_ms: Callable[[str], float]) -> dict[str, str]:
+    times, remarks = {}, []
+    for execution in EXECUTIONS:
+        try:
+            times[execution] = measure_ms(execution)
+            remarks.append(f"{execution} {times[execution]:.0f} ms a step")
+        except Exception as error:  # whatever a compiler or its toolchain raises
+            if execution == "reference":
+                raise
+            remarks.append(f"{execution} failed: {' '.join(str(error).split())[:200]}")
+    return {"choice": min(times, key=times.__getitem__), "reason": ", ".join(remarks)}

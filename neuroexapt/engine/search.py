@@ -1,5 +1,6 @@
 """A whole search: bilevel steps, genotype, derived network with inherited weights, and its control."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from neuroexapt.engine.result import RunResult, finish, read_curves
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
-from neuroexapt.engine.training import TrainPhase, evaluate_loss
+from neuroexapt.engine.training import TrainPhase, evaluate_loss, score
 from neuroexapt.errors import UserError
 from neuroexapt.spaces import get_space
 from neuroexapt.strategies import get_strategy
@@ -132,7 +133,7 @@ def _train_derived(
         inherit_weights(network, supernet)
     test_loader = run.loader("test", training=False)
     if config.train_epochs == 0:
-        return network, 0.0, evaluate_loss(network.eval(), test_loader)[1]
+        return network, 0.0, evaluate_loss(functools.partial(score, network.eval()), test_loader)[1]
     # Both networks see the same batches in the same order.
     loader = run.loader("train", training=True, stream="derived")
     phase = TrainPhase(name, network, loader, test_loader, config, epochs=config.train_epochs)

@@ -1,24 +1,35 @@
 """The search itself as a phase: bilevel steps over the two halves of the training pictures."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from neuroexapt.backend.measure import time_calls
 from neuroexapt.core.genotypes import Genotype
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import Loader
 from neuroexapt.engine.bilevel import Batch, BilevelStep
+from neuroexapt.engine.captured import capture
 from neuroexapt.engine.config import SearchConfig
 from neuroexapt.engine.device import get_device_name
-from neuroexapt.engine.execution import choose_execution, compile_edges
+from neuroexapt.engine.execution import choose_execution, set_execution
 from neuroexapt.engine.phase import Phase
-from neuroexapt.engine.training import cosine, evaluate_loss, make_sgd, set_learning_rate
+from neuroexapt.engine.training import (
+    cosine,
+    evaluate_loss,
+    load_optimizer,
+    make_sgd,
+    score,
+    set_learning_rate,
+)
 from neuroexapt.spaces import CellSpace, get_space
 from neuroexapt.strategies import get_strategy
 
 FIGURES_PER_SEARCH = 10
+MEASURED_SECONDS = 5.0
 ARCH_BETAS = (0.5, 0.999)
 """Adam's coefficients for α, as published."""
 
@@ -39,39 +50,52 @@ class SearchPhase(Phase):
         self.strategy = get_strategy(config.strategy)
         self._config = config
         self._train_loader, self._valid_loader = train_loader, valid_loader
-        self.bilevel_step = self._make_step(supernet)
-        self.weight_optimizer = self.bilevel_step.weight_optimizer
-        self.arch_optimizer = self.bilevel_step.arch_optimizer
-
-    def _make_step(self, supernet: Supernet) -> BilevelStep:
-        config = self._config
-        arch_optimizer = torch.optim.Adam(
+        self.weight_optimizer = make_sgd(supernet.weights(), config)
+        self.arch_optimizer = torch.optim.Adam(
             supernet.arch_parameters(),
             config.arch_learning_rate,
             betas=ARCH_BETAS,
             weight_decay=config.arch_weight_decay,
+            capturable=self.device.type == "cuda",
         )
-        weight_optimizer = make_sgd(supernet.weights(), config)
-        return BilevelStep(
-            supernet, self.strategy, weight_optimizer, arch_optimizer, grad_clip=config.grad_clip
+        self.bilevel_step = BilevelStep(
+            supernet, self.strategy, self.weight_optimizer, self.arch_optimizer, grad_clip=config.grad_clip
         )
+        self._set_execution("reference")
 
     def prepare_execution(self, say: Callable[[str], None]) -> None:
         """Set up ``config.execution``; measuring uses copies, so the search's own state is not touched."""
-        config = self._config
-        if config.execution == "eager":
-            return
-        train, valid = Batch(*next(self._train_loader.epoch(0))), Batch(*next(self._valid_loader.forever(0)))
+        execution = self._config.execution
+        if execution == "fastest":
+            execution = choose_execution(self._step_ms, self._step_key(), say)
+        self._set_execution(execution)
 
-        def take_step(network: Supernet) -> None:
-            self._make_step(network)(train, valid)
+    def _set_execution(self, execution: str) -> None:
+        set_execution(self.supernet, execution)
+        self._execution = execution
+        self._capture_steps()
 
-        key = (
+    def _capture_steps(self) -> None:
+        self._take_step, self._score = self._step, self._score_batch
+        if self._execution != "reference":
+            self._take_step = capture(self._step, self.device)
+            self._score = capture(self._score_batch, self.device)
+
+    def _step_ms(self, execution: str) -> float:
+        """Median time of a step with a copy of the search network."""
+        supernet = copy.deepcopy(self.supernet)
+        twin = SearchPhase(supernet, self._train_loader, self._valid_loader, self._config)
+        twin._set_execution(execution)
+        batches = *next(self._train_loader.epoch(0)), *next(self._valid_loader.forever(0))
+        return time_calls(lambda: twin._take_step(*batches), self.device, MEASURED_SECONDS).median_ms
+
+    def _step_key(self) -> str:
+        """What the time of a step depends on."""
+        config, batch = self._config, next(self._train_loader.epoch(0))
+        return (
             f"{get_device_name(self.device)}, torch {torch.__version__}, {config.space}, {config.strategy}, "
-            f"{config.layers} layers, {config.init_channels} channels, batch {tuple(train.images.shape)}"
+            f"{config.layers} layers, {config.init_channels} channels, batch {tuple(batch[0].shape)}"
         )
-        if choose_execution(config.execution, self.supernet, take_step, key, say) == "compile":
-            compile_edges(self.supernet)
 
     def metric_names(self, epoch: int) -> Sequence[str]:
         names = ("train_loss", "train_accuracy", "arch_loss", "arch_accuracy")
@@ -91,17 +115,25 @@ class SearchPhase(Phase):
         train = self._train_loader.epoch(epoch, start)
         if self._warming_up(epoch):
             for batch in train:
-                yield torch.stack(self.bilevel_step(Batch(*batch), None)[:2])
+                yield self._take_step(*batch)
             return
         valid = self._valid_loader.forever(epoch * self.steps_per_epoch + start)
         for batch, valid_batch in zip(train, valid, strict=False):
-            yield torch.stack(self.bilevel_step(Batch(*batch), Batch(*valid_batch)))
+            yield self._take_step(*batch, *valid_batch)
+
+    def _step(self, images: Tensor, labels: Tensor, *valid: Tensor) -> Tensor:
+        metrics = self.bilevel_step(Batch(images, labels), Batch(*valid) if valid else None)
+        return torch.stack(metrics if valid else metrics[:2])
+
+    def _score_batch(self, images: Tensor, labels: Tensor) -> Tensor:
+        weights = self.mixing_weights()
+        return score(lambda x: self.supernet(x, weights), images, labels)
 
     @torch.no_grad()
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         self.supernet.eval()
         weights = self.mixing_weights()
-        valid_loss, valid_accuracy = evaluate_loss(lambda x: self.supernet(x, weights), self._valid_loader)
+        valid_loss, valid_accuracy = evaluate_loss(self._score, self._valid_loader)
         return {
             "valid_loss": valid_loss,
             "valid_accuracy": valid_accuracy,
@@ -144,8 +176,9 @@ class SearchPhase(Phase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.supernet.load_state_dict(state["supernet"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        load_optimizer(self.weight_optimizer, state["weight_optimizer"])
+        load_optimizer(self.arch_optimizer, state["arch_optimizer"])
+        self._capture_steps()
 
 
 def entropy(weights: Tensor) -> Tensor:

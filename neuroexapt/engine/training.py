@@ -1,5 +1,6 @@
 """Training a derived network: after a search with inherited weights, or from scratch."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from neuroexapt.core.derived import DerivedNetwork
 from neuroexapt.data import Loader
 from neuroexapt.engine.bilevel import accuracy
+from neuroexapt.engine.captured import Step, capture
 from neuroexapt.engine.config import RunConfig
 from neuroexapt.engine.phase import Phase
 
@@ -21,27 +23,50 @@ def cosine(epoch: int, epochs: int, start: float, end: float) -> float:
 
 
 def make_sgd(parameters: Sequence[nn.Parameter], config: RunConfig) -> torch.optim.SGD:
+    """SGD; on a GPU its learning rate is there too, so that a captured step sees it change."""
+    device = parameters[0].device
+    on_gpu = device.type == "cuda"
     return torch.optim.SGD(
-        parameters, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+        parameters,
+        torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=on_gpu or None,  # the only variant that reads the rate on the device
     )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = value
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what was saved of each parameter; the settings stay, since they depend on the device."""
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @torch.no_grad()
-def evaluate_loss(network: Callable[[Tensor], Tensor], loader: Loader) -> tuple[float, float]:
-    """Mean cross-entropy and top-1 accuracy (0..1) over every picture of the loader, not augmented."""
-    loss, correct = torch.zeros((), device=loader.device), torch.zeros((), device=loader.device)
-    count = 0
+def score(network: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy and number of correct top-1 predictions, summed over a batch: [2]."""
+    logits = network(images)
+    correct = (logits.argmax(dim=1) == labels).sum()
+    return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), correct.float()])
+
+
+def evaluate_loss(score_batch: Step, loader: Loader) -> tuple[float, float]:
+    """Mean cross-entropy and top-1 accuracy (0..1) over every picture of the loader, not augmented.
+
+    ``score_batch`` is ``score`` of the network.
+    """
+    totals, count = torch.zeros(2, device=loader.device), 0
     for images, labels in loader.evaluation():
+        totals += score_batch(images, labels)
         count += len(labels)
-        logits = network(images)
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(dim=1) == labels).sum()
-    return loss.item() / count, correct.item() / count
+    loss, correct = totals.tolist()
+    return loss / count, correct / count
 
 
 class TrainPhase(Phase):
@@ -71,6 +96,15 @@ class TrainPhase(Phase):
         self._loader, self._test_loader = loader, test_loader
         self._config = config
         self._auxiliary_weight, self._drop_path = auxiliary_weight, drop_path
+        # On the device, so that a captured step sees it change.
+        self._drop_probability = torch.zeros((), device=self.device)
+        if drop_path:
+            network.drop_path_probability = self._drop_probability
+        self._capture_steps()
+
+    def _capture_steps(self) -> None:
+        self._take_step = capture(self._step, self.device)
+        self._score = capture(functools.partial(score, self.network), self.device)
 
     def metric_names(self, epoch: int) -> Sequence[str]:
         return ("train_loss", "train_accuracy")
@@ -84,10 +118,9 @@ class TrainPhase(Phase):
     def steps(self, epoch: int, start: int) -> Iterator[Tensor]:
         self.network.train()
         set_learning_rate(self.optimizer, self.learning_rate(epoch))
-        drop = self._drop_path * epoch / self.epochs
-        self.network.drop_path_probability = drop or None
-        for images, labels in self._loader.epoch(epoch, start):
-            yield self._step(images, labels)
+        self._drop_probability.fill_(self._drop_path * epoch / self.epochs)
+        for batch in self._loader.epoch(epoch, start):
+            yield self._take_step(*batch)
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         logits, auxiliary_logits = self.network.forward_with_auxiliary(images)
@@ -103,7 +136,7 @@ class TrainPhase(Phase):
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         self.network.eval()
-        test_loss, test_accuracy = evaluate_loss(self.network, self._test_loader)
+        test_loss, test_accuracy = evaluate_loss(self._score, self._test_loader)
         return {
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
@@ -115,4 +148,5 @@ class TrainPhase(Phase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self._capture_steps()

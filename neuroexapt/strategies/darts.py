@@ -1,11 +1,11 @@
 """DARTS: Differentiable Architecture Search (Liu, Simonyan, Yang; ICLR 2019)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from neuroexapt.engine.bilevel import ArchGradient, Batch, BilevelStep, Strategy
+from neuroexapt.engine.bilevel import Batch, BilevelStep, Gradients, Strategy, copy_tensors
 
 FINITE_DIFFERENCE_RADIUS = 1e-2
 """r of the paper: ε = r / ‖∇_w' L_val‖."""
@@ -17,9 +17,8 @@ class Darts(Strategy):
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {cell: torch.softmax(alpha, dim=-1) for cell, alpha in alphas.items()}
 
-    def arch_gradient(self, step: BilevelStep, train: Batch, valid: Batch) -> ArchGradient:
-        loss, logits = step.loss(valid)
-        return ArchGradient(torch.autograd.grad(loss, step.alphas), loss.detach(), logits.detach())
+    def arch_gradient(self, step: BilevelStep, train: Batch, valid: Batch) -> Gradients:
+        return step.gradients(valid, step.alphas)
 
 
 class SecondOrderDarts(Darts):
@@ -31,44 +30,38 @@ class SecondOrderDarts(Darts):
     and the pass at w' does not.
     """
 
-    def arch_gradient(self, step: BilevelStep, train: Batch, valid: Batch) -> ArchGradient:
+    @torch.no_grad()
+    def arch_gradient(self, step: BilevelStep, train: Batch, valid: Batch) -> Gradients:
         weights, alphas = step.weights, step.alphas
-        saved = [weight.detach().clone() for weight in weights]
+        saved = [torch.empty_like(weight) for weight in weights]
+        copy_tensors(saved, weights)
         eta = step.weight_optimizer.param_groups[0]["lr"]
-        direction = _sgd_direction(step, torch.autograd.grad(step.loss(train)[0], weights))
+        direction = _sgd_direction(step, step.gradients(train, weights).gradients)
 
-        _assign(weights, torch._foreach_sub(saved, torch._foreach_mul(direction, eta)))
+        copy_tensors(weights, torch._foreach_sub(saved, torch._foreach_mul(direction, eta)))
         with step.running_statistics_kept():
-            loss, logits = step.loss(valid)
-            gradients = torch.autograd.grad(loss, [*alphas, *weights])
-        at_unrolled, vector = gradients[: len(alphas)], gradients[len(alphas) :]
+            unrolled = step.gradients(valid, [*alphas, *weights])
+        at_unrolled, vector = unrolled.gradients[: len(alphas)], unrolled.gradients[len(alphas) :]
 
         epsilon = FINITE_DIFFERENCE_RADIUS / torch.nn.utils.get_total_norm(vector)
         offset = torch._foreach_mul(vector, epsilon)
-        _assign(weights, torch._foreach_add(saved, offset))
-        plus = torch.autograd.grad(step.loss(train)[0], alphas)
-        _assign(weights, torch._foreach_sub(saved, offset))
-        minus = torch.autograd.grad(step.loss(train)[0], alphas)
-        _assign(weights, saved)
+        copy_tensors(weights, torch._foreach_add(saved, offset))
+        plus = step.gradients(train, alphas).gradients
+        copy_tensors(weights, torch._foreach_sub(saved, offset))
+        minus = step.gradients(train, alphas).gradients
+        copy_tensors(weights, saved)
 
         implicit = [(p - m) / (2 * epsilon) for p, m in zip(plus, minus, strict=True)]
         total = tuple(g - eta * h for g, h in zip(at_unrolled, implicit, strict=True))
-        return ArchGradient(total, loss.detach(), logits.detach())
+        return unrolled._replace(gradients=total)
 
 
-def _sgd_direction(step: BilevelStep, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+def _sgd_direction(step: BilevelStep, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What SGD would subtract, over η: gradient + weight decay + momentum buffer."""
-    group = step.weight_optimizer.param_groups[0]
-    direction = []
-    for weight, gradient in zip(step.weights, gradients, strict=True):
-        gradient = gradient + group["weight_decay"] * weight.detach()
-        buffer = step.weight_optimizer.state[weight].get("momentum_buffer")
-        if buffer is not None:
-            gradient = gradient + group["momentum"] * buffer
-        direction.append(gradient)
+    group, state = step.weight_optimizer.param_groups[0], step.weight_optimizer.state
+    direction = torch._foreach_add(gradients, tuple(step.weights), alpha=group["weight_decay"])
+    states = [state.get(weight, {}) for weight in step.weights]
+    buffers = [of_weight["momentum_buffer"] for of_weight in states if "momentum_buffer" in of_weight]
+    if buffers:  # there are none before the first step
+        torch._foreach_add_(direction, buffers, alpha=group["momentum"])
     return direction
-
-
-@torch.no_grad()
-def _assign(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(list(targets), list(values))

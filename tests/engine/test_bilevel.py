@@ -1,5 +1,6 @@
 import copy
 import itertools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -133,3 +134,49 @@ def test_gradients_are_clipped() -> None:
     step(train, None)
     change = [w.detach() - b for w, b in zip(step.weights, before, strict=True)]
     assert torch.nn.utils.get_total_norm(change) < 1.01e-6
+
+
+class Recorder(torch.autograd.Function):
+    """A convolution's stand-in: notes which gradients its backward is asked for."""
+
+    asked: ClassVar[list[tuple[bool, ...]]] = []
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        Recorder.asked.append(ctx.needs_input_grad)
+        ctx.save_for_backward(x, weight)
+        return x * weight.mean()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient * weight.mean(), (gradient * x).sum().expand_as(weight) / weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "of_weights"),
+    [(Darts(), [False, True]), (SecondOrderDarts(), [True, True, False, False, True])],
+)
+def test_operations_are_asked_for_the_gradients_of_each_pass_alone(
+    strategy: Strategy, of_weights: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Second order differentiates w for the unrolled weights and both w and α there."""
+    step, train, valid = make_step(strategy)
+    forward = step.supernet.forward
+
+    def recording(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        return Recorder.apply(forward(x, weights), step.supernet.classifier.weight)
+
+    monkeypatch.setattr(Recorder, "asked", [])
+    monkeypatch.setattr(step.supernet, "forward", recording)
+    step(train, valid)
+    assert [weight for _, weight in Recorder.asked] == of_weights
+    assert all(p.requires_grad for p in step.supernet.parameters())
+
+
+def test_a_step_that_fails_leaves_every_parameter_trainable() -> None:
+    step, train, valid = make_step(Darts())
+    step.criterion = lambda logits, labels: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        step(train, valid)
+    assert all(p.requires_grad for p in step.supernet.parameters())

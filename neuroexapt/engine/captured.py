@@ -1,0 +1,102 @@
+"""A step replayed as one CUDA graph: its thousands of launches for the price of one."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[..., Tensor]
+"""Takes tensors and returns one. Whatever else it reads or changes (weights, buffers, states of optimizers,
+learning rates) is tensors on the device that stay where they are.
+"""
+
+
+def capture(step: Step, device: torch.device) -> Step:
+    """``step`` with the same results, on a GPU launched as one graph."""
+    return CapturedStep(step) if device.type == "cuda" else step
+
+
+class CapturedStep:
+    """Runs a step as a CUDA graph, one for all calls whose inputs have the same shapes and dtypes.
+
+    The first such call runs the step as it is: a step like any other and at once the warm-up, which compiles
+    kernels, fills caches and creates the states of optimizers. The second call captures, which computes
+    nothing, and replays; so there is no state to put back. A step that cannot be captured goes on as it is,
+    and ``reason`` says why.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.reason = ""
+        self._step = step
+        self._graphs: dict[tuple, _Graph | None] = {}
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        key = tuple((x.shape, x.dtype) for x in inputs)
+        if self.reason or key not in self._graphs:
+            self._graphs[key] = None
+            return self._run(inputs)
+        graph = self._graphs[key] or self._try_to_capture(inputs)
+        if graph is None:
+            return self._run(inputs)
+        self._graphs[key] = graph
+        return graph.replay(inputs)
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """As it is, on the stream of the capture, since some libraries keep a workspace a stream."""
+        with _beside(self._stream):
+            return self._step(*inputs)
+
+    def _try_to_capture(self, inputs: tuple[Tensor, ...]) -> "_Graph | None":
+        random = torch.cuda.default_generators[self._stream.device_index]
+        before = random.clone_state()
+        try:
+            # Left through this block, a failed capture leaves the stream current that was so before.
+            with _beside(self._stream):
+                return _capture(self._step, inputs, self._stream, self._pool)
+        except Exception as error:  # an error of the step itself shows again when it runs as it is
+            random.graphsafe_set_state(before)  # a failed capture leaves it waiting for the capture's end
+            # Ending a capture that broke off raises as well; what broke it came first.
+            self.reason = _first_line(error.__context__ or error)
+            logger.warning("launching every kernel by itself, which is slower: %s", self.reason)
+            return None
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        for target, source in zip(self.inputs, inputs, strict=True):
+            target.copy_(source)
+        self.graph.replay()
+        return self.output.clone()
+
+
+def _capture(step: Step, inputs: tuple[Tensor, ...], stream: torch.cuda.Stream, pool: Any) -> _Graph:
+    graph, own_inputs = torch.cuda.CUDAGraph(), tuple(x.clone() for x in inputs)
+    # Other threads, such as those that load data, may use the device meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        output = step(*own_inputs)
+    return _Graph(graph, own_inputs, output)
+
+
+@contextmanager
+def _beside(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Run the block on ``stream``, after what was launched before it and before what comes after it."""
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,196 @@
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuroexapt.core.derived import DerivedNetwork
+from neuroexapt.core.genotypes import DARTS_V2
+from neuroexapt.data import make_loader
+from neuroexapt.data.augment import Augmentation
+from neuroexapt.data.dataset import ResidentImages
+from neuroexapt.engine.captured import CapturedStep, capture
+from neuroexapt.engine.config import EvaluateConfig, SearchConfig
+from neuroexapt.engine.search_phase import SearchPhase
+from neuroexapt.engine.training import TrainPhase
+from neuroexapt.spaces import DARTS
+
+
+def test_on_the_cpu_a_step_stays_what_it_is() -> None:
+    assert capture(torch.sin, torch.device("cpu")) is torch.sin
+
+
+gpu = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+class Counter:
+    """A step with a state: adds its input to a total; counts how often Python ran it."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros((), device="cuda")
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.total += x.sum()
+        return self.total * 2
+
+
+@gpu
+def test_every_call_counts_once_and_python_runs_the_step_twice() -> None:
+    counter = Counter()
+    step = CapturedStep(counter)
+    outputs = [step(torch.full((3,), float(i), device="cuda")) for i in range(6)]
+    assert torch.stack(outputs).tolist() == [0.0, 6.0, 18.0, 36.0, 60.0, 90.0]
+    assert counter.total.item() == 45
+    assert counter.calls == 2
+    assert step.reason == ""
+
+
+@gpu
+def test_each_shape_has_a_graph_of_its_own() -> None:
+    counter = Counter()
+    step = CapturedStep(counter)
+    for size in (4, 4, 2, 4, 2, 2, 4):
+        step(torch.ones(size, device="cuda"))
+    assert counter.total.item() == 22
+    assert counter.calls == 4
+
+
+@gpu
+def test_what_cannot_be_captured_runs_as_it_is_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    def waits(x: Tensor) -> Tensor:
+        return x * x.sum().item() + torch.rand_like(x).mul(0)
+
+    step = CapturedStep(waits)
+    x = torch.arange(3.0, device="cuda")
+    for _ in range(3):
+        assert torch.equal(step(x), 3 * x)
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert step.reason in warning
+    assert "captur" in step.reason
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert CapturedStep(torch.sin)(x).equal(x.sin()), "the device is usable afterwards"
+
+
+@gpu
+def test_random_numbers_are_those_of_the_step_itself() -> None:
+    def numbers(step: Any) -> Tensor:
+        torch.cuda.manual_seed(3)
+        return torch.stack([step(torch.ones(5, device="cuda")) for _ in range(4)])
+
+    def drop(x: Tensor) -> Tensor:
+        return x * torch.rand_like(x) + torch.rand(5, device="cuda")
+
+    assert torch.equal(numbers(CapturedStep(drop)), numbers(drop))
+
+
+def loader(stream: int, count: int = 40, drop_last: bool = True) -> Any:
+    generator = torch.Generator().manual_seed(stream)
+    images = torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    part = ResidentImages(images, torch.arange(count) % 4)
+    return make_loader(
+        part,
+        batch_size=8,
+        device=CUDA,
+        seed=stream,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        augmentation=Augmentation(crop_padding=2, flip=True, cutout=4),
+        drop_last=drop_last,
+    )
+
+
+def search_phase(execution: str, strategy: str) -> SearchPhase:
+    torch.manual_seed(0)
+    config = SearchConfig(epochs=4, warmup_epochs=1, strategy=strategy, execution=execution, batch_size=8)
+    supernet = DARTS.supernet(in_channels=3, num_classes=4, channels=4, layers=3).to(CUDA)
+    phase = SearchPhase(supernet, loader(1), loader(2, count=44), config)
+    phase.prepare_execution(print)
+    return phase
+
+
+def run(phase: Any, epochs: range) -> Tensor:
+    rows = []
+    for epoch in epochs:
+        rows += list(phase.steps(epoch, 0))
+        record = phase.end_epoch(epoch)
+        rows.append(torch.tensor([v for v in record.values() if isinstance(v, float)]))
+    return torch.cat([row.cpu().double() for row in rows])
+
+
+@pytest.fixture
+def reproducible() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = False
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("strategy", ["darts", "darts-2nd"])
+def test_a_captured_search_equals_the_one_launched_one_by_one(strategy: str, reproducible: None) -> None:
+    """Warm-up epochs, the change of learning rate, the last batch of a validation."""
+    captured, eager = search_phase("fused", strategy), search_phase("fused", strategy)
+    eager._take_step, eager._score = eager._step, eager._score_batch
+    assert_same(run(captured, range(3)), run(eager, range(3)))
+    for step in (captured._take_step, captured._score):
+        assert isinstance(step, CapturedStep)
+        assert step.reason == ""
+    for a, b in zip(captured.parameters(), eager.parameters(), strict=True):
+        assert_same(a, b)
+
+
+@gpu
+def test_a_captured_search_resumes_from_its_state(reproducible: None) -> None:
+    through, first = search_phase("fused", "darts"), search_phase("fused", "darts")
+    run(first, range(2))
+    resumed = search_phase("fused", "darts")
+    run(resumed, range(1))  # graphs and states of another moment, which loading replaces
+    resumed.load_state_dict(first.state_dict())
+    assert_same(run(through, range(3))[-7:], run(resumed, range(2, 3))[-7:])
+
+
+@gpu
+def test_no_step_waits_for_the_device() -> None:
+    phase = search_phase("fused", "darts")
+    run(phase, range(2))
+    steps = phase.steps(2, 0)
+    next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in steps:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def train_phase(**changes: Any) -> TrainPhase:
+    torch.manual_seed(0)
+    config = EvaluateConfig(epochs=4, batch_size=8, **changes)
+    network = DerivedNetwork(
+        DARTS_V2, in_channels=3, num_classes=4, channels=4, layers=3, auxiliary=False
+    ).to(CUDA)
+    return TrainPhase(
+        "evaluate", network, loader(1), loader(2, 44, drop_last=False), config, epochs=4, drop_path=0.3
+    )
+
+
+@gpu
+def test_a_captured_training_equals_the_one_launched_one_by_one(reproducible: None) -> None:
+    """Drop-path included, whose probability and random numbers change from step to step."""
+    captured, eager = train_phase(), train_phase()
+    eager._take_step = eager._step
+    results = []
+    for phase in (captured, eager):
+        torch.cuda.manual_seed(1)
+        results.append(run(phase, range(3)))
+    assert_same(*results)
+    assert captured._take_step.reason == ""
