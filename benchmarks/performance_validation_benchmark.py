@@ -4,8 +4,9 @@
 Each implementation is held to the definition in fp64, forward and in every gradient, before it is
 timed; one that fails is reported, not timed, and makes the exit code 1. ``float32`` has exact products,
 ``tf32`` lets convolutions round to TF32, PyTorch's default. An edge runs through the dispatch as in a
-search, batch normalisations included; its eager version is the same module on PyTorch's own kernels. It is
-not compiled, which takes up to a minute an edge.
+search, batch normalisations included: ``fused`` as shipped, ``triton`` and ``ext`` by name at any size. Its
+eager version, ``sum(w * op(x))``, is the same module on PyTorch's own kernels. It is not compiled, which
+takes up to a minute an edge.
 The floor is the bytes that must move over the bandwidth of a copy measured in the same run.
 """
 
@@ -157,7 +158,7 @@ def edge_case(count: int, channels: int, size: int) -> Case:
     def make_leaves() -> list[Tensor]:
         return [*picture(channels, size), torch.rand(count, device="cuda"), *parameters.values()]
 
-    ops = {"eager": on("cuda:torch"), "fused": on("cuda")}
+    ops = {"eager": on("cuda:torch"), "fused": on("cuda"), "triton": on("cuda:triton"), "ext": on("cuda:ext")}
     name = f"mixed_op-k{count}-c{channels}-{size}x{size}-b{BATCH}"
     return Case(name, "float32", EDGE_TOLERANCE, definition, ops, make_leaves)
 

@@ -13,6 +13,7 @@ eight bytes): deciding it anew for each of the kÂ² pixels that ask would read kâ
 the winners first took a third of the time.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -250,7 +251,7 @@ def _forward_mean(x: Tensor) -> Tensor:
     if y.numel():
         blocks = _blocks(channels, height * width, largest=1024)
         with torch.cuda.device_of(x):
-            global_avg_pool_fwd_kernel[batch, triton.cdiv(channels, blocks["BLOCK_C"])](
+            global_avg_pool_fwd_kernel[batch, -(-channels // blocks["BLOCK_C"])](
                 x, *x.stride(), y, channels, height, width, **blocks
             )
     return y
@@ -311,7 +312,7 @@ set_autograd(_global_avg_pool, differentiable_once(_global_avg_pool, _save_shape
 
 def _launch_forward(x: Tensor, y: Tensor, winner: Tensor | None, **flags: int) -> None:
     if y.numel():
-        grid, blocks = _grid(y)
+        grid, blocks = _grid(y.shape)
         with torch.cuda.device_of(x):
             pool_fwd_kernel[grid](
                 x, *x.stride(), y, *y.stride(), winner, x.shape[1], *x.shape[2:], *y.shape[2:],
@@ -321,7 +322,7 @@ def _launch_forward(x: Tensor, y: Tensor, winner: Tensor | None, **flags: int) -
 
 def _launch_backward(dy: Tensor, winner: Tensor | None, dx: Tensor, **flags: int) -> None:
     if dx.numel():
-        grid, blocks = _grid(dx)
+        grid, blocks = _grid(dx.shape)
         with torch.cuda.device_of(dx):
             pool_bwd_kernel[grid](
                 dy, *dy.stride(), winner, *(dy if winner is None else winner).stride(), dx, *dx.stride(),
@@ -329,14 +330,16 @@ def _launch_backward(dy: Tensor, winner: Tensor | None, dx: Tensor, **flags: int
             )  # fmt: skip
 
 
-def _grid(y: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid (images x blocks of pixels, blocks of channels) and block sizes for tiles over ``y``."""
-    batch, channels, height, width = y.shape
+@functools.cache
+def _grid(y: torch.Size) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid (images x blocks of pixels, blocks of channels) and block sizes for tiles over a tensor."""
+    batch, channels, height, width = y
     blocks = _blocks(channels, height * width)
     pixel_blocks = triton.cdiv(height * width, blocks["BLOCK_P"])
     return (batch * pixel_blocks, triton.cdiv(channels, blocks["BLOCK_C"])), blocks
 
 
+@functools.cache
 def _blocks(channels: int, pixels: int, largest: int = 128) -> dict[str, int]:
     """Tiles of four elements a thread: planes of up to ``largest`` pixels whole, then more channels."""
     block_p = min(largest, triton.next_power_of_2(pixels))

@@ -26,6 +26,7 @@ are not specialised: told that a width is a multiple of 16, Triton gives a threa
 and the shifted loads, never aligned, then touch four times as many cache lines.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -321,12 +322,11 @@ def sepconv_bwd_reduce_kernel(
 
 def _forward(call: shared.Call, y: Tensor, stats: Tensor | None = None) -> None:
     x, depthwise_weight, pointwise_weight, stride, dilation, relu = call
-    blocks = _forward_blocks(y, x.shape[1])
-    grid = triton.cdiv(_pixels(y), blocks["BLOCK_P"]), triton.cdiv(y.shape[1], blocks["BLOCK_O"])
+    grid, blocks = _forward_plan(y.shape, x.shape[1])
     with torch.cuda.device_of(x):
         sepconv_fwd_kernel[grid](
             x, *x.stride(), depthwise_weight.contiguous(), pointwise_weight.contiguous(), y, *y.stride(),
-            stats, _pixels(y), *x.shape[2:], *y.shape[2:], C=x.shape[1], C_OUT=y.shape[1],
+            stats, _pixels(y.shape), *x.shape[2:], *y.shape[2:], C=x.shape[1], C_OUT=y.shape[1],
             K=call.kernel_size, STRIDE=stride, DILATION=dilation, RELU=relu,
             STATS=stats is not None, PRECISION=_precision(), **blocks,
         )  # fmt: skip
@@ -340,8 +340,8 @@ def _backward(call: shared.Call, dy: Tensor, grads: shared.Grads, needed: list[b
     channels, out_channels, kernel_size = x.shape[1], dy.shape[1], call.kernel_size
     shape = (*x.shape[2:], *dy.shape[2:])
     conv = {"C": channels, "K": kernel_size, "STRIDE": stride, "DILATION": dilation, "RELU": relu}
-    pw_splits, pw_grid, pw_blocks = _backward_pointwise_plan(dy, channels)
-    dw_splits, dw_grid, dw_blocks = _backward_depthwise_plan(x, kernel_size)
+    pw_splits, pw_grid, pw_blocks = _backward_pointwise_plan(dy.shape, channels)
+    dw_splits, dw_grid, dw_blocks = _backward_depthwise_plan(x.shape, kernel_size)
     need_e = need_dx or need_dw
     e = x.new_empty(dy.shape[0], channels, *dy.shape[2:]) if need_e else x.new_empty(0)
     pw_partial = x.new_empty(pw_splits if need_pw else 0, out_channels, channels, dtype=torch.float32)
@@ -349,17 +349,17 @@ def _backward(call: shared.Call, dy: Tensor, grads: shared.Grads, needed: list[b
     with torch.cuda.device_of(x):
         sepconv_bwd_pointwise_kernel[pw_grid](
             dy, *dy.stride(), x, *x.stride(), depthwise_weight, pointwise_weight, e, pw_partial,
-            _pixels(dy), *shape, C_OUT=out_channels, NEED_E=need_e, NEED_PW=need_pw, PRECISION=_precision(),
-            **conv, **pw_blocks,
+            _pixels(dy.shape), *shape, C_OUT=out_channels, NEED_E=need_e, NEED_PW=need_pw,
+            PRECISION=_precision(), **conv, **pw_blocks,
         )  # fmt: skip
         if need_e:
             sepconv_bwd_depthwise_kernel[dw_grid](
                 e, x, *x.stride(), depthwise_weight, dx, *(dx if need_dx else x).stride(), dw_partial,
-                _pixels(x), *shape, NEED_DX=need_dx, NEED_DW=need_dw, **conv, **dw_blocks,
+                _pixels(x.shape), *shape, NEED_DX=need_dx, NEED_DW=need_dw, **conv, **dw_blocks,
             )  # fmt: skip
         sizes = pointwise_grad.numel(), depthwise_grad.numel()
         if any(sizes):
-            sepconv_bwd_reduce_kernel[sum(triton.cdiv(size, _REDUCE["BLOCK"]) for size in sizes),](
+            sepconv_bwd_reduce_kernel[sum(_ceil_div(size, _REDUCE["BLOCK"]) for size in sizes),](
                 pw_partial, pointwise_grad, pw_splits, dw_partial, depthwise_grad, dw_splits,
                 PW_SIZE=sizes[0], DW_SIZE=sizes[1], **_REDUCE,
             )  # fmt: skip
@@ -368,15 +368,15 @@ def _backward(call: shared.Call, dy: Tensor, grads: shared.Grads, needed: list[b
 def _forward_with_stats(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     call = shared.Call(*arguments)
     y, mean, var = _empty_with_stats(*arguments)
-    pixels, out_channels = _pixels(y), y.shape[1]
-    block_p = _forward_blocks(y, call.x.shape[1])["BLOCK_P"]
-    tiles = triton.cdiv(pixels, block_p)
+    pixels, out_channels = _pixels(y.shape), y.shape[1]
+    (tiles, _), blocks = _forward_plan(y.shape, call.x.shape[1])
     stats = y.new_empty(tiles, 2, out_channels, dtype=torch.float32)
     _forward(call, y, stats)
     with torch.cuda.device_of(y):
-        sepconv_stats_kernel[triton.cdiv(out_channels, 16),](
-            stats, mean, var, pixels, tiles, C_OUT=out_channels, TILE_PIXELS=block_p, BLOCK_T=128, BLOCK_O=16
-        )
+        sepconv_stats_kernel[_ceil_div(out_channels, 16),](
+            stats, mean, var, pixels, tiles, C_OUT=out_channels, TILE_PIXELS=blocks["BLOCK_P"],
+            BLOCK_T=128, BLOCK_O=16,
+        )  # fmt: skip
     return y, mean, var
 
 
@@ -422,13 +422,18 @@ def _takes(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
         return Support(False, f"dtypes {sorted(map(str, dtypes))} are not one of fp32, fp16, bf16")
     if call.kernel_size not in shared.KERNEL_SIZES or stride not in (1, 2) or dilation not in (1, 2):
         return Support(False, f"kernel size {call.kernel_size}, stride {stride}, dilation {dilation}")
-    if _pixels(x) >= 2**30:
+    if _pixels(x.shape) >= 2**30:
         return Support(False, "2^30 pixels or more in a batch")
     return Support(True)
 
 
-def _pixels(x: Tensor) -> int:
-    return x.shape[0] * x.shape[2] * x.shape[3]
+def _pixels(shape: torch.Size) -> int:
+    return shape[0] * shape[2] * shape[3]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    """``triton.cdiv``, which takes 5 µs outside of kernels."""
+    return -(-a // b)
 
 
 def _precision() -> str:
@@ -436,20 +441,25 @@ def _precision() -> str:
     return "tf32" if convolutions.fp32_precision == "tf32" else "tf32x3"
 
 
-def _forward_blocks(y: Tensor, channels: int) -> dict[str, int]:
-    """Measured best or near it at 16, 32 and 64 channels: all input channels at once, up to 64."""
-    return {
+@functools.cache
+def _forward_plan(y: torch.Size, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and blocks, measured best or near it at 16, 32 and 64 channels: up to 64 channels at once."""
+    blocks = {
         "BLOCK_C": min(max(16, triton.next_power_of_2(channels)), 64),
-        "BLOCK_O": _out_block(y.shape[1]),
+        "BLOCK_O": _out_block(y[1]),
         "BLOCK_P": _pixel_block(_pixels(y), largest=64),
         "num_warps": 4,
         "num_stages": 1,
     }
+    return (_ceil_div(_pixels(y), blocks["BLOCK_P"]), _ceil_div(y[1], blocks["BLOCK_O"])), blocks
 
 
-def _backward_pointwise_plan(dy: Tensor, channels: int) -> tuple[int, tuple[int, int, int], dict[str, int]]:
+@functools.cache
+def _backward_pointwise_plan(
+    dy: torch.Size, channels: int
+) -> tuple[int, tuple[int, int, int], dict[str, int]]:
     """Number of splits, grid and blocks; other blocks or warps were measured up to three times slower."""
-    block_o = _out_block(dy.shape[1])
+    block_o = _out_block(dy[1])
     blocks = {
         "BLOCK_C": 16,
         "BLOCK_O": block_o,
@@ -457,18 +467,19 @@ def _backward_pointwise_plan(dy: Tensor, channels: int) -> tuple[int, tuple[int,
         "num_warps": 2 if block_o <= 32 else 4,
         "num_stages": 1,
     }
-    c_blocks, o_blocks = triton.cdiv(channels, blocks["BLOCK_C"]), triton.cdiv(dy.shape[1], block_o)
-    splits = _splits(triton.cdiv(_pixels(dy), blocks["BLOCK_P"]), c_blocks * o_blocks)
+    c_blocks, o_blocks = _ceil_div(channels, blocks["BLOCK_C"]), _ceil_div(dy[1], block_o)
+    splits = _splits(_ceil_div(_pixels(dy), blocks["BLOCK_P"]), c_blocks * o_blocks)
     return splits, (splits, c_blocks, o_blocks), blocks
 
 
-def _backward_depthwise_plan(x: Tensor, kernel_size: int) -> tuple[int, tuple[int, int], dict[str, int]]:
+@functools.cache
+def _backward_depthwise_plan(x: torch.Size, kernel_size: int) -> tuple[int, tuple[int, int], dict[str, int]]:
     """Number of splits, grid and blocks."""
     num_warps = 4
     block_p = 32 * num_warps
-    splits = _splits(triton.cdiv(_pixels(x), block_p), x.shape[1])
+    splits = _splits(_ceil_div(_pixels(x), block_p), x[1])
     blocks = {"TAPS": triton.next_power_of_2(kernel_size**2), "BLOCK_P": block_p, "num_warps": num_warps}
-    return splits, (x.shape[1], splits), blocks
+    return splits, (x[1], splits), blocks
 
 
 def _pixel_block(pixels: int, largest: int) -> int:

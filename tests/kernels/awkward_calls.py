@@ -21,24 +21,20 @@ def backward(y: torch.Tensor) -> None:
 
 
 def call_separable_convolutions() -> None:
-    # (operator, batch, channels, out_channels, height, width, kernel sizes)
-    for sepconv, b, c, o, h, w, kernel_sizes in (
-        (sepconv_triton.sepconv, 3, 20, 36, 13, 11, (3, 5, 7)),
-        (sepconv_ext.sepconv, 3, 32, 48, 7, 16, (3, 5)),
-    ):
-        for k, stride, dilation in itertools.product(kernel_sizes, (1, 2), (1, 2)):
-            arguments = tensor(b, c, h, w), tensor(c, 1, k, k), tensor(o, c, 1, 1)
-            backward(sepconv(*arguments, stride=stride, dilation=dilation))
-    y, _mean, _var = sepconv_triton.sepconv_with_stats(*arguments)
-    backward(y)
+    for k, stride, dilation in ((3, 1, 1), (5, 2, 1), (7, 1, 2)):
+        arguments = tensor(3, 20, 13, 11), tensor(20, 1, k, k), tensor(36, 20, 1, 1)
+        y, _mean, _var = sepconv_triton.sepconv_with_stats(*arguments, stride=stride, dilation=dilation)
+        backward(y)
+    for k, stride, dilation in itertools.product((3, 5), (1, 2), (1, 2)):
+        arguments = tensor(3, 32, 7, 16), tensor(32, 1, k, k), tensor(48, 32, 1, 1)
+        backward(sepconv_ext.sepconv(*arguments, stride=stride, dilation=dilation))
 
 
 def call_pools() -> None:
-    for layout in (torch.contiguous_format, torch.channels_last):
+    for k, stride, layout in ((3, 1, torch.contiguous_format), (5, 2, torch.channels_last)):
         x = tensor(5, 20, 13, 11).to(memory_format=layout)
-        for k, stride in itertools.product((3, 5, 7), (1, 2)):
-            backward(pool_triton.avg_pool(x, k, stride))
-            backward(pool_triton.max_pool(x, k, stride))
+        backward(pool_triton.avg_pool(x, k, stride))
+        backward(pool_triton.max_pool(x, k, stride))
         backward(pool_triton.global_avg_pool(x))
 
 
