@@ -7,12 +7,18 @@ the first operand's dtype and memory format. Under autocast operands keep their 
 logits are best left in fp32. The GPU kernels sum in fp32 and can be differentiated once.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from neuroexapt.backend.dispatch import dispatch
 from neuroexapt.errors import UserError
+
+if TYPE_CHECKING:
+    from neuroexapt.core.plan import CellPlan
 
 
 def softmax_sum(xs: Sequence[Tensor], logits: Tensor) -> Tensor:
@@ -91,6 +97,22 @@ def max_pool(x: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
 def global_avg_pool(x: Tensor) -> Tensor:
     """Mean over height and width: [B, C, H, W] → [B, C, 1, 1]."""
     return dispatch("global_avg_pool", x)
+
+
+def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``node_j = Σ_{i<j} MixedOp_ij(state_i, weights_ij)`` by plan; the output joins all nodes.
+
+    Running statistics of the plan's BatchNorms are updated in training mode.
+
+    Args:
+        plan: what ``neuroexapt.core.plan.plan_cell`` made of a search cell.
+        states: the cell's two inputs [B, C, H, W], of its own width.
+        weights: [E, K], a row an edge, used as they are.
+
+    Returns:
+        [B, nodes · C, ⌈H / stride⌉, ⌈W / stride⌉].
+    """
+    return dispatch("cell", plan, states, weights)
 
 
 def _operands(xs: Sequence[Tensor], scores: Tensor, name: str) -> list[Tensor]:

@@ -5,10 +5,11 @@ choice is automatic, that is known to pay off at its size; every other call runs
 plain PyTorch. Nothing here looks at a tensor's values, so nothing synchronises with the GPU.
 """
 
+import contextlib
 import functools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class Decision:
 
 
 _calls: Counter[Decision] = Counter()
+_observer: Callable[[Decision, Callable[..., Any], tuple, dict], Any] | None = None
 
 
 def dispatch(op: str, *args: Any, **kwargs: Any) -> Any:
@@ -38,12 +40,13 @@ def dispatch(op: str, *args: Any, **kwargs: Any) -> Any:
     if not torch.compiler.is_compiling():
         _calls[decision] += 1
         _log_once(decision)
-    return registry.IMPLEMENTATIONS[op, decision.impl].fn(*args, **kwargs)
+    run = registry.IMPLEMENTATIONS[op, decision.impl].fn
+    return run(*args, **kwargs) if _observer is None else _observer(decision, run, args, kwargs)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
     """Which implementation a call would run, and why."""
-    x, operands = _subject(args[0])
+    x, operands = _subject(args)
     if x.device.type != "cuda":
         return Decision(op, "torch", f"the input is on {x.device.type}")
     tiers, refusals = _candidates(op, x.dtype, operands)
@@ -71,11 +74,23 @@ def reset_dispatch_report() -> None:
     _calls.clear()
 
 
-def _subject(first_argument: Tensor | Sequence[Tensor]) -> tuple[Tensor, int]:
+@contextlib.contextmanager
+def observed(observer: Callable[[Decision, Callable[..., Any], tuple, dict], Any]) -> Iterator[None]:
+    """Inside, ``observer(decision, run, args, kwargs)`` takes the place of ``run(*args, **kwargs)``."""
+    global _observer
+    _observer = observer
+    try:
+        yield
+    finally:
+        _observer = None
+
+
+def _subject(args: Sequence[Any]) -> tuple[Tensor, int]:
     """The tensor that stands for the call's size, and the number of operands of that size."""
-    if isinstance(first_argument, Tensor):
-        return first_argument, 1
-    return first_argument[0], len(first_argument)
+    first_operand = next(arg for arg in args if isinstance(arg, Tensor | Sequence))
+    if isinstance(first_operand, Tensor):
+        return first_operand, 1
+    return first_operand[0], len(first_operand)
 
 
 def _candidates(op: str, dtype: torch.dtype, operands: int) -> tuple[tuple, tuple]:

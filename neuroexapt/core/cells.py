@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from neuroexapt import functional
+from neuroexapt.core import merged  # noqa: F401  (registers the plan's PyTorch tier)
 from neuroexapt.core.operations import FactorizedReduce, MixedOp, ReLUConvBN
+from neuroexapt.core.plan import CellPlan, plan_cell
 
 INPUTS = 2
 """States 0 and 1 of every cell: the outputs of the two cells before."""
@@ -65,7 +69,11 @@ class SearchCell(nn.Module):
 
     ``s0``, ``s1``: [B, C0, H0, W0], [B, C1, H, W]; ``weights``: [E, K], a row an edge of ``topology.edges``
     → [B, nodes · C, H', W'], halved in a reduction cell.
+
+    ``fused`` cells run by their plan, others one module after the other; switch whenever you like.
     """
+
+    fused = True
 
     def __init__(
         self,
@@ -85,9 +93,30 @@ class SearchCell(nn.Module):
             MixedOp(channels, edge_stride(source, reduction), primitives) for source, _ in topology.edges
         )
         self.channels_out = topology.nodes * channels
+        self._plan: CellPlan | None = None
+
+    def stride(self, source: int) -> int:
+        """Of every edge that leaves state ``source``."""
+        return edge_stride(source, self.reduction)
+
+    @property
+    def plan(self) -> CellPlan:
+        """The plan of the cell as it is now."""
+        if self._plan is None or not self._plan.fits(self):
+            self._plan = plan_cell(self)
+        return self._plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make plans of their own."""
+        return {**self.__dict__, "_plan": None}
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
         states = self.inputs(s0, s1)
+        if self.fused and not torch.compiler.is_compiling():
+            return functional.cell(self.plan, states, weights)
+        return self._run_edges(states, weights)
+
+    def _run_edges(self, states: list[Tensor], weights: Tensor) -> Tensor:
         first = 0
         for _ in range(self.topology.nodes):
             rows = range(first, first + len(states))

@@ -11,7 +11,7 @@ so all candidates that read a state can run side by side, and all that enter a n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ EPS, MOMENTUM = 1e-5, 0.1
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Term:
-    """What one candidate adds to its node: ``weights[edge, column] · bn(z)``, or ``· z`` where ``bn`` is None."""
+    """What a candidate adds to its node: ``weights[edge, column] · bn(z)``, ``· z`` where ``bn`` is None."""
 
     edge: int
     column: int
@@ -124,75 +124,92 @@ class NodeGroup:
 
 @dataclass(frozen=True, eq=False)
 class CellPlan:
-    """A cell's groups, ``states[i]`` for state i (the last has none) and one of ``nodes`` for each node.
+    """A cell's groups: one of ``states`` for each state but the last, which has no edges, one of ``nodes``
+    for each node.
 
-    ``fingerprint`` tells whether the cell is still the one that was planned.
+    All BatchNorms of all terms are in the same mode, training or evaluation.
     """
 
     states: tuple[StateGroup, ...]
     nodes: tuple[NodeGroup, ...]
-    fingerprint: tuple[object, ...]
+    _edges: tuple[_EdgeState, ...]
+
+    def fits(self, cell: SearchCell) -> bool:
+        """Whether ``cell`` is still as it was planned: same operations, hooks and compiled edges."""
+        edges = cell.edges._modules.values()
+        return all(state.holds(edge, cell.training) for state, edge in zip(self._edges, edges, strict=True))
+
+
+class _EdgeState:
+    """What an edge was when it was planned. Asked before every pass, so it looks at no module twice."""
+
+    def __init__(self, edge: nn.Module, training: bool) -> None:
+        self._edge = edge
+        self._ops = list(edge.ops._modules.values()) if type(edge) is MixedOp else []
+        self._modules = list(edge.modules())
+        # PyTorch never replaces these dictionaries, it fills them.
+        self._hooks = [
+            hooks
+            for m in self._modules
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self.runs_whole = self._must_run_whole(training)
+
+    def holds(self, edge: nn.Module, training: bool) -> bool:
+        return (
+            edge is self._edge
+            and (not self._ops or list(edge.ops._modules.values()) == self._ops)
+            and self._must_run_whole(training) == self.runs_whole
+        )
+
+    def _must_run_whole(self, training: bool) -> bool:
+        """Whether the edge is more than a MixedOp with nothing to observe and one mode, or adds nothing."""
+        return (
+            type(self._edge) is not MixedOp
+            or self._edge._compiled_call_impl is not None
+            or any(self._hooks)
+            or [m.training for m in self._modules].count(training) < len(self._modules)
+            or all(type(op) is Zero for op in self._ops)
+        )
 
 
 def plan_cell(cell: SearchCell) -> CellPlan:
     """Sort the candidates of ``cell`` into groups."""
+    edge_states = tuple(_EdgeState(edge, cell.training) for edge in cell.edges)
     terms: list[Term] = []
     whole_edges: list[WholeEdge] = []
-    for row, ((source, target), edge) in enumerate(zip(cell.topology.edges, cell.edges, strict=True)):
-        if runs_whole(edge):
-            whole_edges.append(WholeEdge(row, source, target, edge.stride, edge))
+    for row, (source, target) in enumerate(cell.topology.edges):
+        edge, stride = cell.edges[row], cell.stride(source)
+        if edge_states[row].runs_whole:
+            whole_edges.append(WholeEdge(row, source, target, stride, edge))
         else:
-            found = (_term(op, row, k, source, target, edge.stride) for k, op in enumerate(edge.ops))
+            found = (_term(op, row, column, source, target, stride) for column, op in enumerate(edge.ops))
             terms += [term for term in found if term is not None]
-    targets = cell.topology.concat
+    nodes = cell.topology.concat
     return CellPlan(
-        tuple(_state_group(state, terms, whole_edges) for state in range(targets[-1])),
+        tuple(_state_group(state, cell.stride(state), terms, whole_edges) for state in range(nodes[-1])),
         tuple(
             NodeGroup(
                 node,
                 tuple(term for term in terms if term.target == node),
                 tuple(edge for edge in whole_edges if edge.target == node),
             )
-            for node in targets
+            for node in nodes
         ),
-        fingerprint(cell),
+        edge_states,
     )
 
 
-def fingerprint(cell: SearchCell) -> tuple[object, ...]:
-    """Which modules make up the edges and which edges must run whole: what a plan depends on."""
-    return (
-        *(op for edge in cell.edges for op in edge.ops._modules.values()),
-        *(runs_whole(edge) for edge in cell.edges),
-    )
-
-
-def runs_whole(edge: nn.Module) -> bool:
-    """Whether an edge is more than a MixedOp: has hooks anywhere, is compiled, or is a class of its own."""
-    return type(edge) is not MixedOp or edge._compiled_call_impl is not None or _has_hooks(edge.modules())
-
-
-def _has_hooks(modules: Iterable[nn.Module]) -> bool:
-    return any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        for module in modules
-    )
-
-
-def _state_group(state: int, terms: list[Term], whole_edges: list[WholeEdge]) -> StateGroup:
+def _state_group(state: int, stride: int, terms: list[Term], whole_edges: list[WholeEdge]) -> StateGroup:
     leaving = [term for term in terms if term.source == state]
-    edges = tuple(edge for edge in whole_edges if edge.source == state)
     return StateGroup(
         state,
-        next((member.stride for member in (*leaving, *edges)), 1),
+        stride,
         tuple(term for term in leaving if isinstance(term, ConvTerm)),
         tuple(term for term in leaving if isinstance(term, PoolTerm)),
         tuple(term for term in leaving if isinstance(term, IdentityTerm)),
         tuple(term for term in leaving if isinstance(term, ModuleTerm)),
-        edges,
+        tuple(edge for edge in whole_edges if edge.source == state),
     )
 
 

@@ -11,6 +11,7 @@ from neuroexapt.errors import UserError
 
 STEM_MULTIPLIER = 3
 ALPHA_INIT_STD = 1e-3
+EXECUTIONS = ("fused", "reference")
 
 
 def reduction_layers(layers: int) -> frozenset[int]:
@@ -78,6 +79,16 @@ class Supernet(nn.Module):
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, weights["reduce" if cell.reduction else "normal"])
         return self.classifier(self.global_pooling(s1).flatten(1))
+
+    def set_execution(self, execution: str) -> None:
+        """``fused``: every cell by its plan (the default); ``reference``: module by module.
+
+        The results are the same but for rounding, and so is the state: switch at any time.
+        """
+        if execution not in EXECUTIONS:
+            raise UserError(f"unknown execution {execution!r}; choose one of {', '.join(EXECUTIONS)}")
+        for cell in self.cells:
+            cell.fused = execution == "fused"
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """α: what the architecture optimizer updates."""
