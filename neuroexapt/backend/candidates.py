@@ -1,7 +1,10 @@
 """Which kernels could run an op here. Kernel modules are imported when first asked for."""
 
+import contextlib
 import functools
 import importlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -25,6 +28,21 @@ MODULES = {
 # Best first, as measured: see TRITON_CUDA_OPTIMIZATION_SUITE.md.
 KERNEL_TIERS = ("ext", "triton")
 
+_launches_are_free: ContextVar[bool] = ContextVar("neuroexapt_launches_are_free", default=False)
+
+
+@contextlib.contextmanager
+def free_launches() -> Iterator[None]:
+    """Choose kernels by device time inside the block, as for what becomes a CUDA graph.
+
+    They save that at every size; from small tensors it is the Python around each launch that keeps them.
+    """
+    token = _launches_are_free.set(True)
+    try:
+        yield
+    finally:
+        _launches_are_free.reset(token)
+
 
 def candidates(
     op: str, dtype: torch.dtype, operands: int
@@ -39,10 +57,12 @@ def candidates(
         reason = _why_not(op, tier)
         if reason:
             refusals.append(f"{tier}: {reason}")
-        elif chosen == "auto":
-            usable.append((tier, smallest_worthwhile_size(op, tier, dtype, operands)))
-        else:
+        elif chosen != "auto":
             usable.append((tier, 0))
+        elif _launches_are_free.get():
+            usable.append((tier, 1))
+        else:
+            usable.append((tier, smallest_worthwhile_size(op, tier, dtype, operands)))
     return tuple(usable), tuple(refusals)
 
 

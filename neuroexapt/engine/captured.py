@@ -1,12 +1,15 @@
 """A step replayed as one CUDA graph: its thousands of launches for the price of one."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from neuroexapt.backend.candidates import free_launches
+from neuroexapt.backend.capture import try_to_capture
 
 logger = logging.getLogger(__name__)
 
@@ -50,22 +53,15 @@ class CapturedStep:
 
     def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """As it is, on the stream of the capture, since some libraries keep a workspace a stream."""
-        with _beside(self._stream):
+        launches = contextlib.nullcontext() if self.reason else free_launches()
+        with launches, _beside(self._stream):
             return self._step(*inputs)
 
     def _try_to_capture(self, inputs: tuple[Tensor, ...]) -> "_Graph | None":
-        random = torch.cuda.default_generators[self._stream.device_index]
-        before = random.clone_state()
-        try:
-            # Left through this block, a failed capture leaves the stream current that was so before.
-            with _beside(self._stream):
-                return _capture(self._step, inputs, self._stream, self._pool)
-        except Exception as error:  # an error of the step itself shows again when it runs as it is
-            random.graphsafe_set_state(before)  # a failed capture leaves it waiting for the capture's end
-            # Ending a capture that broke off raises as well; what broke it came first.
-            self.reason = _first_line(error.__context__ or error)
+        graph, self.reason = try_to_capture(lambda: _capture(self._step, inputs, self._stream, self._pool))
+        if graph is None:
             logger.warning("launching every kernel by itself, which is slower: %s", self.reason)
-            return None
+        return graph
 
 
 class _Graph(NamedTuple):
@@ -88,7 +84,7 @@ def _capture(step: Step, inputs: tuple[Tensor, ...], stream: torch.cuda.Stream, 
     return _Graph(graph, own_inputs, output)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _beside(stream: torch.cuda.Stream) -> Iterator[None]:
     """Run the block on ``stream``, after what was launched before it and before what comes after it."""
     current = torch.cuda.current_stream()
@@ -96,7 +92,3 @@ def _beside(stream: torch.cuda.Stream) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     current.wait_stream(stream)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -47,6 +47,7 @@ class RunConfig:
     momentum: float = setting(0.9, "momentum of SGD")
     weight_decay: float = setting(3e-4, "weight decay of the weights")
     grad_clip: float = setting(5.0, "largest norm of the weights' gradient")
+    precision: str = setting("fp32", "of the derived network's training: fp32, or bf16 (autocast)")
     seed: int = setting(0, "seed of everything random")
     backend: str = setting("auto", "auto, cpu, cuda, cuda:triton, ...")
     out: Path | None = setting(None, "folder of the run (default: runs/<time>-<data set>)")
@@ -65,6 +66,7 @@ class RunConfig:
         _require_not_negative(
             self, "workers", "crop_padding", "cutout", "learning_rate_min", "momentum", "weight_decay"
         )
+        _require_one_of(self, "precision", PRECISIONS)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: choose one from 0 to 2**63 - 1")
 
@@ -97,8 +99,7 @@ class SearchConfig(RunConfig):
         _require_not_negative(self, "warmup_epochs", "arch_weight_decay", "train_epochs")
         if not 0 < self.train_portion < 1:
             raise UserError(f"train_portion={self.train_portion}: choose a share between 0 and 1")
-        if self.execution not in EXECUTIONS:
-            raise UserError(f"unknown execution {self.execution!r}; choose one of {', '.join(EXECUTIONS)}")
+        _require_one_of(self, "execution", EXECUTIONS)
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"warmup_epochs={self.warmup_epochs} leaves none of {self.epochs} epochs for α; choose fewer"
@@ -198,6 +199,11 @@ def _typed(name: str, value: Any, expected: tuple[type, bool]) -> Any:
     if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
         return value
     raise UserError(f"{name}={value!r}: expected {'a path' if kind is Path else kind.__name__}")
+
+
+def _require_one_of(config: RunConfig, name: str, known: tuple[str, ...]) -> None:
+    if getattr(config, name) not in known:
+        raise UserError(f"unknown {name} {getattr(config, name)!r}; choose one of {', '.join(known)}")
 
 
 def _require_positive(config: RunConfig, *names: str) -> None:

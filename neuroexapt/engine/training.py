@@ -123,16 +123,22 @@ class TrainPhase(Phase):
             yield self._take_step(*batch)
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        logits, auxiliary_logits = self.network.forward_with_auxiliary(images)
-        loss = F.cross_entropy(logits, labels)
+        with self._autocast():
+            logits, auxiliary_logits = self.network.forward_with_auxiliary(images)
+        loss = F.cross_entropy(logits.float(), labels)
         objective = loss
         if auxiliary_logits is not None:
-            objective = loss + self._auxiliary_weight * F.cross_entropy(auxiliary_logits, labels)
+            objective = loss + self._auxiliary_weight * F.cross_entropy(auxiliary_logits.float(), labels)
         self.optimizer.zero_grad()
         objective.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self._config.grad_clip)
         self.optimizer.step()
         return torch.stack([loss.detach(), accuracy(logits, labels)])
+
+    def _autocast(self) -> torch.autocast:
+        """No cache: every weight is cast once a step, and a graph must not find one of another step."""
+        wanted = self._config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         self.network.eval()
