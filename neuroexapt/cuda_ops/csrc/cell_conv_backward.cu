@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kMaxGradJobs = 32;
 constexpr int kReduceColumns = 32, kReduceSplits = 8;
+constexpr int kMaxSharedBytes = 227 * 1024;
 
 struct BackwardLaunch {
   Shape shape;
@@ -42,12 +43,12 @@ __device__ inline int gradient_slot(int channel) {
 
 template <int C, bool kWeights>
 struct Block {
-  static constexpr int kThreads = C == 16 || !kWeights ? 256 : 512;
+  static constexpr int kThreads = C == 16 || (C == 64 && !kWeights) ? 256 : 512;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kChannelGroups = C / 8;                        // of eight channels, one a lane g
   static constexpr int kWarpsPerGroup = kWarps / kChannelGroups;
   static constexpr int kPasses = Tile<C>::kRuns / 4 / kWarpsPerGroup;  // of four runs, one a lane q
-  static constexpr int kMinBlocks = kWeights ? (C == 16 ? 2 : 1) : 2;
+  static constexpr int kMinBlocks = kThreads == 256 ? 2 : 1;
   static constexpr int kWeightFloats = 8 * C + 8 * kTapsPitch;        // a warp's partial weight gradients
   static_assert(kPasses * kWarpsPerGroup * 4 == Tile<C>::kRuns, "every run has a lane");
 };
@@ -65,8 +66,15 @@ struct Memory {  // of a block, in shared memory
   __host__ __device__ static int floats(const Shape& shape) {
     using B = Block<C, kWeights>;
     const int base = C * plane_floats(shape) + C * kTapsPitch;
-    const int weights = C * plane_floats(shape) + C * kGradientPlane + B::kWarps * B::kWeightFloats;
-    return base + (kWeights ? weights : 0);
+    const int weights = C * plane_floats(shape) + C * kGradientPlane;
+    return base + (kWeights ? weights + slots(shape) * B::kChannelGroups * B::kWeightFloats : 0);
+  }
+  // How many warps of the same channels have room to store their weight gradients at a time.
+  __host__ __device__ static int slots(const Shape& shape) {
+    using B = Block<C, kWeights>;
+    const int most = 2 * C * plane_floats(shape) + C * kTapsPitch + C * kGradientPlane +
+                     B::kWarps * B::kWeightFloats;
+    return most * int(sizeof(float)) <= kMaxSharedBytes ? B::kWarpsPerGroup : 1;
   }
   __device__ Memory(const Shape& shape, float* shared) : plane(plane_floats(shape)) {
     e = shared;
@@ -97,28 +105,48 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
   const float* weights = reinterpret_cast<const float*>(job.pointwise);
   const bool aligned = rows_aligned(reinterpret_cast<const void*>(job.g), job.g_batch_stride, width);
 
+  const auto contracted = [&](int step, int half) { return step / 2 * 16 + 4 * q + step % 2 * 2 + half; };
+
   // The strips of the tile with its halo that lie inside the picture.
   const int top = max(0, at.y0 - Pad), bottom = min(shape.height, at.y0 + Tile<C>::kRows + Pad);
-  const int left = max(0, at.x0 - kHalo), right = min(width, at.x0 + Tile<C>::kWidth + kHalo);
-  const int across = (right - left + 3) / 4, strips = across * (bottom - top);
+  // Columns only where the picture goes on beside the tile, and then as many as keep `across` a power of two.
+  const bool wide = width > Tile<C>::kWidth;
+  const int left = at.x0 - (wide ? kHalo : 0), right = at.x0 + Tile<C>::kWidth + (wide ? kHalo : 0);
+  const int shift = __ffs(Tile<C>::kWidth / 4) - 1 + wide, strips = (bottom - top) << shift;
+  const auto place = [&](int strip) {  // its row and column, and whether it is any of ours
+    const int y = top + (strip >> shift), x = left + (strip & ((1 << shift) - 1)) * 4;
+    return make_int3(y, x, strip < strips && 0 <= x && x < min(right, width));
+  };
   const int units = (strips + 7) / 8;
   for (int task = threadIdx.x / 32; task < units * (C / 16); task += Block<C, kWeights>::kWarps) {
     const int unit = task % units, m = task / units;
     // Lane q will hold the sums of columns 2q and 2q + 1: strips q and q + 4, which spreads them over the banks.
-    const int own = unit * 8 + g / 2 + g % 2 * 4;
-    const int y = top + own / across, x = left + own % across * 4;
+    const int3 own = place(unit * 8 + g / 2 + g % 2 * 4);
+    const int y = own.x, x = own.y;
+    const bool inside = own.z;
     float sums[4][4] = {};
+    // The next channels are on their way while these are multiplied.
+    float4 next_g[2], next_z[2];
+    const auto load = [&](int step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t offset = contracted(step, half) * plane + int64_t(y) * width;
+        next_g[half] = load_row4(gradient + offset, x, width, aligned);
+        next_z[half] = load_row4(z + offset, x, width, aligned);
+      }
+    };
+    if (inside) load(0);
 #pragma unroll 1
     for (int step = 0; step < C / 8; ++step) {
+      const float4 g_now[2] = {next_g[0], next_g[1]}, z_now[2] = {next_z[0], next_z[1]};
+      if (inside && step + 1 < C / 8) load(step + 1);
       Fragment<2, kExact> b[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int channel = step / 2 * 16 + 4 * q + step % 2 * 2 + half;
+        const int channel = contracted(step, half);
         float4 dz = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (own < strips) {
-          const int64_t offset = channel * plane + int64_t(y) * width;
-          dz = affine(__ldg(coef + channel), load_row4(gradient + offset, x, width, aligned),
-                      load_row4(z + offset, x, width, aligned));
+        if (inside) {
+          dz = affine(__ldg(coef + channel), g_now[half], z_now[half]);
           if (x + 1 >= width) dz.y = 0.f;
           if (x + 2 >= width) dz.z = 0.f;
           if (x + 3 >= width) dz.w = 0.f;
@@ -130,7 +158,7 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
         }
         b[0].set(half, dz.x), b[1].set(half, dz.y), b[2].set(half, dz.z), b[3].set(half, dz.w);
       }
-      const float* row = weights + (step / 2 * 16 + 4 * q + step % 2 * 2) * C + g * (C / 8) + 2 * m;
+      const float* row = weights + contracted(step, 0) * C + g * (C / 8) + 2 * m;
       const float2 first = __ldg(reinterpret_cast<const float2*>(row));
       const float2 second = __ldg(reinterpret_cast<const float2*>(row + C));
       Fragment<4, kExact> a;
@@ -140,10 +168,10 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int strip = unit * 8 + q + 4 * i;  // sums' column 2q + i
-      if (strip >= strips) continue;
-      const int e_y = top + strip / across, e_x = left + strip % across * 4;
-      float* target = memory.e + (e_y - at.first) * Memory<C, kWeights>::kPitch + kHalo + e_x - at.x0;
+      const int3 strip = place(unit * 8 + q + 4 * i);  // of the sums' column 2q + i
+      if (!strip.z) continue;
+      float* target =
+          memory.e + (strip.x - at.first) * Memory<C, kWeights>::kPitch + kHalo + strip.y - at.x0;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int slot = m * 16 + h * 8 + g, r = 2 * h + i;
@@ -221,13 +249,39 @@ __device__ void add_pointwise_gradient(float (&pointwise)[C / 16][4], const Memo
   }
 }
 
+// A warp's weight gradients into shared memory, [C][8] pointwise and [8][kTapsPitch] depthwise; where there are
+// fewer slots than warps that share channels, these take turns and add.
+template <int C, int K>
+__device__ void store_warp_gradients(float* target, const float (&depthwise)[K * K],
+                                     const float (&pointwise)[C / 16][4], int slots) {
+  using B = Block<C, true>;
+  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
+  const int group = threadIdx.x / 32 % B::kChannelGroups, turn = threadIdx.x / 32 / B::kChannelGroups;
+  float* partial = target + (turn % slots * B::kChannelGroups + group) * B::kWeightFloats;
+  for (int round = 0; round < B::kWarpsPerGroup / slots; ++round) {
+    if (round > 0) __syncthreads();
+    if (turn / slots != round) continue;
+    const auto add = [&](float& place, float v) { place = round == 0 ? v : place + v; };
+#pragma unroll
+    for (int tap = 0; tap < K * K; ++tap) {
+      const float sum = sum_over_quad(depthwise[tap]);
+      if (q == tap % 4) add(partial[8 * C + g * kTapsPitch + tap], sum);
+    }
+#pragma unroll
+    for (int m = 0; m < C / 16; ++m) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) add(partial[(m * 16 + r / 2 * 8 + g) * 8 + 2 * q + r % 2], pointwise[m][r]);
+    }
+  }
+}
+
 // Phase two: the input gradient and this warp's share of the weight gradients.
 template <int C, int K, int D, bool kWeights, bool kExact>
 __device__ void differentiate(float (&dx)[Block<C, kWeights>::kPasses][8], const Memory<C, kWeights>& memory,
-                              const Place<C>& at) {
+                              const Place<C>& at, const Shape& shape) {
   using B = Block<C, kWeights>;
   constexpr int kPad = D * (K / 2);
-  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, slot = lane_slot<C, kWeights>();
+  const int slot = lane_slot<C, kWeights>();
   const float* taps = memory.taps + slot * kTapsPitch;
   float depthwise[kWeights ? K * K : 1] = {}, pointwise[C / 16][4] = {};
 #pragma unroll
@@ -259,30 +313,17 @@ __device__ void differentiate(float (&dx)[Block<C, kWeights>::kPasses][8], const
     }
     if constexpr (kWeights) add_pointwise_gradient<C, kWeights, kExact>(pointwise, memory, d, run);
   }
-  if constexpr (kWeights) {  // into shared memory: [C][8] pointwise, [8][kTapsPitch] depthwise
-    float* partial = memory.partial + threadIdx.x / 32 * B::kWeightFloats;
-#pragma unroll
-    for (int tap = 0; tap < K * K; ++tap) {
-      const float sum = sum_over_quad(depthwise[tap]);
-      if (q == tap % 4) partial[8 * C + g * kTapsPitch + tap] = sum;
-    }
-#pragma unroll
-    for (int m = 0; m < C / 16; ++m) {
-      float2* row = reinterpret_cast<float2*>(partial + (m * 16 + g) * 8) + q;
-      row[0] = make_float2(pointwise[m][0], pointwise[m][1]);
-      row[32] = make_float2(pointwise[m][2], pointwise[m][3]);
-    }
-  }
+  if constexpr (kWeights) store_warp_gradients<C, K>(memory.partial, depthwise, pointwise, memory.slots(shape));
 }
 
 // The block's weight gradients, summed over the warps that share channels.
 template <int C, int K, bool kWeights>
-__device__ void store_weight_partials(const GradJob& job, const float* partial) {
+__device__ void store_weight_partials(const GradJob& job, const float* partial, int slots) {
   using B = Block<C, kWeights>;
   const auto sum_over_warps = [&](int slot, int offset) {
     float sum = 0.f;
 #pragma unroll
-    for (int warp = 0; warp < B::kWarpsPerGroup; ++warp) {
+    for (int warp = 0; warp < slots; ++warp) {
       sum += partial[(warp * B::kChannelGroups + slot / 8) * B::kWeightFloats + offset];
     }
     return sum;
@@ -306,9 +347,9 @@ __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memor
       memory.taps, reinterpret_cast<const float*>(job.depthwise), channel_slot<C>);
   compute_e<C, D*(K / 2), kWeights, kExact>(memory, job, at, shape);
   __syncthreads();
-  differentiate<C, K, D, kWeights, kExact>(dx, memory, at);
+  differentiate<C, K, D, kWeights, kExact>(dx, memory, at, shape);
   __syncthreads();
-  if constexpr (kWeights) store_weight_partials<C, K, kWeights>(job, memory.partial);
+  if constexpr (kWeights) store_weight_partials<C, K, kWeights>(job, memory.partial, memory.slots(shape));
 }
 
 // Clears e and dz, whose pixels outside the picture stay zero, and loads x where weight gradients need it.
@@ -368,13 +409,18 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
     backward_first_kernel(const __grid_constant__ BackwardLaunch launch) {
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
-  const Place<C> at(shape);
-  const Memory<C, kWeights> memory(shape, shared);
-  prepare<C, kWeights>(memory, launch.jobs[0], at, shape);
+  const Place<C> place(shape);
+  prepare<C, kWeights>(Memory<C, kWeights>(shape, shared), launch.jobs[0], place, shape);
   float dx[Block<C, kWeights>::kPasses][8] = {};
 #pragma unroll 1
   for (int j = blockIdx.y; j < launch.count; j += launch.splits) {
     const GradJob& job = launch.jobs[j];
+    // Unknown to the compiler, which would else compute the addresses of all four kinds ahead of the loop and spill.
+    int zero = 0;
+    asm volatile("" : "+r"(zero));
+    Place<C> at = place;
+    at.y0 += zero;
+    const Memory<C, kWeights> memory(shape, shared + zero);
     switch (job.kernel_size * 2 + job.dilation) {
       case 7: process<C, 3, 1, kWeights, kExact>(dx, memory, job, at, shape); break;
       case 8: process<C, 3, 2, kWeights, kExact>(dx, memory, job, at, shape); break;
@@ -383,11 +429,11 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
     }
   }
   const GradJob& job = launch.jobs[0];
-  const Source source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
+  const Source source(job.x, job.x_batch_stride, job.stats, shape, place.picture);
   const int64_t picture = int64_t(C) * shape.height * shape.width;
   store_dx<C, kWeights>(
-      reinterpret_cast<float*>(job.dx) + (int64_t(blockIdx.y) * shape.batch + at.picture) * picture, dx, source,
-      at, shape);
+      reinterpret_cast<float*>(job.dx) + (int64_t(blockIdx.y) * shape.batch + place.picture) * picture, dx, source,
+      place, shape);
 }
 
 // Grid: (parts, jobs).

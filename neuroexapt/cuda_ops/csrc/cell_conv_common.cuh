@@ -117,29 +117,65 @@ struct Source {
 
 __device__ inline float activate(float x, float2 moments) { return relu((x - moments.x) * moments.y); }
 
+// Walks through the rows of all channels with `step` threads a row side by side, without division.
+struct RowWalk {
+  int rows, row, channel, row_step, channel_step;
+
+  __device__ RowWalk(int rows_, int first, int step)
+      : rows(rows_), row(first % rows), channel(first / rows), row_step(step % rows), channel_step(step / rows) {}
+
+  __device__ void next() {
+    row += row_step;
+    channel += channel_step;
+    if (row >= rows) row -= rows, ++channel;
+  }
+};
+
+// Four activated neighbours of the picture from column x on. What lies outside is zero: padding comes after the
+// normalisation.
+template <int C>
+__device__ float4 load_activated(const Source& source, const Place<C>& at, const Shape& shape, int channel,
+                                 int row, int x) {
+  const int width = shape.width;
+  if (row >= at.rows || x < 0 || x >= width) return make_float4(0.f, 0.f, 0.f, 0.f);
+  const float2 m = source.moments(channel);
+  const float* start = source.x + (int64_t(channel) * shape.height + at.first + row) * width;
+  float4 v = load_row4(start, x, width, source.aligned);
+  v.x = activate(v.x, m);
+  v.y = x + 1 < width ? activate(v.y, m) : 0.f;
+  v.z = x + 2 < width ? activate(v.z, m) : 0.f;
+  v.w = x + 3 < width ? activate(v.w, m) : 0.f;
+  return v;
+}
+
 // The activated tile with its halo into shared memory, `pitch` floats a row and `plane` a channel; channel c goes
 // to slot(c).
 template <int C, int Threads, typename Slot>
 __device__ void load_tile(float* tile, const Source& source, const Place<C>& at, const Shape& shape, int pitch,
                           int plane, Slot slot) {
-  constexpr int kQuads = (Tile<C>::kWidth + 2 * kHalo) / 4;
-  const int height = shape.height, width = shape.width, rows = at.rows + 1;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < C * rows * kQuads; i += Threads) {
-    const int quad = i % kQuads, row = i / kQuads % rows, channel = i / kQuads / rows;
-    const int x = at.x0 + 4 * (quad - 1);
-    if (row == at.rows && row == stored_rows<C>(shape)) continue;  // complete halo: no row of zeros
-    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (row < at.rows && 0 <= x && x < width) {
-      const float2 m = source.moments(channel);
-      v = load_row4(source.x + (int64_t(channel) * height + at.first + row) * width, x, width, source.aligned);
-      // Past the row's end zero stays zero: padding comes after the normalisation.
-      v.x = activate(v.x, m);
-      v.y = x + 1 < width ? activate(v.y, m) : 0.f;
-      v.z = x + 2 < width ? activate(v.z, m) : 0.f;
-      v.w = x + 3 < width ? activate(v.w, m) : 0.f;
+  constexpr int kQuads = Tile<C>::kWidth / 4;
+  const int rows = min(at.rows + 1, stored_rows<C>(shape));  // with the row of zeros, where there is one
+  const auto store = [&](const RowWalk& walk, int quad, float4 v) {
+    *reinterpret_cast<float4*>(tile + slot(walk.channel) * plane + walk.row * pitch + kHalo + 4 * quad) = v;
+  };
+  const int quad = threadIdx.x % kQuads;
+  constexpr int kBatch = 8;  // loads in flight: nothing else hides their latency
+  RowWalk walk(rows, threadIdx.x / kQuads, Threads / kQuads);
+  while (walk.channel < C) {
+    float4 v[kBatch];
+    RowWalk ahead = walk;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i, ahead.next()) {
+      if (ahead.channel < C) v[i] = load_activated(source, at, shape, ahead.channel, ahead.row, at.x0 + 4 * quad);
     }
-    *reinterpret_cast<float4*>(tile + slot(channel) * plane + row * pitch + 4 * quad) = v;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i, walk.next()) {
+      if (walk.channel < C) store(walk, quad, v[i]);
+    }
+  }
+  const int side = threadIdx.x % 2 ? kQuads : -1;  // the halo's columns
+  for (RowWalk edge(rows, threadIdx.x / 2, Threads / 2); edge.channel < C; edge.next()) {
+    store(edge, side, load_activated(source, at, shape, edge.channel, edge.row, at.x0 + 4 * side));
   }
 }
 

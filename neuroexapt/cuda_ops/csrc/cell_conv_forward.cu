@@ -86,6 +86,16 @@ __device__ void convolve(Sums<C, N>& sums, const float* tile, const float* taps,
   }
 #pragma unroll 1
   for (int step = 0; step < C / 8; ++step) {  // eight channels: 16 · (step / 2) + 4q + 2 · (step % 2) + {0, 1}
+    float2 weights[N][C / 16][2];  // asked for long before they are needed
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float* at_step = convs[n].pointwise + step / 2 * 16 + 4 * q + step % 2 * 2;
+#pragma unroll
+      for (int m = 0; m < C / 16; ++m) {
+        weights[n][m][0] = __ldg(reinterpret_cast<const float2*>(at_step + (m * 16 + g) * C));
+        weights[n][m][1] = __ldg(reinterpret_cast<const float2*>(at_step + (m * 16 + g + 8) * C));
+      }
+    }
     float depthwise[2][N][kStrip] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -118,11 +128,9 @@ __device__ void convolve(Sums<C, N>& sums, const float* tile, const float* taps,
         right[t].set(0, depthwise[0][n][t]);
         right[t].set(1, depthwise[1][n][t]);
       }
-      const float* weights = convs[n].pointwise + step / 2 * 16 + 4 * q + step % 2 * 2;
 #pragma unroll
       for (int m = 0; m < C / 16; ++m) {
-        const float2 upper = __ldg(reinterpret_cast<const float2*>(weights + (m * 16 + g) * C));
-        const float2 lower = __ldg(reinterpret_cast<const float2*>(weights + (m * 16 + g + 8) * C));
+        const float2 upper = weights[n][m][0], lower = weights[n][m][1];
         Fragment<4, kExact> left;
         left.set(0, upper.x), left.set(1, lower.x), left.set(2, upper.y), left.set(3, lower.y);
 #pragma unroll
