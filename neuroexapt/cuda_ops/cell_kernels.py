@@ -1,0 +1,300 @@
+"""Launchers of the kernels of a fused cell (``csrc/cell_conv_*.cu``, ``csrc/node.cu``), taking tensors.
+
+Legend: B pictures of C channels, fp32; ``z``: [B, C, H, W], an input of a BatchNorm; ``stats``: [C, 2], mean
+and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count, mean, sum of squared deviations};
+``coef``: [C, 4], {A, B, D, 0} with dz = A · g + B · z + D. Only an input's first dimension may be strided.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from neuroexapt.core.plan import EPS, MOMENTUM
+from neuroexapt.cuda_ops.build import extension
+
+MAX_CONVS, MAX_EDGES, MAX_TERMS, MAX_WIDTH = 32, 16, 96, 1024
+"""Of one state, of one state, of one node, of a state's pictures."""
+WINDOW = 3
+"""Of the pools."""
+
+
+class Conv(NamedTuple):
+    """W_pw · (W_dw ⋆ relu(x)), or of relu((x − mean) · rstd) where ``stats`` are given; stride 1."""
+
+    x: Tensor
+    stats: Tensor | None
+    depthwise: Tensor
+    pointwise: Tensor
+    dilation: int
+
+
+class ConvGrad(NamedTuple):
+    """What the gradient of ``conv``, whose output is ``z``, starts from: dz = A · g + B · z + D."""
+
+    conv: Conv
+    z: Tensor
+    g: Tensor
+    coef: Tensor
+
+
+class Partials(NamedTuple):
+    """Partial weight gradients, [parts, …] for the depthwise and the pointwise weight of each convolution."""
+
+    depthwise: list[Tensor]
+    pointwise: list[Tensor]
+
+
+class Summand(NamedTuple):
+    """weights[entry] · (z − mean) · rstd, or of z itself without ``stats``; entry None: weight 1."""
+
+    z: Tensor
+    stats: Tensor | None
+    entry: tuple[int, int] | None
+
+
+class PoolGrad(NamedTuple):
+    """What a state gets back from one node: through its pools and, with weights[identity], as it is."""
+
+    g: Tensor
+    max_coef: Tensor | None
+    avg_coef: Tensor | None
+    identity: tuple[int, int] | None
+
+
+def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """``z`` and ``moments`` of each convolution, in one launch."""
+    kernels, shape = extension(), _conv_shape(convs[0].x, exact)
+    zs = _empty_like(convs[0].x, len(convs))
+    moments = _empty(convs[0].x, len(convs), kernels.cell_conv_forward_parts(shape), zs[0].shape[1], 3)
+    jobs = [
+        kernels.ConvJob(
+            *_strided(conv.x),
+            *_addresses(conv.stats, conv.depthwise, conv.pointwise, z, m),
+            conv.depthwise.shape[-1],
+            conv.dilation,
+        )
+        for conv, z, m in zip(convs, zs, moments, strict=True)
+    ]
+    kernels.cell_conv_forward(shape, jobs, _stream())
+    return zs, moments
+
+
+def backward_second(
+    grads: Sequence[ConvGrad], exact: bool, training: bool, wants_weights: bool
+) -> tuple[list[Tensor], list[Tensor], Partials]:
+    """Of convolutions of normalised inputs: the gradients u of (x − mean) · rstd, and the coef with which
+    the input's gradient is A · u + B · x + D."""
+    kernels, shape = extension(), _conv_shape(grads[0].z, exact)
+    parts, channels = kernels.cell_conv_backward_parts(shape), grads[0].z.shape[1]
+    us = _empty_like(grads[0].z, len(grads))
+    sums = _empty(grads[0].z, len(grads), parts, channels, 2)
+    coefs = _empty(grads[0].z, len(grads), channels, 4)
+    partials = _partials(grads, parts, wants_weights)
+    kernels.cell_conv_backward_second(shape, _grad_jobs(grads, us, sums, partials), _stream())
+    jobs = [
+        kernels.ConvCoefJob(*_addresses(sum_, grad.conv.stats, coef))
+        for sum_, grad, coef in zip(sums, grads, coefs, strict=True)
+    ]
+    kernels.cell_conv_first_coefficients(shape, training, jobs, _stream())
+    return us, coefs, partials
+
+
+def backward_first(
+    grads: Sequence[ConvGrad], exact: bool, wants_weights: bool
+) -> tuple[list[Tensor], Partials]:
+    """Of convolutions of one state: tensors whose sum is the state's gradient."""
+    kernels, shape = extension(), _conv_shape(grads[0].z, exact)
+    dxs = _empty_like(grads[0].z, kernels.cell_conv_dx_splits(shape, len(grads)))
+    partials = _partials(grads, kernels.cell_conv_backward_parts(shape), wants_weights)
+    jobs = _grad_jobs(grads, [dxs[0]] * len(grads), [None] * len(grads), partials)
+    kernels.cell_conv_backward_first(shape, jobs, _stream())
+    return dxs, partials
+
+
+def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights' gradients, Σ_parts partial."""
+    kernels = extension()
+    gradients = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+    jobs = [
+        kernels.ConvReduceJob(*_addresses(partial, gradient), gradient.numel(), partial.shape[0])
+        for partial, gradient in zip(partials, gradients, strict=True)
+    ]
+    kernels.cell_conv_reduce(jobs, _stream())
+    return gradients
+
+
+def plane_moments(zs: Sequence[Tensor]) -> list[Tensor]:
+    """``moments`` of tensors that no kernel of ours wrote."""
+    kernels, shape = extension(), _shape(zs[0])
+    moments = _empty(zs[0], len(zs), kernels.node_parts(shape), zs[0].shape[1], 3)
+    jobs = [kernels.MomentsJob(_tensor(z), *_addresses(m)) for z, m in zip(zs, moments, strict=True)]
+    kernels.node_moments(shape, jobs, _stream())
+    return moments
+
+
+def pool(x: Tensor, stride: int, kinds: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The outputs of the pools of ``kinds``, "max" and "avg", and their ``moments``."""
+    kernels, shape = extension(), _pool_shape(x, stride)
+    batch, channels, height, width = x.shape
+    size = (len(kinds), batch, channels, -(-height // stride), -(-width // stride))
+    zs = dict(zip(sorted(kinds), _empty(x, *size), strict=True))
+    moments = _empty(x, len(kinds), kernels.node_pool_parts(shape), channels, 3)
+    moments_of = dict(zip(sorted(kinds), moments, strict=True))
+    outputs = (zs.get("max"), moments_of.get("max"), zs.get("avg"), moments_of.get("avg"))
+    kernels.node_pool(shape, kernels.PoolJob(_tensor(x), *_addresses(*outputs)), _stream())
+    return zs, moments_of
+
+
+def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
+    """``stats`` of each BatchNorm; in training they enter its running statistics, else they are these."""
+    kernels, channels = extension(), bns[0].num_features
+    stats = _empty(moments[0], len(bns), channels, 2)
+    jobs = [
+        kernels.StatsJob(
+            m.data_ptr() if training else 0,
+            m.shape[0],
+            *_addresses(s, bn.running_mean, bn.running_var, bn.num_batches_tracked),
+        )
+        for bn, m, s in zip(bns, moments, stats, strict=True)
+    ]
+    kernels.node_finalize(channels, EPS, MOMENTUM, jobs, _stream())
+    return stats
+
+
+def add_up(summands: Sequence[Summand], weights: Tensor, y: Tensor) -> None:
+    """y = the sum of ``summands``."""
+    kernels = extension()
+    terms = [
+        kernels.NodeTerm(_tensor(term.z), *_addresses(term.stats), _element(weights, term.entry))
+        for term in summands
+    ]
+    kernels.node_sum(_shape(y), terms, _tensor(y), _stream())
+
+
+def backward_add_up(
+    summands: Sequence[Summand], weights: Tensor, g: Tensor, grad_weights: Tensor | None, training: bool
+) -> list[Tensor]:
+    """``coef`` of each summand, and where they are wanted the gradients of the weights that they have."""
+    kernels, shape = extension(), _shape(g)
+    coefs = _empty(g, len(summands), g.shape[1], 4)
+    dots = g.new_empty(1 + len(summands), g.shape[1], kernels.node_parts(shape))
+    terms = [kernels.NodeTerm(_tensor(term.z), *_addresses(term.stats), 0) for term in summands]
+    kernels.node_dots(shape, terms, _tensor(g), dots.data_ptr(), _stream())
+    gradients = [
+        kernels.NodeTermGradient(
+            *_addresses(term.stats),
+            _element(weights, term.entry),
+            0 if grad_weights is None else _element(grad_weights, term.entry),
+            coef.data_ptr(),
+        )
+        for term, coef in zip(summands, coefs, strict=True)
+    ]
+    kernels.node_coefficients(shape, training, gradients, dots.data_ptr(), _stream())
+    return coefs
+
+
+def affine_gradients(gs: Sequence[Tensor], zs: Sequence[Tensor], coefs: Sequence[Tensor]) -> list[Tensor]:
+    """dz = A · g + B · z + D for each."""
+    kernels = extension()
+    dzs = _empty_like(zs[0], len(zs))
+    jobs = [
+        kernels.AffineJob(_tensor(g), _tensor(z), *_addresses(coef, dz))
+        for g, z, coef, dz in zip(gs, zs, coefs, dzs, strict=True)
+    ]
+    kernels.node_affine_gradient(_shape(zs[0]), jobs, _stream())
+    return dzs
+
+
+def state_gradient(
+    x: Tensor, stride: int, grads: Sequence[PoolGrad], weights: Tensor, addends: Sequence[Tensor]
+) -> Tensor:
+    """Σ addends and what the pools and identities of every edge pass back to the state ``x``."""
+    kernels = extension()
+    (dx,) = _empty_like(x, 1)
+    edges = [
+        kernels.StateEdge(
+            _tensor(grad.g),
+            *_addresses(grad.max_coef, grad.avg_coef),
+            _element(weights, grad.identity),
+        )
+        for grad in grads
+    ]
+    kernels.node_state_gradient(
+        _pool_shape(x, stride), _tensor(x), edges, list(map(_tensor, addends)), dx.data_ptr(), _stream()
+    )
+    return dx
+
+
+def _grad_jobs(
+    grads: Sequence[ConvGrad], dxs: Sequence[Tensor], sums: Sequence[Tensor | None], partials: Partials
+) -> list[Any]:
+    job = extension().ConvGradJob
+    none: list[Tensor | None] = [None] * len(grads)
+    return [
+        job(
+            *_strided(grad.g),
+            *_addresses(grad.z, grad.coef),
+            *_strided(grad.conv.x),
+            *_addresses(grad.conv.stats, grad.conv.depthwise, grad.conv.pointwise, dx, *partial),
+            grad.conv.depthwise.shape[-1],
+            grad.conv.dilation,
+        )
+        for grad, dx, *partial in zip(
+            grads, dxs, sums, partials.depthwise or none, partials.pointwise or none, strict=True
+        )
+    ]
+
+
+def _partials(grads: Sequence[ConvGrad], parts: int, wanted: bool) -> Partials:
+    if not wanted:
+        return Partials([], [])
+    weights = ([grad.conv.depthwise for grad in grads], [grad.conv.pointwise for grad in grads])
+    return Partials(*([weight.new_empty(parts, weight.numel()) for weight in same] for same in weights))
+
+
+def _empty(like: Tensor, count: int, *shape: int) -> list[Tensor]:
+    return list(like.new_empty(count, *shape).unbind())
+
+
+def _empty_like(x: Tensor, count: int) -> list[Tensor]:
+    """Contiguous tensors of x's shape, in one piece."""
+    return _empty(x, count, *x.shape)
+
+
+def _conv_shape(x: Tensor, exact: bool) -> Any:
+    return extension().ConvShape(*x.shape, exact)
+
+
+def _shape(x: Tensor) -> Any:
+    batch, channels, height, width = x.shape
+    return extension().NodeShape(batch, channels, height * width)
+
+
+def _pool_shape(x: Tensor, stride: int) -> Any:
+    height, width = x.shape[2:]
+    return extension().PoolShape(*x.shape, -(-height // stride), -(-width // stride), WINDOW, stride)
+
+
+def _strided(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x.stride(0)
+
+
+def _tensor(x: Tensor) -> Any:
+    return extension().NodeTensor(*_strided(x))
+
+
+def _element(weights: Tensor, entry: tuple[int, int] | None) -> int:
+    """The address of weights[entry]."""
+    if entry is None:
+        return 0
+    return weights.data_ptr() + weights.element_size() * (entry[0] * weights.shape[1] + entry[1])
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream

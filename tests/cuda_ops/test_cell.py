@@ -1,0 +1,200 @@
+"""The fused cell's autograd functions against module by module, in fp64 with kernels in plain PyTorch."""
+
+import copy
+import gc
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from neuroexapt.core.cells import CellTopology, SearchCell
+from neuroexapt.core.operations import OPS, PRIMITIVES
+from neuroexapt.core.plan import plan_cell
+from neuroexapt.cuda_ops import cell as fused
+from tests.cuda_ops import torch_kernels
+
+TOLERANCE = 1e-10
+
+
+def make_cell(
+    reduction: bool = False, channels: int = 4, primitives=PRIMITIVES, nodes: int = 4
+) -> SearchCell:
+    torch.manual_seed(0)
+    cell = SearchCell(CellTopology(nodes), primitives, channels, channels, channels, reduction, False)
+    for module in cell.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return cell.double()
+
+
+def make_inputs(cell: SearchCell, size=(3, 7, 6), channels: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    batch, height, width = size
+    states = (torch.randn(batch, channels, height, width, dtype=torch.double) for _ in range(2))
+    weights = torch.softmax(
+        torch.randn(len(cell.topology.edges), len(cell.edges[0].primitives), dtype=torch.double), -1
+    )
+    return *states, weights
+
+
+def run_reference(cell: SearchCell, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+    """What a SearchCell does after its preprocessing, module by module."""
+    states, rows = [s0, s1], itertools.count()
+    for _ in range(cell.topology.nodes):
+        states.append(sum(cell.edges[row](x, weights[row]) for x, row in zip(states, rows, strict=False)))
+    return torch.cat(states[2:], dim=1)
+
+
+def run_fused(cell: SearchCell, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+    return fused.run(plan_cell(cell), [s0, s1], weights, torch_kernels)
+
+
+def results(function, cell: SearchCell, inputs, wants_weights=True, wants_alpha=True) -> dict[str, Tensor]:
+    """Output, gradients and buffers after one pass."""
+    cell = copy.deepcopy(cell)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    leaves[2].requires_grad_(wants_alpha)
+    for parameter in cell.parameters():
+        parameter.requires_grad_(wants_weights)
+    y = function(cell, *leaves)
+    torch.manual_seed(2)
+    # Some of the gradient from outside the nodes' sum, as from the next cells.
+    (y * torch.randn_like(y)).sum().backward()
+    named = dict(zip(("s0", "s1", "alpha"), (leaf.grad for leaf in leaves), strict=True)) | {"y": y.detach()}
+    named |= {f"grad of {name}": p.grad for name, p in cell.edges.named_parameters()}
+    return named | {f"buffer {name}": b for name, b in cell.edges.named_buffers()}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        got = actual[name]
+        assert (got is None) == (wanted is None), name
+        if wanted is not None:
+            scale = max(wanted.abs().max().item(), 1e-3)
+            assert (got - wanted).abs().max().item() <= TOLERANCE * scale, name
+
+
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_matches_the_modules(reduction, training, wants):
+    cell = make_cell(reduction).train(training)
+    inputs = make_inputs(cell)
+    assert_close(results(run_fused, cell, inputs, *wants), results(run_reference, cell, inputs, *wants))
+
+
+@pytest.mark.parametrize("size", [(1, 2, 2), (2, 1, 5), (2, 9, 4)])
+def test_of_odd_sizes(size):
+    cell = make_cell(reduction=False)
+    inputs = make_inputs(cell, size)
+    assert_close(results(run_fused, cell, inputs), results(run_reference, cell, inputs))
+
+
+@pytest.mark.parametrize(
+    "primitives",
+    [
+        ("none", "skip_connect"),
+        ("none", "max_pool_3x3", "avg_pool_3x3"),
+        ("dil_conv_5x5",),
+        ("none", "skip_connect", "conv_7x1_1x7"),
+    ],
+)
+@pytest.mark.parametrize("reduction", [False, True])
+def test_of_other_primitives(primitives, reduction):
+    cell = make_cell(reduction, primitives=primitives, nodes=2)
+    inputs = make_inputs(cell)
+    assert_close(results(run_fused, cell, inputs), results(run_reference, cell, inputs))
+
+
+@pytest.mark.parametrize("reduction", [False, True])
+def test_edges_with_hooks_run_as_modules(reduction):
+    cell = make_cell(reduction)
+    inputs = make_inputs(cell)
+    expected = results(run_reference, cell, inputs)
+    seen: list[Tensor] = []
+    for row in (1, 4, 7):
+        cell.edges[row].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert_close(results(run_fused, cell, inputs), expected)
+    assert len(seen) == 3
+
+
+def test_operations_that_do_not_end_in_a_batch_norm(monkeypatch):
+    monkeypatch.setitem(OPS, "tanh", lambda channels, stride, affine: nn.Tanh())
+    cell = make_cell(primitives=("none", "skip_connect", "sep_conv_3x3", "tanh"), nodes=2)
+    inputs = make_inputs(cell)
+    assert_close(results(run_fused, cell, inputs), results(run_reference, cell, inputs))
+
+
+def test_the_graph_can_be_kept_for_a_second_pass():
+    cell = make_cell(reduction=True)
+    *states, weights = make_inputs(cell)
+    weights.requires_grad_()
+    loss = run_fused(cell, *states, weights).square().sum()
+    parameters = [weights, *cell.edges.parameters()]
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(second, first, strict=True))
+
+
+def test_memory_is_freed_without_the_garbage_collector():
+    cell = make_cell(reduction=True)
+    inputs = make_inputs(cell)
+    gc.collect()
+    gc.disable()
+    try:
+        before = _count_tensors()
+        run_fused(cell, *inputs).sum().backward()
+        with torch.no_grad():
+            run_fused(cell, *inputs)
+        cell.zero_grad()
+        assert _count_tensors() == before
+    finally:
+        gc.enable()
+
+
+def test_takes_pictures_in_any_memory_order():
+    cell = make_cell(reduction=True)
+    s0, s1, weights = make_inputs(cell)
+    expected = results(run_fused, cell, (s0, s1, weights))
+    s0 = s0.contiguous(memory_format=torch.channels_last)
+    assert_close(results(run_fused, cell, (s0, s1, weights.t().contiguous().t())), expected)
+
+
+def test_can_be_differentiated_once():
+    cell = make_cell(nodes=1)
+    *states, weights = make_inputs(cell)
+    weights.requires_grad_()
+    y = run_fused(cell, *states, weights)
+    (grad,) = torch.autograd.grad(y.square().sum(), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"dtype": torch.bfloat16}, "only fp32"),
+        ({"channels": 20}, "20 channels"),
+        ({"size": (0, 8, 8)}, "an empty batch"),
+        ({"size": (1, 1, 1)}, "a single value"),
+        ({"size": (1, 1, 1025)}, "1025 wide"),
+        ({"primitives": ("sep_conv_7x7",)}, "kernel size 7"),
+        ({"nodes": 17}, "17 nodes"),
+    ],
+)
+def test_says_which_cells_it_takes(change, reason):
+    options = {"channels": 16, "primitives": ("skip_connect",), "nodes": 1, "size": (2, 8, 8)} | change
+    size, dtype = options.pop("size"), options.pop("dtype", torch.float32)
+    cell = make_cell(**options).to(dtype)
+    *states, weights = (x.to(dtype) for x in make_inputs(cell, size, options["channels"]))
+    support = fused.supports(plan_cell(cell), states, weights)
+    assert support.ok == (not reason)
+    assert reason in support.reason
+
+
+def _count_tensors() -> int:
+    return sum(type(thing) in (Tensor, nn.Parameter) for thing in gc.get_objects())

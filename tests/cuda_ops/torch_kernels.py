@@ -1,0 +1,173 @@
+"""The functions of ``neuroexapt.cuda_ops.cell_kernels`` in plain PyTorch, for any device and dtype."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from neuroexapt.core.plan import EPS, MOMENTUM
+from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, Partials, PoolGrad, Summand
+from neuroexapt.kernels import reference
+
+POOLS = {"max": reference.max_pool, "avg": reference.avg_pool}
+
+
+def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
+    zs = [_convolve(conv, conv.x, conv.depthwise, conv.pointwise) for conv in convs]
+    return zs, plane_moments(zs)
+
+
+def backward_second(
+    grads: Sequence[ConvGrad], exact: bool, training: bool, wants_weights: bool
+) -> tuple[list[Tensor], list[Tensor], Partials]:
+    us, coefs, partials = [], [], Partials([], [])
+    for grad in grads:
+        dx, depthwise, pointwise = _gradients(grad)
+        mean, rstd = grad.conv.stats.unbind(1)
+        us.append(dx / _per_channel(rstd))
+        coefs.append(_coef(us[-1], grad.conv.x, mean, rstd, 1.0, training))
+        if wants_weights:
+            partials.depthwise.append(_split(depthwise))
+            partials.pointwise.append(_split(pointwise))
+    return us, coefs, partials
+
+
+def backward_first(
+    grads: Sequence[ConvGrad], exact: bool, wants_weights: bool
+) -> tuple[list[Tensor], Partials]:
+    gradients = [_gradients(grad) for grad in grads]
+    dxs = [dx for dx, _, _ in gradients]
+    if not wants_weights:
+        return dxs, Partials([], [])
+    return dxs, Partials([_split(dw) for _, dw, _ in gradients], [_split(pw) for _, _, pw in gradients])
+
+
+def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    return [partial.sum(0).view_as(weight) for partial, weight in zip(partials, weights, strict=True)]
+
+
+def plane_moments(zs: Sequence[Tensor]) -> list[Tensor]:
+    return [_moments(z) for z in zs]
+
+
+def pool(x: Tensor, stride: int, kinds: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    zs = {kind: POOLS[kind](x, 3, stride) for kind in kinds}
+    return zs, {kind: _moments(z) for kind, z in zs.items()}
+
+
+def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
+    stats = []
+    for bn, partial in zip(bns, moments, strict=True):
+        mean, variance = bn.running_mean, bn.running_var
+        if training:
+            counts, means, squares = partial.unbind(2)
+            count = counts.sum(0)
+            mean = (counts * means).sum(0) / count
+            squares = (squares + counts * (means - mean) ** 2).sum(0)
+            variance = squares / count
+            bn.running_mean.lerp_(mean, MOMENTUM)
+            bn.running_var.lerp_(squares / (count - 1), MOMENTUM)
+            bn.num_batches_tracked += 1
+        stats.append(torch.stack([mean, (variance + EPS).rsqrt()], 1))
+    return stats
+
+
+def add_up(summands: Sequence[Summand], weights: Tensor, y: Tensor) -> None:
+    y.zero_()
+    for term in summands:
+        y += _weight(weights, term.entry) * _normalised(term)
+
+
+def backward_add_up(
+    summands: Sequence[Summand], weights: Tensor, g: Tensor, grad_weights: Tensor | None, training: bool
+) -> list[Tensor]:
+    coefs = []
+    for term in summands:
+        if grad_weights is not None:
+            grad_weights[term.entry] = (g * _normalised(term)).sum()
+        weight = _weight(weights, term.entry)
+        if term.stats is None:
+            coefs.append(g.new_tensor([weight, 0, 0, 0]).expand(g.shape[1], 4))
+        else:
+            coefs.append(_coef(g, term.z, *term.stats.unbind(1), weight, training))
+    return coefs
+
+
+def affine_gradients(gs: Sequence[Tensor], zs: Sequence[Tensor], coefs: Sequence[Tensor]) -> list[Tensor]:
+    return [_affine(g, z, coef) for g, z, coef in zip(gs, zs, coefs, strict=True)]
+
+
+def state_gradient(
+    x: Tensor, stride: int, grads: Sequence[PoolGrad], weights: Tensor, addends: Sequence[Tensor]
+) -> Tensor:
+    dx = sum(addends, start=torch.zeros_like(x))
+    for grad in grads:
+        if grad.identity is not None:
+            dx = dx + weights[grad.identity] * grad.g
+        for kind, coef in (("max", grad.max_coef), ("avg", grad.avg_coef)):
+            if coef is not None:
+                with torch.enable_grad():
+                    leaf = x.detach().requires_grad_()
+                    z = POOLS[kind](leaf, 3, stride)
+                dx = dx + torch.autograd.grad(z, leaf, _affine(grad.g, z.detach(), coef))[0]
+    return dx
+
+
+def _convolve(conv: Conv, x: Tensor, depthwise: Tensor, pointwise: Tensor) -> Tensor:
+    if conv.stats is not None:
+        mean, rstd = map(_per_channel, conv.stats.unbind(1))
+        x = (x - mean) * rstd
+    return reference.sepconv(x, depthwise, pointwise, dilation=conv.dilation)
+
+
+def _gradients(grad: ConvGrad) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = [leaf.detach().requires_grad_() for leaf in (grad.conv.x, *grad.conv[2:4])]
+        z = _convolve(grad.conv, *leaves)
+    return torch.autograd.grad(z, leaves, _affine(grad.g, grad.z, grad.coef))
+
+
+def _coef(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | float, training: bool) -> Tensor:
+    """Of BatchNorm's gradient, written as the kernels use it."""
+    scale = weight * rstd
+    if not training:
+        return torch.stack([scale, 0 * scale, 0 * scale, 0 * scale], 1)
+    count = g.numel() / g.shape[1]
+    dot = (g * (z - _per_channel(mean))).sum((0, 2, 3))
+    slope = -scale * rstd**2 * dot / count
+    offset = -scale * g.sum((0, 2, 3)) / count - slope * mean
+    return torch.stack([scale, slope, offset, 0 * scale], 1)
+
+
+def _affine(g: Tensor, z: Tensor, coef: Tensor) -> Tensor:
+    a, b, d, _ = map(_per_channel, coef.unbind(1))
+    return a * g + b * z + d
+
+
+def _moments(z: Tensor) -> Tensor:
+    """In two parts, so that there is something to merge."""
+    parts = []
+    for part in (z[:, :, :1], z[:, :, 1:]):
+        mean = part.mean((0, 2, 3)) if part.numel() else z.new_zeros(z.shape[1])
+        squares = ((part - _per_channel(mean)) ** 2).sum((0, 2, 3))
+        parts.append(torch.stack([torch.full_like(mean, part.numel() / z.shape[1]), mean, squares], 1))
+    return torch.stack(parts)
+
+
+def _normalised(term: Summand) -> Tensor:
+    if term.stats is None:
+        return term.z
+    mean, rstd = map(_per_channel, term.stats.unbind(1))
+    return (term.z - mean) * rstd
+
+
+def _split(gradient: Tensor) -> Tensor:
+    return torch.stack([gradient.flatten() / 4, gradient.flatten() * 3 / 4])
+
+
+def _weight(weights: Tensor, entry: tuple[int, int] | None) -> Tensor | float:
+    return 1.0 if entry is None else weights[entry]
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
