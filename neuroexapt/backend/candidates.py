@@ -19,6 +19,7 @@ MODULES = {
     ("weighted_sum", "ext"): "neuroexapt.cuda_ops.softmax_sum",
     ("softmax_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
     ("weighted_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
+    ("cell", "ext"): "neuroexapt.cuda_ops.cell",
     ("sepconv", "ext"): "neuroexapt.cuda_ops.sepconv",
     ("sepconv", "triton"): "neuroexapt.kernels.sepconv_triton",
     ("avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
