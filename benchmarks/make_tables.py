@@ -1,7 +1,8 @@
 """Writes the tables of TRITON_CUDA_OPTIMIZATION_SUITE.md from benchmarks/results.
 
-``python benchmarks/make_tables.py`` rewrites what stands between ``<!-- table: BENCHMARK METRIC -->`` and
-``<!-- end -->``; a test holds the document to its files. Of figures measured twice the last one counts.
+``python benchmarks/make_tables.py`` rewrites what stands between ``<!-- table: BENCHMARK METRIC [CASES] -->``
+and ``<!-- end -->``, where CASES is a regular expression that the cases' names begin with; a test holds the
+document to its files. Of figures measured twice the last one counts.
 """
 
 import json
@@ -18,15 +19,21 @@ OURS = ("ext", "fused", "triton")
 
 def render(document: str, results: Path = RESULTS) -> str:
     """``document`` with its tables made anew."""
-    pattern = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda match: match[1] + _tables(results, match[2], match[3]) + match[4], document)
+    pattern = re.compile(r"(<!-- table: (\S+) (\S+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(
+        lambda match: match[1] + _tables(results, match[2], match[3], match[4]) + match[5], document
+    )
 
 
-def _tables(results: Path, benchmark: str, metric: str) -> str:
+def _tables(results: Path, benchmark: str, metric: str, cases: str) -> str:
     """One table for each device, or a line that says that there is none."""
     path = results / f"{benchmark}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    figures = [figure for figure in map(json.loads, lines) if figure["metric"] == metric]
+    figures = [
+        figure
+        for figure in map(json.loads, lines)
+        if figure["metric"] == metric and re.match(cases, figure["case"])
+    ]
     if not figures:
         return "Not measured yet.\n"
     devices = dict.fromkeys(figure["device"] for figure in figures)

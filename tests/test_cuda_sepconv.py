@@ -143,7 +143,7 @@ def test_compiles_into_one_graph_and_passes_opcheck():
 
 @gpu
 def test_is_chosen_for_fp32_and_triton_for_the_rest():
-    tensors = inputs(256, 16, 16, 32, 32, 3, "cuda")  # 2**22 elements: from there on it pays off
+    tensors = inputs(1024, 16, 16, 32, 32, 3, "cuda")  # 2**24 elements: from there on it pays off
     with use_backend("cuda"):
         assert explain("sepconv", *tensors).impl == "ext"
         assert explain("sepconv", *(tensor.bfloat16() for tensor in tensors)).impl == "triton"

@@ -27,7 +27,7 @@ from neuroexapt.backend.tuning import (
     write_tuning,
 )
 
-_SIZES = tuple(4**exponent for exponent in range(5, 12))  # 1,024 to 4,194,304 elements
+_SIZES = tuple(4**exponent for exponent in range(5, 13))  # 1,024 to 16,777,216 elements
 _OPERANDS = (2, 4, 8, 16)
 _SECONDS_A_CASE = 0.02
 _SLOWER_AT_MOST = 1.05

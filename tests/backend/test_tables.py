@@ -45,7 +45,18 @@ def test_a_table_shows_the_last_medians_and_what_they_amount_to(tmp_path):
     assert make_tables.render(rendered, tmp_path) == rendered
 
 
-@pytest.mark.parametrize("marker", ["sums step_ms", "others device_ms"])
+def test_a_table_shows_the_cases_that_its_marker_names(tmp_path):
+    lines = [
+        json.dumps(FIGURE | {"case": case, "implementation": "ext", "median": 1.0})
+        for case in ("small", "large")
+    ]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    rendered = make_tables.render("<!-- table: sums device_ms la|xla -->\n<!-- end -->", tmp_path)
+    assert "| large |" in rendered
+    assert "| small |" not in rendered
+
+
+@pytest.mark.parametrize("marker", ["sums step_ms", "others device_ms", "sums device_ms large"])
 def test_a_table_without_results_says_so(tmp_path, marker):
     (tmp_path / "sums.jsonl").write_text(json.dumps(FIGURE | {"implementation": "ext", "median": 1.0}))
     rendered = make_tables.render(f"<!-- table: {marker} -->\n<!-- end -->", tmp_path)

@@ -39,7 +39,7 @@ def test_without_measurements_the_shipped_defaults_rule():
     config = TuningConfig.for_this_machine()
     assert config.min_elements("softmax_sum", "ext", "float32", 3) == NEVER
     assert config.min_elements("softmax_sum", "ext", "float32", 4) == 1024
-    assert config.min_elements("max_pool", "triton", "float16", 1) == 2**22
+    assert config.min_elements("max_pool", "triton", "float16", 1) == 2**26
     assert config.min_elements("an op of the user's", "triton", "float16", 1) == 1024
 
 
