@@ -1,0 +1,411 @@
+"""The fused cell in CUDA C++ against fp64: each kernel, then whole cells; without a GPU, its compilation."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from neuroexapt.backend.dispatch import explain
+from neuroexapt.backend.registry import use_backend
+from neuroexapt.core.plan import plan_cell
+from neuroexapt.cuda_ops import cell as fused
+from neuroexapt.cuda_ops import cell_kernels
+from neuroexapt.cuda_ops.build import SOURCES
+from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Summand
+from tests.cuda_ops import torch_kernels
+from tests.cuda_ops.test_cell import make_cell, make_inputs, results, run_reference
+
+gpu = pytest.mark.gpu
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+
+# Wide and narrow accesses, several planes a block and several blocks a plane.
+SHAPES = [(64, 16, 32, 32), (64, 64, 8, 8), (3, 32, 7, 9), (1, 16, 1, 3), (2, 5, 40, 64), (130, 3, 2, 2)]
+CONV_SHAPES = [
+    (64, 16, 32, 32),
+    (16, 32, 16, 16),
+    (5, 64, 8, 8),
+    (2, 16, 7, 9),
+    (1, 32, 19, 33),
+    (1, 64, 1, 2),
+]
+TOLERANCE = 1e-5
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda")
+
+
+def strided(*shape: int) -> Tensor:
+    """A part of a wider tensor's channels, as a node is of its cell's output."""
+    batch, channels, height, width = shape
+    return randn(batch, 3 * channels, height, width)[:, channels : 2 * channels]
+
+
+def stats(channels: int) -> Tensor:
+    return torch.stack([randn(channels), torch.rand(channels, device="cuda") + 0.5], 1)
+
+
+def coef(channels: int) -> Tensor:
+    values = randn(channels, 4)
+    values[:, 3] = 0
+    return values
+
+
+def exact(thing):
+    """The same in fp64, inside any tuples and lists."""
+    if isinstance(thing, Tensor):
+        return thing.double() if thing.is_floating_point() else thing
+    if isinstance(thing, tuple) and hasattr(thing, "_fields"):
+        return type(thing)(*map(exact, thing))
+    if isinstance(thing, (list, tuple)):
+        return type(thing)(map(exact, thing))
+    return thing
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    return ((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
+
+
+def assert_close(got: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert error(got, wanted) < tolerance
+
+
+def assert_all_close(got: list[Tensor], wanted: list[Tensor], tolerance: float = TOLERANCE) -> None:
+    assert len(got) == len(wanted)
+    for g, w in zip(got, wanted, strict=True):
+        assert_close(g, w, tolerance)
+
+
+def batch_norms(channels: int, count: int) -> list[nn.BatchNorm2d]:
+    bns = [nn.BatchNorm2d(channels, affine=False, device="cuda") for _ in range(count)]
+    for bn in bns:
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.5, 2)
+    return bns
+
+
+@gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_moments_and_statistics(shape, training):
+    zs = [5 * strided(*shape) + 100, randn(*shape)]
+    bns = batch_norms(shape[1], 2)
+    expected_bns = [nn.BatchNorm2d(shape[1], affine=False, device="cuda").double() for _ in bns]
+    for expected_bn, bn in zip(expected_bns, bns, strict=True):
+        expected_bn.load_state_dict(bn.state_dict())
+    actual = cell_kernels.statistics(bns, cell_kernels.plane_moments(zs), training)
+    expected = torch_kernels.statistics(expected_bns, torch_kernels.plane_moments(exact(zs)), training)
+    assert_all_close(actual, expected)
+    for bn, expected_bn in zip(bns, expected_bns, strict=True):
+        for got, wanted in zip(bn.buffers(), expected_bn.buffers(), strict=True):
+            assert_close(got, wanted.double())
+
+
+@gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kinds", [{"max", "avg"}, {"max"}, {"avg"}])
+def test_pools(shape, stride, kinds):
+    x = strided(*shape)
+    zs, moments = cell_kernels.pool(x, stride, kinds)
+    expected, _ = torch_kernels.pool(exact(x), stride, kinds)
+    assert zs.keys() == kinds
+    for kind in kinds:
+        assert_close(zs[kind], expected[kind])
+        bns = batch_norms(shape[1], 1)
+        (got,) = cell_kernels.statistics(bns, [moments[kind]], True)
+        bns[0].double()
+        (wanted,) = torch_kernels.statistics(bns, torch_kernels.plane_moments([expected[kind]]), True)
+        assert_close(got, wanted)
+
+
+@gpu
+def test_pools_let_nan_and_infinity_through():
+    x = randn(2, 16, 8, 8)
+    x[0, 1, 3, 3], x[1, 2, 0, 0], x[1, 3] = float("nan"), float("inf"), -float("inf")
+    zs, _ = cell_kernels.pool(x, 1, {"max", "avg"})
+    expected, _ = torch_kernels.pool(exact(x), 1, {"max", "avg"})
+    for kind, z in zs.items():
+        torch.testing.assert_close(z.double(), expected[kind], equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def summands(shape: tuple[int, ...], count: int) -> list[Summand]:
+    """Terms with statistics, without, and of weight 1."""
+    channels = shape[1]
+    entries = [(k // 4, k % 4) for k in range(count)]
+    terms = [
+        Summand(strided(*shape) if k % 3 else randn(*shape), stats(channels), entries[k])
+        for k in range(count)
+    ]
+    return [term._replace(stats=None) if k % 5 == 4 else term for k, term in enumerate(terms)]
+
+
+@gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [0, 1, 7, 35])
+def test_sum_of_a_node(shape, count):
+    weights = randn(10, 4)
+    terms = [*summands(shape, count), Summand(randn(*shape), None, None)]
+    y, expected = strided(*shape), exact(strided(*shape))
+    cell_kernels.add_up(terms, weights, y)
+    torch_kernels.add_up(exact(terms), exact(weights), expected)
+    assert_close(y, expected)
+
+
+@gpu
+def test_sum_of_nothing_is_zero():
+    y = strided(2, 16, 4, 4)
+    cell_kernels.add_up([], randn(1, 1), y)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+@gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 7, 35])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wants_weights", [True, False])
+def test_backward_of_a_sum(shape, count, training, wants_weights):
+    weights, g, terms = randn(10, 4), strided(*shape), summands(shape, count)
+    grad, expected_grad = torch.zeros_like(weights), exact(torch.zeros_like(weights))
+    wanted = (grad, expected_grad) if wants_weights else (None, None)
+    actual = cell_kernels.backward_add_up(terms, weights, g, wanted[0], training)
+    expected = torch_kernels.backward_add_up(exact(terms), exact(weights), exact(g), wanted[1], training)
+    scale = torch.stack(expected).norm(dim=(0, 1))  # A, B and D differ in size
+    for got, right in zip(actual, expected, strict=True):
+        assert ((got.double() - right).norm(dim=0) <= 1e-4 * scale).all()
+    assert (grad.double() - expected_grad).norm() <= 1e-4 * expected_grad.norm()
+
+
+@gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_affine_gradients(shape):
+    gs, zs = [strided(*shape), randn(*shape)], [randn(*shape), strided(*shape)]
+    coefs = [coef(shape[1]), coef(shape[1])]
+    actual = cell_kernels.affine_gradients(gs, zs, coefs)
+    assert_all_close(actual, torch_kernels.affine_gradients(*map(exact, (gs, zs, coefs))))
+
+
+@gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kinds", [("max", "avg"), ("max",), ("avg",), ()])
+@pytest.mark.parametrize("ties", [False, True])
+def test_gradient_of_a_state(shape, stride, kinds, ties):
+    batch, channels, height, width = shape
+    out = (batch, channels, -(-height // stride), -(-width // stride))
+    x = strided(*shape)
+    x = x.round() if ties else x
+    weights = randn(4, 2)
+    grads = [
+        PoolGrad(
+            strided(*out) if edge % 2 else randn(*out),
+            coef(channels) if "max" in kinds and edge != 1 else None,
+            coef(channels) if "avg" in kinds and edge != 2 else None,
+            (edge, 1) if stride == 1 and edge != 0 else None,
+        )
+        for edge in range(4)
+    ]
+    addends = [randn(*shape), strided(*shape)]
+    actual = cell_kernels.state_gradient(x, stride, grads, weights, addends)
+    expected = torch_kernels.state_gradient(*map(exact, (x, stride, grads, weights, addends)))
+    assert_close(actual, expected)
+
+
+def random_convs(shape: tuple[int, ...], second: bool, count: int) -> list[Conv]:
+    channels = shape[1]
+    kinds = [(3, 1), (5, 1)] if second else [(3, 1), (5, 1), (3, 2), (5, 2)]
+    x = strided(*shape)
+    convs = []
+    for i in range(count):
+        size, dilation = kinds[i % len(kinds)]
+        weights = randn(channels, 1, size, size) / size, randn(channels, channels, 1, 1) / channels**0.5
+        source = (randn(*shape), stats(channels)) if second else (x, None)
+        convs.append(Conv(*source, *weights, dilation))
+    return convs
+
+
+@gpu
+@pytest.mark.parametrize("shape", CONV_SHAPES)
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("ieee", [True, False])
+def test_convolutions(shape, second, ieee):
+    convs = random_convs(shape, second, 7)
+    tolerance = TOLERANCE if ieee else 2e-3
+    zs, moments = cell_kernels.convolve(convs, ieee)
+    expected, _ = torch_kernels.convolve(exact(convs), ieee)
+    assert_all_close(zs, expected, tolerance)
+    bns = batch_norms(shape[1], len(zs))
+    got = cell_kernels.statistics(bns, moments, True)
+    wanted = torch_kernels.statistics(
+        [bn.double() for bn in bns], torch_kernels.plane_moments(exact(zs)), True
+    )
+    assert_all_close(got, wanted, TOLERANCE)
+
+
+@gpu
+@pytest.mark.parametrize("shape", CONV_SHAPES)
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("ieee", [True, False])
+@pytest.mark.parametrize("wants_weights", [True, False])
+@pytest.mark.parametrize("count", [1, 6])
+def test_backward_of_convolutions(shape, second, ieee, wants_weights, count):
+    convs = random_convs(shape, second, count)
+    channels, tolerance = shape[1], TOLERANCE if ieee else 2e-3
+    grads = [
+        ConvGrad(conv, randn(*shape), strided(*shape) if i % 2 else randn(*shape), coef(channels))
+        for i, conv in enumerate(convs)
+    ]
+    if second:
+        us, coefs, partials = cell_kernels.backward_second(grads, ieee, True, wants_weights)
+        right_us, _, right_partials = torch_kernels.backward_second(exact(grads), ieee, True, wants_weights)
+        assert_all_close(us, right_us, tolerance)
+        dzs = torch_kernels.affine_gradients(exact(us), exact([c.x for c in convs]), exact(coefs))
+        right_coefs = [
+            torch_kernels._coef(u, conv.x, *conv.stats.unbind(1), 1.0, True)
+            for u, conv in zip(exact(us), exact(convs), strict=True)
+        ]
+        right = torch_kernels.affine_gradients(exact(us), exact([c.x for c in convs]), right_coefs)
+        assert_all_close(dzs, right)
+    else:
+        dxs, partials = cell_kernels.backward_first(grads, ieee, wants_weights)
+        right_dxs, right_partials = torch_kernels.backward_first(exact(grads), ieee, wants_weights)
+        assert_close(sum(exact(dxs)), sum(right_dxs), tolerance)
+    assert bool(partials.depthwise) == wants_weights
+    if wants_weights:
+        for weights, partial, right_partial in (
+            ([conv.depthwise for conv in convs], partials.depthwise, right_partials.depthwise),
+            ([conv.pointwise for conv in convs], partials.pointwise, right_partials.pointwise),
+        ):
+            got = cell_kernels.reduce_partials(partial, weights)
+            assert_all_close(got, torch_kernels.reduce_partials(right_partial, exact(weights)), tolerance)
+
+
+@pytest.fixture
+def ieee():
+    """Convolutions without TF32."""
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    yield
+    convolutions.fp32_precision = before
+
+
+def run_fused(cell, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+    plan = plan_cell(cell)
+    assert fused.supports(plan, [s0, s1], weights).ok
+    return fused.cell(plan, [s0, s1], weights)
+
+
+def cell_on_gpu(channels: int, size: tuple[int, ...], reduction: bool = False):
+    cell = make_cell(reduction, channels)
+    return cell.cuda(), tuple(x.cuda() for x in make_inputs(cell, size, channels))
+
+
+def assert_as_good_as_eager(cell, inputs, *wants: bool) -> None:
+    """Against fp64, allowing for what PyTorch's own fp32 shows: signs of activations that flip."""
+    expected = results(run_reference, cell, inputs, *wants)
+    cell, inputs = cell.float(), exact_to_fp32(inputs)
+    eager = results(run_reference, cell, inputs, *wants)
+    actual = results(run_fused, cell, inputs, *wants)
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert (actual[name] is None) == (wanted is None), name
+        if wanted is None:
+            continue
+        tolerance = 2e-5 if name == "y" or name.startswith("buffer") else 2e-3
+        wanted = wanted.double()
+        assert error(actual[name], wanted) <= max(tolerance, 5 * error(eager[name], wanted)), name
+
+
+def exact_to_fp32(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.float() for x in inputs)
+
+
+@gpu
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("channels", [16, 32, 64])
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_matches_the_modules(channels, reduction, training, wants):
+    cell, inputs = cell_on_gpu(channels, (4, 16, 16), reduction)
+    assert_as_good_as_eager(cell.train(training), inputs, *wants)
+
+
+@gpu
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("size", [(1, 2, 3), (2, 9, 7), (3, 33, 18), (1, 40, 40), (64, 8, 8)])
+@pytest.mark.parametrize("reduction", [False, True])
+def test_of_odd_sizes(size, reduction):
+    cell, inputs = cell_on_gpu(16, size, reduction)
+    assert_as_good_as_eager(cell, inputs)
+
+
+@gpu
+def test_with_tf32_products():
+    cell, inputs = cell_on_gpu(32, (8, 16, 16))
+    expected = run_reference(cell, *inputs)
+    y = run_fused(cell.float(), *exact_to_fp32(inputs))
+    assert 1e-6 < error(y, expected) < 2e-3
+
+
+@gpu
+@pytest.mark.parametrize("reduction", [False, True])
+def test_twenty_runs_give_the_same_bits(reduction):
+    cell, inputs = cell_on_gpu(16, (64, 32, 32), reduction)
+    cell, inputs = cell.float(), exact_to_fp32(inputs)
+    first = results(run_fused, cell, inputs)
+    for _ in range(19):
+        again = results(run_fused, cell, inputs)
+        assert all(torch.equal(again[name], wanted) for name, wanted in first.items())
+
+
+@gpu
+@pytest.mark.parametrize("reduction", [False, True])
+def test_runs_inside_a_cuda_graph(reduction):
+    cell, inputs = cell_on_gpu(16, (8, 16, 16), reduction)
+    cell, leaves = cell.float(), [x.float().requires_grad_() for x in inputs]
+    leaves += list(cell.edges.parameters())
+    torch.use_deterministic_algorithms(False)  # filling memory with NaN would be captured, too
+
+    def run() -> list[Tensor]:
+        y = run_fused(cell, *leaves[:3])
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        expected = run()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            captured = run()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(got, wanted) for got, wanted in zip(captured, expected, strict=True))
+
+
+@gpu
+def test_is_chosen_for_fp32():
+    cell, inputs = cell_on_gpu(16, (8, 16, 16))
+    *states, weights = exact_to_fp32(inputs)
+    with use_backend("cuda"):
+        assert explain("cell", plan_cell(cell.float()), states, weights).impl == "ext"
+        with torch.autocast("cuda", torch.bfloat16):
+            decision = explain("cell", plan_cell(cell.float()), states, weights)
+    assert decision.impl == "torch"
+    assert "autocast" in decision.reason
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_keeps_everything_in_registers(tmp_path, arch):
+    command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
+    command += [SOURCES / "node.cu", "-o", tmp_path / "node.cubin"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    # Spills show there, and so do arrays that a loop left rolled indexes at run time.
+    frames = [int(n) for n in re.findall(r"(\d+) bytes stack frame", report)]
+    assert len(frames) == 16  # all but two for wide and narrow accesses, those of windows also for stride 2
+    assert not any(frames)
