@@ -120,8 +120,7 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
   const int units = (strips + 7) / 8;
   for (int task = threadIdx.x / 32; task < units * (C / 16); task += Block<C, kWeights>::kWarps) {
     const int unit = task % units, m = task / units;
-    // Lane q will hold the sums of columns 2q and 2q + 1: strips q and q + 4, which spreads them over the banks.
-    const int3 own = place(unit * 8 + g / 2 + g % 2 * 4);
+    const int3 own = place(unit * 8 + g);
     const int y = own.x, x = own.y;
     const bool inside = own.z;
     float sums[4][4] = {};
@@ -168,7 +167,7 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int3 strip = place(unit * 8 + q + 4 * i);  // of the sums' column 2q + i
+      const int3 strip = place(unit * 8 + 2 * q + i);  // of the sums' column 2q + i
       if (!strip.z) continue;
       float* target =
           memory.e + (strip.x - at.first) * Memory<C, kWeights>::kPitch + kHalo + strip.y - at.x0;
@@ -299,7 +298,8 @@ __device__ void differentiate(float (&dx)[Block<C, kWeights>::kPasses][8], const
         own[t] = v.x, own[t + 1] = v.y, own[t + 2] = v.z, own[t + 3] = v.w;
       }
     }
-#pragma unroll
+    // Unrolled only where it must be, for the weight gradients: the instruction cache is small.
+#pragma unroll (kWeights ? K : 1)
     for (int ky = 0; ky < K; ++ky) {
       float w[K], window[16];
       load_tap_row<K>(w, taps, ky);

@@ -97,24 +97,24 @@ __device__ void convolve(Sums<C, N>& sums, const float* tile, const float* taps,
       }
     }
     float depthwise[2][N][kStrip] = {};
+    const int slot = step / 2 * 16 + step % 2 * 8 + q;
+    // Not unrolled: the instruction cache would not hold the loop.
+#pragma unroll 1
+    for (int ky = 0; ky < K; ++ky) {
+      const float* row = column + slot * geometry.plane + at.stored(y + ky * D - kPad) * Geometry<C>::kPitch;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int slot = step / 2 * 16 + step % 2 * 8 + half * 4 + q;
-#pragma unroll
-      for (int ky = 0; ky < K; ++ky) {
+      for (int half = 0; half < 2; ++half) {
         float window[kStrip + 2 * kHalo];
-        load_window<kPad, kStrip>(
-            window, column + slot * geometry.plane + at.stored(y + ky * D - kPad) * Geometry<C>::kPitch);
+        load_window<kPad, kStrip>(window, row + half * 4 * geometry.plane);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
           float w[K];
-          load_tap_row<K>(w, taps + (n * C + slot) * kTapsPitch, ky);
+          load_tap_row<K>(w, taps + (n * C + slot + half * 4) * kTapsPitch, ky);
 #pragma unroll
           for (int kx = 0; kx < K; ++kx) {
 #pragma unroll
             for (int t = 0; t < kStrip; ++t) {
-              depthwise[half][n][t] =
-                  fmaf(w[kx], window[kHalo + t + kx * D - kPad], depthwise[half][n][t]);
+              depthwise[half][n][t] = fmaf(w[kx], window[kHalo + t + kx * D - kPad], depthwise[half][n][t]);
             }
           }
         }
