@@ -24,7 +24,9 @@ from neuroexapt.engine.run import RunFolder
 from neuroexapt.errors import UserError
 
 LOOK_STEPS, LOOK_SECONDS = 10, 0.5
-"""The losses are looked at after so many steps or so long, since each look waits for the device."""
+"""The losses are looked at after so many steps or so long."""
+GPU_LAG = 10
+"""On a GPU the newest steps are left out of the look, so that the device has work meanwhile."""
 
 
 class Phase(ABC):
@@ -98,7 +100,8 @@ class PhaseRunner:
         self.checkpoint = session.run.checkpoint(phase.name)
         self.position = Position()
         self.events = Events(session.run.tensorboard / phase.name)
-        self._pending: list[Tensor] = []
+        self._pending: list[_OnTheWay] = []
+        self._lag = GPU_LAG if phase.device.type == "cuda" else 0
         self._clock = self._saved_at = self._looked_at = time.monotonic()
 
     def run(self) -> float:
@@ -133,7 +136,7 @@ class PhaseRunner:
         names = self.phase.metric_names(epoch)
         self.position.sums = self.position.sums or [0.0] * len(names)
         for metrics in self.phase.steps(epoch, first_step):
-            self._pending.append(metrics)
+            self._pending.append(_OnTheWay(metrics))
             self.position.step += 1
             self._after_step(names)
         self._look_at_metrics(names)
@@ -157,10 +160,11 @@ class PhaseRunner:
         now = time.monotonic()
         stopping = self.session.stop.signal_number is not None
         due = now - self._saved_at > self.session.checkpoint_seconds
-        if stopping or due or len(self._pending) >= LOOK_STEPS or now - self._looked_at > LOOK_SECONDS:
-            self._look_at_metrics(names)
         if stopping or due:
+            self._look_at_metrics(names)
             self._save()
+        elif len(self._pending) >= LOOK_STEPS + self._lag or now - self._looked_at > LOOK_SECONDS:
+            self._look_at_metrics(names, leave=self._lag)
         if stopping:
             self._stop()
 
@@ -172,20 +176,21 @@ class PhaseRunner:
         self._check_finite({k: v for k, v in record.items() if isinstance(v, float)}, steps - 1)
         return record
 
-    def _look_at_metrics(self, names: Sequence[str]) -> None:
-        """Fetch the metrics of the last steps, refuse non-finite ones, add the rest up in step order."""
-        if not self._pending:
+    def _look_at_metrics(self, names: Sequence[str], *, leave: int = 0) -> None:
+        """Read the metrics of all steps but the newest, refuse non-finite ones, add the rest up in order."""
+        self._looked_at = time.monotonic()
+        count = len(self._pending) - leave
+        if count <= 0:
             return
-        rows = torch.stack(self._pending).tolist()
-        for i, row in enumerate(rows):
-            step = self.position.step - len(rows) + i
+        first = self.position.step - len(self._pending)
+        looked, self._pending = self._pending[:count], self._pending[count:]
+        for step, metrics in enumerate(looked, first):
+            row = metrics.read()
             values = dict(zip(names, row, strict=True))
             self._check_finite(values, step)
             self.position.sums = [total + value for total, value in zip(self.position.sums, row, strict=True)]
             self.events.step(values, self.position.epoch * self.phase.steps_per_epoch + step)
-        self._pending.clear()
-        self._looked_at = time.monotonic()
-        self.session.progress.step(self.position.epoch, self.position.step, values)
+        self.session.progress.step(self.position.epoch, first + count, values)
 
     def _check_finite(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -220,6 +225,19 @@ class PhaseRunner:
             f"everything is saved. Continue with: {self.session.how_to_resume}",
             number,
         )
+
+
+class _OnTheWay:
+    """Metrics of a step, [M], on their way to the host: reading them waits for no later step."""
+
+    def __init__(self, metrics: Tensor) -> None:
+        self._values = metrics.to("cpu", non_blocking=metrics.is_cuda)
+        self._arrived = torch.cuda.current_stream().record_event() if metrics.is_cuda else None
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Any) -> None:

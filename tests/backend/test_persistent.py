@@ -73,7 +73,7 @@ def test_in_training_forward_and_backward_are_replayed(on_gpu: tuple) -> None:
     module, inputs = on_gpu
     twin = copy.deepcopy(module)
     sample = [x.detach().clone() for x in inputs]
-    persistent = PersistentKernel(module, inputs, backend="cuda")
+    persistent = PersistentKernel(module, inputs, backend="cuda:torch")
     assert persistent.captured, persistent.reason
     assert persistent.num_launches == 1
     expected = results(twin, inputs, list(twin.parameters()))
@@ -87,7 +87,7 @@ def test_in_training_forward_and_backward_are_replayed(on_gpu: tuple) -> None:
 @pytest.mark.gpu
 def test_in_evaluation_outputs_outlive_the_next_call(on_gpu: tuple) -> None:
     module, inputs = on_gpu
-    persistent = PersistentKernel(module.eval(), inputs)
+    persistent = PersistentKernel(module.eval(), inputs, backend="cuda:torch")
     assert persistent.captured, persistent.reason
     with torch.no_grad():
         first, second = persistent(*inputs), persistent(-inputs[0], inputs[1])
@@ -98,7 +98,7 @@ def test_in_evaluation_outputs_outlive_the_next_call(on_gpu: tuple) -> None:
 @pytest.mark.gpu
 def test_calls_unlike_the_sample_run_the_module_as_it_is(on_gpu: tuple) -> None:
     module, (x, weights) = on_gpu
-    persistent = PersistentKernel(module, (x, weights))
+    persistent = PersistentKernel(module, (x, weights), backend="cuda:torch")
     half = x.detach()[:1]
     assert persistent(half, weights).shape == half.shape
     persistent.eval()

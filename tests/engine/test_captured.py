@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from neuroexapt.backend import use_backend
 from neuroexapt.core.derived import DerivedNetwork
 from neuroexapt.core.genotypes import DARTS_V2
 from neuroexapt.data import make_loader
@@ -23,6 +24,13 @@ def test_on_the_cpu_a_step_stays_what_it_is() -> None:
 
 gpu = pytest.mark.gpu
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_pytorch() -> Iterator[None]:
+    """What is captured makes no difference here, and these need not be compiled."""
+    with use_backend("cuda:torch" if torch.cuda.is_available() else "cpu"):
+        yield
 
 
 class Counter:
