@@ -39,7 +39,7 @@ def extension() -> ModuleType:
     with FileLock(library.with_suffix(".lock")):
         if library.exists():
             return _load(library)
-        logger.warning("building the CUDA kernels; this takes some ten seconds, once per machine")
+        logger.warning("building the CUDA kernels; this takes a minute or so, once per machine")
         return _build(library)
 
 
@@ -69,18 +69,16 @@ def _architecture() -> str:
 
 def _build(library: Path) -> ModuleType:
     """Compile in a scratch folder and move the result into place, so no half-built library is loaded."""
-    from torch.utils.cpp_extension import load_inline
+    from torch.utils.cpp_extension import load
 
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch, _ninja_on_path():
         try:
-            module = load_inline(
+            module = load(
                 _NAME,
-                cpp_sources=[(SOURCES / "bindings.cpp").read_text()],
-                cuda_sources=[path.read_text() for path in sorted(SOURCES.glob("*.cu"))],
+                # Side by side. None includes PyTorch's headers, which would take longer than all the rest.
+                sources=[str(path) for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".cu")],
                 extra_cuda_cflags=[f"-arch={_architecture()}"],
-                extra_include_paths=[str(SOURCES)],
                 build_directory=scratch,
-                no_implicit_headers=True,  # PyTorch's headers would take longer than everything else
             )
         except Exception as error:  # a missing compiler and a failing one raise different types
             raise RuntimeError(_keep_log(library.with_suffix(".log"), str(error))) from error

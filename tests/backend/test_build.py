@@ -32,7 +32,7 @@ def built(monkeypatch) -> list[str]:
         (Path(build_directory) / f"{name}.so").write_text("")
         return ModuleType("built")
 
-    monkeypatch.setattr(torch.utils.cpp_extension, "load_inline", compile_nothing)
+    monkeypatch.setattr(torch.utils.cpp_extension, "load", compile_nothing)
     monkeypatch.setattr(build, "_load", lambda library: ModuleType("loaded"))
     return builds
 
@@ -86,7 +86,7 @@ def test_a_failing_compiler_leaves_its_output_and_no_library(cache, monkeypatch)
     def fail(*_, **__):
         raise RuntimeError("Error building\nFAILED: cuda.o\nnvcc -c cuda.cu\ncuda.cu(7): no such thing\nmore")
 
-    monkeypatch.setattr(torch.utils.cpp_extension, "load_inline", fail)
+    monkeypatch.setattr(torch.utils.cpp_extension, "load", fail)
     with pytest.raises(RuntimeError, match=r"^cuda.cu\(7\): no such thing \(all of it: .*\.log\)"):
         build.extension()
     (log,) = cache.glob("*.log")
@@ -99,7 +99,7 @@ def test_a_missing_compiler_is_named(cache, monkeypatch):
     def fail(*_, **__):
         raise OSError("CUDA_HOME environment variable is not set.")
 
-    monkeypatch.setattr(torch.utils.cpp_extension, "load_inline", fail)
+    monkeypatch.setattr(torch.utils.cpp_extension, "load", fail)
     with pytest.raises(RuntimeError, match="CUDA_HOME environment variable is not set"):
         build.extension()
 
