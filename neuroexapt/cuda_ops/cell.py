@@ -18,12 +18,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from neuroexapt import functional
 from neuroexapt.backend import Support, register_impl
-from neuroexapt.core.operations import SepConvBlock
+from neuroexapt.core.operations import FactorizedReduce, SepConvBlock, shift_by_one
 from neuroexapt.core.plan import (
     CellPlan,
     ConvTerm,
@@ -83,6 +84,11 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield "an edge with two pools of a kind"
     if any(len(state.convs) > cell_kernels.MAX_CONVS for state in plan.states):
         yield "too many convolutions leave one state"
+    if any(
+        len(state.convs) + len(state.modules) + len(state.edges) >= cell_kernels.MAX_ADDENDS
+        for state in plan.states
+    ):
+        yield "too many operations leave one state"
     if any(len(node.terms) + len(node.edges) > cell_kernels.MAX_TERMS for node in plan.nodes):
         yield "too many terms enter one node"
     if len(plan.nodes) > cell_kernels.MAX_EDGES:
@@ -103,8 +109,8 @@ def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any)
     def leave(flow: _Flow, x: Tensor) -> Tensor:
         if not flow.targets:
             return x
-        outside = [_run_outside(member, x, weights) for member in flow.outside]
-        x, *leaving = _LeaveState.apply(pass_, flow, _planes(x), *outside, *flow.weights)
+        x, outside = _run_outside(pass_, flow, _planes(x), weights)
+        x, *leaving = _LeaveState.apply(pass_, flow, x, *outside, *flow.weights)
         for target, handle in zip(flow.targets, leaving, strict=True):
             handles[target].append(handle)
         return x
@@ -155,6 +161,9 @@ class _Flow:
         self.first: tuple[ConvTerm, ...] = () if strided else group.convs
         self.second = tuple(term for term in group.convs if len(term.blocks) == 2)
         self.outside: tuple[Term | WholeEdge, ...] = (*strided, *group.modules, *group.edges)
+        reductions = [member for member in self.outside if _is_reduction(member)]
+        others = [[member] for member in self.outside if not _is_reduction(member)]
+        self.outside_groups = [reductions, *others] if reductions else others  # what runs at a time
         inside: tuple[Term, ...] = (*self.first, *group.pools, *group.identities)
         self.targets = sorted({member.target for member in (*inside, *self.outside)})
 
@@ -189,6 +198,24 @@ class _ShareWeights(torch.autograd.Function):
     def backward(ctx: Any, *_tokens: Tensor) -> tuple[None, None, Tensor | None]:
         grad_weights, ctx.pass_.grad_weights = ctx.pass_.grad_weights, None
         return None, None, grad_weights
+
+
+class _ShareState(torch.autograd.Function):
+    """A state for several uses, whose gradients are added up in one go."""
+
+    @staticmethod
+    def forward(ctx: Any, pass_: _Pass, uses: int, x: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.pass_ = pass_
+        return tuple(x.view_as(x) for _ in range(uses))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: Tensor | None) -> tuple[None, None, Tensor | None]:
+        addends = [_planes(g) for g in gs if g is not None]
+        pass_ = ctx.pass_
+        total = pass_.kernels.state_gradient(addends[0], 1, [], pass_.weights, addends) if addends else None
+        return None, None, total
 
 
 class _LeaveState(torch.autograd.Function):
@@ -354,16 +381,45 @@ class _Concatenate(torch.autograd.Function):
         return None, *g.contiguous().chunk(ctx.nodes, dim=1)
 
 
-def _run_outside(member: Term | WholeEdge, x: Tensor, weights: Tensor) -> Tensor:
+def _run_outside(pass_: _Pass, flow: _Flow, x: Tensor, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """x for further use, and the outputs of what runs outside."""
+    if not flow.outside:
+        return x, []
+    x, *shares = _ShareState.apply(pass_, 1 + len(flow.outside_groups), x)
+    outputs: dict[Term | WholeEdge, Tensor] = {}
+    for members, share in zip(flow.outside_groups, shares, strict=True):
+        outputs.update(zip(members, _run_group(members, share, weights), strict=True))
+    return x, [outputs[member] for member in flow.outside]
+
+
+def _run_group(members: Sequence[Term | WholeEdge], x: Tensor, weights: Tensor) -> Sequence[Tensor]:
+    member = members[0]
     if isinstance(member, WholeEdge):
-        return member.module(x, weights[member.edge])
+        return [member.module(x, weights[member.edge])]
     if isinstance(member, ConvTerm):
         block = member.blocks[0]
-        return functional.sepconv(
-            x, block.depthwise.weight, block.pointwise.weight, stride=block.stride, dilation=block.dilation
-        )
+        depthwise, pointwise = _weights([block])
+        return [functional.sepconv(x, depthwise, pointwise, stride=block.stride, dilation=block.dilation)]
     assert isinstance(member, ModuleTerm)
-    return member.body(x)
+    if _is_reduction(member):
+        return _reduce([term.module for term in members if isinstance(term, ModuleTerm)], x)
+    return [member.body(x)]
+
+
+def _is_reduction(member: Term | WholeEdge) -> bool:
+    return (
+        isinstance(member, ModuleTerm) and member.bn is not None and type(member.module) is FactorizedReduce
+    )
+
+
+def _reduce(ops: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
+    """What several factorized reductions convolve, the halves of all of them in one convolution each."""
+    x = F.relu(x)
+    halves = [
+        F.conv2d(x, torch.cat([op.conv_1.weight for op in ops]), stride=2),
+        F.conv2d(shift_by_one(x), torch.cat([op.conv_2.weight for op in ops]), stride=2),
+    ]
+    return torch.cat([half.unflatten(1, (len(ops), -1)) for half in halves], dim=2).unbind(1)
 
 
 def _is_training(plan: CellPlan) -> bool:

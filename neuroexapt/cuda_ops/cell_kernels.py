@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from neuroexapt.core.plan import EPS, MOMENTUM
 from neuroexapt.cuda_ops.build import extension
 
-MAX_CONVS, MAX_EDGES, MAX_TERMS, MAX_WIDTH = 32, 16, 96, 1024
-"""Of one state, of one state, of one node, of a state's pictures."""
+MAX_CONVS, MAX_EDGES, MAX_ADDENDS, MAX_WIDTH = 32, 16, 64, 1024
+"""Of one state: convolutions and edges that leave it, parts of its gradient, columns of its pictures."""
+MAX_TERMS = 96
+"""Of one node."""
 WINDOW = 3
 """Of the pools."""
 

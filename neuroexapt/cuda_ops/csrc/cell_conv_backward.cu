@@ -98,9 +98,9 @@ template <int C, int Pad, bool kWeights, bool kExact>
 __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job, const Place<C>& at,
                           const Shape& shape) {
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, width = shape.width;
-  const int64_t plane = int64_t(shape.height) * width;
+  const int plane = shape.height * width;
   const float* gradient = reinterpret_cast<const float*>(job.g) + at.picture * job.g_batch_stride;
-  const float* z = reinterpret_cast<const float*>(job.z) + at.picture * C * plane;
+  const float* z = reinterpret_cast<const float*>(job.z) + int64_t(at.picture) * C * plane;
   const float4* coef = reinterpret_cast<const float4*>(job.coef);
   const float* weights = reinterpret_cast<const float*>(job.pointwise);
   const bool aligned = rows_aligned(reinterpret_cast<const void*>(job.g), job.g_batch_stride, width);
@@ -129,9 +129,13 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
     const auto load = [&](int step) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t offset = contracted(step, half) * plane + int64_t(y) * width;
-        next_g[half] = load_row4(gradient + offset, x, width, aligned);
-        next_z[half] = load_row4(z + offset, x, width, aligned);
+        const int offset = contracted(step, half) * plane + y * width;
+        if (aligned) {
+          next_g[half] = load4(gradient + offset + x), next_z[half] = load4(z + offset + x);
+        } else {
+          next_g[half] = load_row4(gradient + offset, x, width, false);
+          next_z[half] = load_row4(z + offset, x, width, false);
+        }
       }
     };
     if (inside) load(0);
@@ -146,9 +150,11 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
         float4 dz = make_float4(0.f, 0.f, 0.f, 0.f);
         if (inside) {
           dz = affine(__ldg(coef + channel), g_now[half], z_now[half]);
-          if (x + 1 >= width) dz.y = 0.f;
-          if (x + 2 >= width) dz.z = 0.f;
-          if (x + 3 >= width) dz.w = 0.f;
+          if (!aligned) {
+            if (x + 1 >= width) dz.y = 0.f;
+            if (x + 2 >= width) dz.z = 0.f;
+            if (x + 3 >= width) dz.w = 0.f;
+          }
           const int row = y - at.y0, column = x - at.x0;
           if (kWeights && m == 0 && 0 <= row && row < Tile<C>::kRows && 0 <= column && column < Tile<C>::kWidth) {
             *reinterpret_cast<float4*>(memory.dz + gradient_slot(channel) * Memory<C, kWeights>::kGradientPlane +
@@ -377,7 +383,7 @@ template <int C, bool kWeights>
 __device__ float2 store_dx(float* target, const float (&dx)[Block<C, kWeights>::kPasses][8],
                            const Source& source, const Place<C>& at, const Shape& shape) {
   const int channel = slot_channel<C>(lane_slot<C, kWeights>()), width = shape.width;
-  const float mean = source.moments(channel).x;
+  const float mean = source.mean(channel);
   float2 sums = make_float2(0.f, 0.f);
 #pragma unroll
   for (int pass = 0; pass < Block<C, kWeights>::kPasses; ++pass) {

@@ -67,7 +67,11 @@ __host__ __device__ constexpr int pad_to_bank(int floats, int remainder) {
 __device__ inline float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
 
 // As in PyTorch, NaN passes.
-__device__ inline float relu(float x) { return x < 0.f ? 0.f : x; }
+__device__ inline float relu(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Four neighbours of a row from column x on; zeros past its end.
 __device__ inline float4 load_row4(const float* row, int x, int width, bool aligned) {
@@ -80,14 +84,14 @@ __device__ inline float4 load_row4(const float* row, int x, int width, bool alig
   return v;
 }
 
+// Written out: the compiler splits a float4 that it gathers from scattered registers.
+__device__ inline void store4(float* target, float4 v) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
 __device__ inline void store_row4(float* row, int x, int width, bool aligned, float4 v) {
-  if (aligned && x + 4 <= width) {
-    // Written out: the compiler splits a float4 that it gathers from scattered registers.
-    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(row + x), "f"(v.x), "f"(v.y), "f"(v.z),
-                 "f"(v.w)
-                 : "memory");
-    return;
-  }
+  if (aligned && x + 4 <= width) return store4(row + x, v);
   if (x < width) row[x] = v.x;
   if (x + 1 < width) row[x + 1] = v.y;
   if (x + 2 < width) row[x + 2] = v.z;
@@ -110,12 +114,16 @@ struct Source {
         stats(reinterpret_cast<const float2*>(stats_)),
         aligned(rows_aligned(reinterpret_cast<const void*>(x_), batch_stride, shape.width)) {}
 
-  __device__ float2 moments(int channel) const {
-    return stats == nullptr ? make_float2(0.f, 1.f) : __ldg(stats + channel);
+  __device__ float mean(int channel) const { return stats == nullptr ? 0.f : __ldg(stats + channel).x; }
+
+  __device__ float4 activate(float4 v, int channel) const {
+    if (stats != nullptr) {
+      const float2 m = __ldg(stats + channel);
+      v.x = (v.x - m.x) * m.y, v.y = (v.y - m.x) * m.y, v.z = (v.z - m.x) * m.y, v.w = (v.w - m.x) * m.y;
+    }
+    return make_float4(relu(v.x), relu(v.y), relu(v.z), relu(v.w));
   }
 };
-
-__device__ inline float activate(float x, float2 moments) { return relu((x - moments.x) * moments.y); }
 
 // Walks through the rows of all channels with `step` threads a row side by side, without division.
 struct RowWalk {
@@ -138,13 +146,12 @@ __device__ float4 load_activated(const Source& source, const Place<C>& at, const
                                  int row, int x) {
   const int width = shape.width;
   if (row >= at.rows || x < 0 || x >= width) return make_float4(0.f, 0.f, 0.f, 0.f);
-  const float2 m = source.moments(channel);
-  const float* start = source.x + (int64_t(channel) * shape.height + at.first + row) * width;
-  float4 v = load_row4(start, x, width, source.aligned);
-  v.x = activate(v.x, m);
-  v.y = x + 1 < width ? activate(v.y, m) : 0.f;
-  v.z = x + 2 < width ? activate(v.z, m) : 0.f;
-  v.w = x + 3 < width ? activate(v.w, m) : 0.f;
+  const float* start = source.x + (channel * shape.height + at.first + row) * width;
+  if (source.aligned) return source.activate(load4(start + x), channel);
+  float4 v = source.activate(load_row4(start, x, width, false), channel);
+  if (x + 1 >= width) v.y = 0.f;
+  if (x + 2 >= width) v.z = 0.f;
+  if (x + 3 >= width) v.w = 0.f;
   return v;
 }
 

@@ -12,8 +12,7 @@ namespace cell_conv {
 namespace {
 
 constexpr int kForwardThreads = 128;
-constexpr int kGroup = 2;        // convolutions that share a tile
-constexpr int kMaxGroups = 32;   // of a launch
+constexpr int kMaxGroups = 20;  // of a launch
 
 struct Conv {
   const float *depthwise, *pointwise;
@@ -25,7 +24,7 @@ struct Group {
   int64_t x_batch_stride;
   Address stats;
   int kernel_size, dilation, count;
-  Conv convs[kGroup];
+  Conv convs[4];
 };
 
 struct ForwardLaunch {
@@ -45,6 +44,8 @@ struct Unit {  // what a warp computes at a time: eight strips of kStrip pixels,
   static constexpr int kRuns = kStrip;  // runs of eight pixels
   static constexpr int kCount = Tile<C>::kRuns / kRuns;
   static constexpr int kStripsPerRow = Tile<C>::kWidth / kStrip;
+  // Convolutions that share a tile: more would spare loads, but their weights take room from other blocks.
+  static constexpr int kGroupSize = C == 16 ? 4 : 2;
 
   // The strip whose sums lane q of four holds at index i. Neighbouring lanes own neighbouring runs.
   static __device__ int strip(int q, int i) {
@@ -155,67 +156,65 @@ struct Run {
 
 // Stores this lane's run, and that of the neighbouring lane q ^ 1. The two swap halves first: so that each
 // store instruction covers whole 32-byte sectors.
-template <int C>
+template <int C, bool kFull>
 __device__ void store_run(float* plane, const float (&v)[8], int run, const Place<C>& at, const Shape& shape,
                           bool aligned) {
   const bool odd = threadIdx.x & 1;
   float received[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) received[t] = __shfl_xor_sync(~0u, odd ? v[t] : v[4 + t], 1);
-  const Run even_run = Run::of(run & ~1, at), odd_run = Run::of(run | 1, at);
-  const int half = odd ? 4 : 0;
+  const int half = odd ? 4 : 0, width = shape.width;
   const float4 first = odd ? make_float4(received[0], received[1], received[2], received[3])
                            : make_float4(v[0], v[1], v[2], v[3]);
   const float4 second = odd ? make_float4(v[4], v[5], v[6], v[7])
                             : make_float4(received[0], received[1], received[2], received[3]);
-  const int width = shape.width;
-  if (even_run.y < shape.height) {
-    store_row4(plane + int64_t(even_run.y) * width, even_run.x + half, width, aligned, first);
-  }
-  if (odd_run.y < shape.height) {
-    store_row4(plane + int64_t(odd_run.y) * width, odd_run.x + half, width, aligned, second);
-  }
+  const auto store = [&](const Run& to, float4 values) {
+    float* row = plane + to.y * width;
+    if constexpr (kFull) store4(row + to.x + half, values);
+    else if (to.y < shape.height) store_row4(row, to.x + half, width, aligned, values);
+  };
+  store(Run::of(run & ~1, at), first);
+  store(Run::of(run | 1, at), second);
 }
 
-// Stores a unit's sums of one convolution, and their moments a channel into shared memory [unit][C].
-template <int C>
+// Stores a unit's sums of one convolution, and their moments a channel into shared memory [unit][C]. kFull:
+// all pixels of the unit lie inside the picture, and its rows are aligned.
+template <int C, bool kFull>
 __device__ void store_unit(const float (&sums)[C / 16][Unit<C>::kStrip][4], float* z, float2* moments,
                            float* count, int unit, const Place<C>& at, const Shape& shape) {
   constexpr int kStrip = Unit<C>::kStrip, kLaneRuns = kStrip / 4;
-  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, plane = shape.height * shape.width;
   const bool aligned = shape.width % 4 == 0;
   int runs[kLaneRuns], pixels[kLaneRuns], total = 0;
 #pragma unroll
   for (int i = 0; i < kLaneRuns; ++i) {
     runs[i] = unit * Unit<C>::kRuns + (kStrip == 8 ? Unit<C>::strip(q, i) : q);
-    pixels[i] = Run::of(runs[i], at).pixels(shape);
+    pixels[i] = kFull ? 8 : Run::of(runs[i], at).pixels(shape);
     total += pixels[i];
   }
   const float unit_count = sum_over_quad(float(total)), scale = 1.f / fmaxf(unit_count, 1.f);
   if (lane == 0) count[unit] = unit_count;
-  const int64_t plane = int64_t(shape.height) * shape.width;
 #pragma unroll
   for (int m = 0; m < C / 16; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int channel = m * 16 + h * 8 + g;
-      float v[kLaneRuns][8], sum = 0.f;
+      float v[kLaneRuns][8], sum = 0.f, squares = 0.f;
 #pragma unroll
       for (int i = 0; i < kLaneRuns; ++i) {
 #pragma unroll
         for (int t = 0; t < 8; ++t) {
           v[i][t] = kStrip == 8 ? sums[m][t][2 * h + i] : sums[m][t % 4][2 * h + t / 4];
-          if (t < pixels[i]) sum += v[i][t];
+          if (kFull || t < pixels[i]) sum += v[i][t];
         }
-        store_run(z + channel * plane, v[i], runs[i], at, shape, aligned);
+        store_run<C, kFull>(z + channel * plane, v[i], runs[i], at, shape, aligned);
       }
       const float mean = sum_over_quad(sum) * scale;
-      float squares = 0.f;
 #pragma unroll
       for (int i = 0; i < kLaneRuns; ++i) {
 #pragma unroll
         for (int t = 0; t < 8; ++t) {
-          if (t < pixels[i]) squares = fmaf(v[i][t] - mean, v[i][t] - mean, squares);
+          if (kFull || t < pixels[i]) squares = fmaf(v[i][t] - mean, v[i][t] - mean, squares);
         }
       }
       squares = sum_over_quad(squares);
@@ -246,7 +245,8 @@ __device__ void store_moments(float* target, const float2* moments, const float*
 
 template <int C>
 int forward_shared_floats(const Shape& shape) {
-  return C * Geometry<C>(shape).plane + kGroup * C * kTapsPitch + kGroup * Unit<C>::kCount * (2 * C + 1);
+  return C * Geometry<C>(shape).plane +
+         Unit<C>::kGroupSize * (C * kTapsPitch + Unit<C>::kCount * (2 * C + 1));
 }
 
 template <int C, int K, int D, bool kExact>
@@ -256,8 +256,8 @@ __device__ void forward_group(const Shape& shape, const Group& group) {
   const Geometry<C> geometry(shape);
   float* tile = shared;
   float* taps = tile + C * geometry.plane;
-  float2* moments = reinterpret_cast<float2*>(taps + kGroup * C * kTapsPitch);
-  float* count = reinterpret_cast<float*>(moments + kGroup * Unit<C>::kCount * C);
+  float2* moments = reinterpret_cast<float2*>(taps + Unit<C>::kGroupSize * C * kTapsPitch);
+  float* count = reinterpret_cast<float*>(moments + Unit<C>::kGroupSize * Unit<C>::kCount * C);
 
   const Source source(group.x, group.x_batch_stride, group.stats, shape, at.picture);
   load_tile<C, kForwardThreads>(tile, source, at, shape, Geometry<C>::kPitch, geometry.plane,
@@ -269,27 +269,30 @@ __device__ void forward_group(const Shape& shape, const Group& group) {
 
   const int warp = threadIdx.x / 32;
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
+  const bool full = at.y0 + Tile<C>::kRows <= shape.height && at.x0 + Tile<C>::kWidth <= shape.width &&
+                    shape.width % 4 == 0;
   const auto finish = [&](const auto& sums, int n, int unit) {
-    store_unit<C>(sums, group.convs[n].z + picture, moments + n * Unit<C>::kCount * C,
-                  count + n * Unit<C>::kCount, unit, at, shape);
+    float* z = group.convs[n].z + picture;
+    float2* unit_moments = moments + n * Unit<C>::kCount * C;
+    float* unit_count = count + n * Unit<C>::kCount;
+    if (full) store_unit<C, true>(sums, z, unit_moments, unit_count, unit, at, shape);
+    else store_unit<C, false>(sums, z, unit_moments, unit_count, unit, at, shape);
   };
-  const int tasks = group.count * Unit<C>::kCount;
-  if (C == 16 && group.count == 2) {
-    if constexpr (C == 16) {
-      for (int unit = warp; unit < Unit<C>::kCount; unit += kForwardThreads / 32) {
-        Sums<C, 2> sums;
-        convolve<C, K, D, 2, kExact>(sums, tile, taps, group.convs, unit, at, geometry);
-        finish(sums[0], 0, unit);
-        finish(sums[1], 1, unit);
-      }
-    }
-  } else {
-    for (int task = warp; task < tasks; task += kForwardThreads / 32) {
-      const int n = task / Unit<C>::kCount, unit = task % Unit<C>::kCount;
+  constexpr int kAtOnce = C == 16 ? 2 : 1;  // as many as the registers hold the sums of
+  const int paired = group.count / kAtOnce, tasks = paired + group.count % kAtOnce;
+  for (int task = warp; task < tasks * Unit<C>::kCount; task += kForwardThreads / 32) {
+    const int nth = task / Unit<C>::kCount, unit = task % Unit<C>::kCount, n = nth * kAtOnce;
+    const float* own_taps = taps + n * C * kTapsPitch;
+    const Conv* convs = group.convs + n;
+    if (kAtOnce == 1 || nth == paired) {
       Sums<C, 1> sums;
-      convolve<C, K, D, 1, kExact>(sums, tile, taps + n * C * kTapsPitch, group.convs + n, unit, at,
-                                   geometry);
+      convolve<C, K, D, 1, kExact>(sums, tile, own_taps, convs, unit, at, geometry);
       finish(sums[0], n, unit);
+    } else if constexpr (kAtOnce == 2) {
+      Sums<C, 2> sums;
+      convolve<C, K, D, 2, kExact>(sums, tile, own_taps, convs, unit, at, geometry);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) finish(sums[i], n + i, unit);
     }
   }
   __syncthreads();
@@ -312,12 +315,12 @@ __global__ void __launch_bounds__(kForwardThreads, 3)
   }
 }
 
-bool share_tile(const Group& group, const Job& job) {
-  return group.count < kGroup && group.x == job.x && group.stats == job.stats &&
+bool share_tile(const Group& group, const Job& job, int size) {
+  return group.count < size && group.x == job.x && group.stats == job.stats &&
          group.kernel_size == job.kernel_size && group.dilation == job.dilation;
 }
 
-std::vector<Group> group_jobs(std::vector<Job> jobs) {
+std::vector<Group> group_jobs(std::vector<Job> jobs, int size) {
   // The long ones first, so that none is left for the end; stable, so that launches are reproducible.
   std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) {
     return a.kernel_size * 4 + a.dilation > b.kernel_size * 4 + b.dilation;
@@ -325,7 +328,7 @@ std::vector<Group> group_jobs(std::vector<Job> jobs) {
   std::vector<Group> groups;
   for (const Job& job : jobs) {
     auto group = std::find_if(groups.begin(), groups.end(),
-                              [&](const Group& candidate) { return share_tile(candidate, job); });
+                              [&](const Group& candidate) { return share_tile(candidate, job, size); });
     if (group == groups.end()) {
       groups.push_back({job.x, job.x_batch_stride, job.stats, job.kernel_size, job.dilation, 0, {}});
       group = groups.end() - 1;
@@ -344,7 +347,8 @@ int forward_parts(const Shape& shape) {
 }
 
 void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
-  const std::vector<Group> groups = group_jobs(jobs);
+  const int size = with_channels(shape, [](auto channels) { return Unit<channels()>::kGroupSize; });
+  const std::vector<Group> groups = group_jobs(jobs, size);
   for (size_t first = 0; first < groups.size(); first += kMaxGroups) {
     const size_t count = std::min(groups.size() - first, size_t(kMaxGroups));
     ForwardLaunch parameters{shape, {}};
