@@ -7,6 +7,10 @@ import itertools
 
 import torch
 
+from neuroexapt.core.cells import CellTopology, SearchCell
+from neuroexapt.core.operations import PRIMITIVES
+from neuroexapt.core.plan import plan_cell
+from neuroexapt.cuda_ops import cell as cell_ext
 from neuroexapt.cuda_ops import sepconv as sepconv_ext
 from neuroexapt.cuda_ops import softmax_sum as softmax_sum_ext
 from neuroexapt.kernels import pool_triton, sepconv_triton, softmax_sum_triton
@@ -44,7 +48,17 @@ def call_sums() -> None:
             backward(op([tensor(1001) for _ in range(operands)], tensor(operands)))
 
 
+def call_cells() -> None:
+    """Whole fused cells, whose kernels take wide and narrow rows, one plane a block and several."""
+    sizes = ((16, 7, 9), (32, 36, 40), (64, 5, 4))
+    for (channels, height, width), reduction in itertools.product(sizes, (False, True)):
+        cell = SearchCell(CellTopology(2), PRIMITIVES, channels, channels, channels, reduction, False).cuda()
+        states = [tensor(3, channels, height, width) for _ in range(2)]
+        backward(cell_ext.cell(plan_cell(cell), states, tensor(5, len(PRIMITIVES))))
+
+
 if __name__ == "__main__":
+    call_cells()
     call_separable_convolutions()
     call_pools()
     call_sums()
