@@ -146,11 +146,20 @@ def _apply(
     clip: float | None = None,
 ) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+        parameter.grad = _laid_out_like(parameter, gradient)
     if clip is not None:
         nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def _laid_out_like(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+    """Fused optimizers want one layout, down to the strides of dimensions of size 1."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    if gradient.is_contiguous() and parameter.is_contiguous():
+        return gradient.flatten().view_as(parameter)
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 import copy
 import itertools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuroexapt.engine.bilevel import Batch, BilevelStep, Strategy
+from neuroexapt.engine.bilevel import Batch, BilevelStep, Strategy, _laid_out_like
 from neuroexapt.spaces import CellSpace
 from neuroexapt.strategies import Darts, SecondOrderDarts, darts
 
@@ -180,3 +180,14 @@ def test_a_step_that_fails_leaves_every_parameter_trainable() -> None:
     with pytest.raises(ZeroDivisionError):
         step(train, valid)
     assert all(p.requires_grad for p in step.supernet.parameters())
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 1, 1), (4, 1, 3, 3), (2, 3, 3, 3)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_take_the_layout_of_their_parameter(shape: tuple[int, ...], layout: Any) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(shape).to(memory_format=layout))
+    values = torch.randn(shape)
+    for gradient in (values, values.to(memory_format=torch.channels_last), values.mT.contiguous().mT):
+        laid_out = _laid_out_like(parameter, gradient)
+        assert laid_out.stride() == parameter.stride()
+        assert torch.equal(laid_out, values)
