@@ -158,7 +158,7 @@ def _laid_out_like(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
     if gradient.stride() == parameter.stride():
         return gradient
     if gradient.is_contiguous() and parameter.is_contiguous():
-        return gradient.flatten().view_as(parameter)
+        return gradient.as_strided(parameter.shape, parameter.stride())
     return torch.empty_like(parameter).copy_(gradient)
 
 
