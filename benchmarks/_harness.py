@@ -2,10 +2,12 @@
 
 ``device_ms`` replays a CUDA graph of calls on rotating inputs that together exceed the L2 cache, so it
 holds no launch overhead and no cache luck; ``step_ms`` is the wall time of eager calls, launches and all.
+``paced_ms`` and ``device_work`` are for whole steps of training.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import statistics
@@ -15,15 +17,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from neuroexapt.engine.device import get_device_name
 
 RESULTS = Path(__file__).parent / "results"
 _REPLAYS = 30
 _WALL_CALLS = 50
 _WARM_UP_CALLS = 3
 _COPY_BYTES = 2**30
+_PACED_CALLS = 5
+_FEWEST_PACED_CALLS = 10
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,56 @@ def wall_ms(call: Callable[[], Any]) -> Spread:
     return Spread.of(times)
 
 
+def paced_ms(call: Callable[[], Any], seconds: float, device: torch.device) -> Spread:
+    """Milliseconds from the end of one call to the end of the next for about ``seconds``.
+
+    Calls are launched without waiting for the one before, as the steps of a training are.
+    """
+    for _ in range(_WARM_UP_CALLS):
+        call()
+    times: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while len(times) < _FEWEST_PACED_CALLS or time.perf_counter() < deadline:
+        times += _paced_on_gpu(call) if device.type == "cuda" else _paced_on_cpu(call)
+    return Spread.of(times)
+
+
+def _paced_on_gpu(call: Callable[[], Any]) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(1 + _PACED_CALLS)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    events[-1].synchronize()
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+
+def _paced_on_cpu(call: Callable[[], Any]) -> list[float]:
+    start = time.perf_counter()
+    call()
+    return [1000 * (time.perf_counter() - start)]
+
+
+class Work(NamedTuple):
+    """A kernel, copy or fill that the GPU ran."""
+
+    name: str
+    ms: float
+
+
+def device_work(call: Callable[[], Any]) -> list[Work]:
+    """Everything that the GPU runs for one call, one by one even where a CUDA graph launches it."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    # Not profiler.events(), which takes minutes to make a tree of what is a list.
+    return [
+        Work(event.name(), event.duration_ns() / 1e6)
+        for event in profiler.profiler.kineto_results.events()
+        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()
+    ]
+
+
 def peak_bytes(call: Callable[[], Any]) -> int:
     """The most memory that one call takes beyond what was allocated before it."""
     torch.cuda.synchronize()
@@ -119,11 +177,11 @@ def _elapsed_ms(run: Callable[[], Any]) -> float:
 class Results:
     """Appends one JSON object a line to a benchmark's file and prints it in short."""
 
-    def __init__(self, benchmark: str, path: Path, commit: str) -> None:
+    def __init__(self, benchmark: str, path: Path, commit: str, device: str = "cuda") -> None:
         self.path = path
         self.provenance = {
             "benchmark": benchmark,
-            "device": torch.cuda.get_device_name(),
+            "device": get_device_name(torch.device(device)),
             "torch": torch.__version__,
             "triton": metadata.version("triton"),
             "cuda": torch.version.cuda,
@@ -143,27 +201,38 @@ class Results:
         max_error: float | None = None,
     ) -> None:
         """Record one figure; ``max_error`` is that of the correctness check it was gated on."""
-        figure = {
-            "case": case,
-            "implementation": implementation,
-            "dtype": dtype,
-            "metric": metric,
-            "unit": unit,
-            **asdict(spread),
-            "max_error": max_error,
-        }
+        self._append(case, implementation, dtype, metric, unit=unit, **asdict(spread), max_error=max_error)
+        print(f"{case:28} {dtype:9} {implementation:13} {metric:13} {spread.median:10.4g} {unit}", flush=True)
+
+    def add_status(self, case: str, implementation: str, dtype: str, status: str) -> None:
+        """Record why there are no figures."""
+        self._append(case, implementation, dtype, "status", status=status)
+        print(f"{case:28} {dtype:9} {implementation:13} {status}", flush=True)
+
+    def _append(self, case: str, implementation: str, dtype: str, metric: str, **values: Any) -> None:
+        name = {"case": case, "implementation": implementation, "dtype": dtype, "metric": metric}
         with open(self.path, "a") as file:
-            file.write(json.dumps(self.provenance | figure) + "\n")
-        print(f"{case:28} {dtype:9} {implementation:12} {metric:10} {spread.median:10.4f} {unit}", flush=True)
+            file.write(json.dumps(self.provenance | name | values) + "\n")
 
 
 def results_from_arguments(benchmark: str, description: str) -> Results:
     """The results file that the command line names, by default the one kept in the repository."""
-    parser = argparse.ArgumentParser(description=description)
+    return open_results(benchmark, results_parser(benchmark, description).parse_args())
+
+
+def results_parser(benchmark: str, description: str) -> argparse.ArgumentParser:
+    """Options of every benchmark."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / f"{benchmark}.jsonl", help="file to append to")
     parser.add_argument("--commit", help="commit to record (default: ask git)")
-    arguments = parser.parse_args()
-    return Results(benchmark, arguments.out, arguments.commit or _git_commit())
+    return parser
+
+
+def open_results(benchmark: str, arguments: argparse.Namespace, device: str = "cuda") -> Results:
+    """The results file that the arguments of ``results_parser`` name."""
+    return Results(benchmark, arguments.out, arguments.commit or _git_commit(), device)
 
 
 def _git_commit() -> str:

@@ -1,0 +1,126 @@
+"""The search's networks, the ways to run them and their step: what the benchmarks of the search share."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuroexapt.backend import use_backend
+from neuroexapt.core.supernet import Supernet
+from neuroexapt.engine.bilevel import Batch, BilevelStep
+from neuroexapt.engine.config import SearchConfig
+from neuroexapt.engine.device import place
+from neuroexapt.engine.execution import set_execution
+from neuroexapt.engine.search_phase import ARCH_BETAS
+from neuroexapt.engine.training import make_sgd
+from neuroexapt.spaces import get_space
+from neuroexapt.strategies import get_strategy
+
+STRATEGIES = {1: "darts", 2: "darts-2nd"}
+PRECISIONS = ("float32", "tf32", "bfloat16")
+"""``float32``: exact products. ``tf32``: convolutions may round to TF32, as PyTorch ships it; the
+classifier's matrix product may not. ``bfloat16``: the network under autocast, the rest as ``float32``.
+"""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The search network for one kind of pictures."""
+
+    layers: int
+    channels: int
+    in_channels: int
+    side: int
+
+    def supernet(self, device: torch.device) -> Supernet:
+        """The same for every seed of PyTorch's, whatever the device."""
+        supernet = get_space("darts").supernet(
+            in_channels=self.in_channels, num_classes=10, channels=self.channels, layers=self.layers
+        )
+        return place(supernet, device)
+
+    def batch(self, size: int, device: torch.device) -> Batch:
+        """Noise, the same for every seed of PyTorch's, whatever the device."""
+        images = torch.randn(size, self.in_channels, self.side, self.side)
+        return Batch(images.to(device), torch.randint(10, (size,)).to(device))
+
+
+NETWORKS = {
+    "cifar10": Network(layers=8, channels=16, in_channels=3, side=32),
+    "digits": Network(layers=4, channels=8, in_channels=1, side=8),
+}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How the network is executed, by whose kernels, and whether a step is one CUDA graph."""
+
+    execution: str
+    tier: str
+    captured: bool
+
+    @contextlib.contextmanager
+    def in_force(self, precision: str, device: torch.device) -> Iterator[None]:
+        """Inside, calls run on this implementation's kernels and with these products."""
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        before = convolutions.fp32_precision
+        convolutions.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        try:
+            with use_backend("cpu" if device.type == "cpu" else f"cuda:{self.tier}"):
+                yield
+        finally:
+            convolutions.fp32_precision = before
+
+    def set_up(self, supernet: Supernet, precision: str) -> None:
+        """Let ``supernet`` run this way."""
+        set_execution(supernet, self.execution)
+        if precision == "bfloat16":
+            # No cache: every weight is cast once a pass, and a graph must not find one of another pass.
+            device = next(supernet.parameters()).device
+            autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+            supernet.forward = autocast(supernet.forward)  # type: ignore[method-assign]
+
+
+IMPLEMENTATIONS = {
+    "eager": Implementation("reference", "torch", captured=False),
+    "eager-graph": Implementation("reference", "torch", captured=True),
+    "compile": Implementation("compile", "torch", captured=False),
+    "compile-graph": Implementation("compile", "torch", captured=True),
+    "plan": Implementation("fused", "torch", captured=False),
+    "plan-graph": Implementation("fused", "torch", captured=True),
+    "ext": Implementation("fused", "ext", captured=False),
+    "ext-graph": Implementation("fused", "ext", captured=True),
+}
+"""``eager``: module by module. ``compile``: every MixedOp through torch.compile. ``plan``: the cell's plan in
+plain PyTorch. ``ext``: the plan in CUDA C++.
+"""
+
+
+def make_step(supernet: Supernet, order: int) -> BilevelStep:
+    """The step of a search with the published settings, and the optimizers that a search uses."""
+    config, device = SearchConfig(strategy=STRATEGIES[order]), next(supernet.parameters()).device
+    arch_optimizer = torch.optim.Adam(
+        supernet.arch_parameters(),
+        config.arch_learning_rate,
+        betas=ARCH_BETAS,
+        weight_decay=config.arch_weight_decay,
+        capturable=device.type == "cuda",
+    )
+    return BilevelStep(
+        supernet,
+        get_strategy(config.strategy),
+        make_sgd(supernet.weights(), config),
+        arch_optimizer,
+        grad_clip=config.grad_clip,
+    )
+
+
+def take_step(step: BilevelStep) -> Callable[..., Tensor]:
+    """The whole step as a function of tensors, training batch first, to its metrics [4]."""
+
+    def take(images: Tensor, labels: Tensor, valid_images: Tensor, valid_labels: Tensor) -> Tensor:
+        return torch.stack(step(Batch(images, labels), Batch(valid_images, valid_labels)))
+
+    return take

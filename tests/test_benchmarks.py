@@ -1,0 +1,103 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from neuroexapt.backend import use_backend
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import search_step
+from _harness import Spread, Work
+from _search import NETWORKS, Network
+
+BENCHMARKS = Path(search_step.__file__).parent
+
+
+def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / name), "--commit=abc", *arguments]
+    path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+
+
+def test_the_bytes_that_must_move_are_those_of_the_design():
+    """3.81 GB forward and 5.47 GB backward at batch 64, stem and preprocessing counted less closely."""
+    network = NETWORKS["cifar10"]
+    supernet = network.supernet(torch.device("cpu"))
+    moved = search_step.visit_bytes(supernet, network, 64, "float32")
+    assert moved == pytest.approx(3.81e9 + 5.47e9, rel=0.03)
+    assert search_step.visit_bytes(supernet, network, 128, "bfloat16") == moved
+    # 5 states, 4 nodes and 14 edges of two single and two halved convolutions, at stride 1 all of one size.
+    forward, backward = 14 * (2 * 2 + 2 * 4 + 1) + 5 + 4, 14 * (2 * 2 + 2 * 6 + 2 + 1) + 2 * 5 + 4
+    assert sum(search_step.cell_planes(supernet.cells[0])) == forward + backward
+
+
+def test_every_kernel_of_the_extension_has_a_group():
+    sources = (BENCHMARKS.parent / "neuroexapt" / "cuda_ops" / "csrc").glob("*.cu")
+    for source in sources:
+        if source.stem.startswith(("cell_conv", "node", "sepconv")):
+            space = source.stem.split("_backward")[0].split("_forward")[0]
+            names = re.findall(r"__global__[^;{]*?(\w+_kernel)\(", source.read_text())
+            assert names
+            for name in names:
+                ((group, _),) = search_step.by_group([Work(f"void {space}::(anonymous)::{name}<16>()", 1.0)])
+                assert group != search_step.REST
+                assert "PyTorch" not in group, name
+
+
+def test_groups_add_up_and_the_longest_comes_first():
+    works = [Work("Memcpy DtoD", 1.0), Work("void at::native::copy", 3.0), Work("Memset (Device)", 1.0)]
+    assert search_step.by_group(works) == [("rest", 3.0), ("copies and fills", 2.0)]
+
+
+def test_gradients_are_held_to_those_of_fp64(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "tiny", Network(layers=3, channels=2, in_channels=1, side=8))
+    device = torch.device("cpu")
+    exact = search_step.exact_gradients("tiny", 2, device)
+    case = search_step.Case("tiny", device, 2, "plan", "float32")
+    with use_backend("cpu"):
+        supernet, batch = search_step.network_and_batch(case)
+        step = search_step.make_step(supernet, 1)
+        found = search_step.find_gradients(step)(*batch).double()
+    assert max(search_step.relative_errors(step, found, exact).values()) < 1e-2
+    found[1 : 1 + len(found) // 2] *= 1.1
+    errors = search_step.relative_errors(step, found, exact)
+    assert errors["alphas"] > 5e-2
+    assert errors["loss"] < 1e-5
+
+
+def test_a_result_that_is_off_is_not_timed(monkeypatch, tmp_path):
+    monkeypatch.setitem(NETWORKS, "tiny", Network(layers=3, channels=2, in_channels=1, side=8))
+    device = torch.device("cpu")
+    torch.save(1.5 * search_step.exact_gradients("tiny", 2, device), tmp_path / "exact.pt")
+    results = search_step.Results("search_step", tmp_path / "results.jsonl", "abc", "cpu")
+    case = search_step.Case("tiny", device, 2, "plan", "float32")
+    with pytest.raises(SystemExit, match="1"):
+        search_step.measure(case, [1], results, str(tmp_path / "exact.pt"), 0.0)
+    lines = [json.loads(line) for line in results.path.read_text().splitlines()]
+    assert [line["metric"] for line in lines] == ["loss_error", "alphas_error", "weights_error", "status"]
+    assert lines[-1]["status"].startswith("failed: errors of loss 3.3e-01, alphas 3.3e-01")
+
+
+@pytest.mark.slow
+def test_search_step_measures_what_runs_here_and_says_why_the_rest_does_not(tmp_path):
+    out = tmp_path / "results.jsonl"
+    done = run_benchmark(
+        "search_step.py", "--device=cpu", "--network=digits", "--batch=4", "--order=1", "--seconds=0",
+        "--precisions=float32", "--implementations", "plan", "ext-graph", f"--out={out}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    plan = next(line for line in lines if line["metric"] == "step_ms")
+    assert (plan["case"], plan["implementation"]) == ("digits-b4-order1", "plan")
+    assert 0 < plan["p20"] <= plan["median"] <= plan["p80"]
+    assert 0 < plan["max_error"] < 1e-2
+    assert lines[-1]["status"] == "skipped: needs a GPU"
+
+
+def test_a_counted_figure_has_no_spread():
+    assert Spread.exactly(3.0) == Spread(3.0, 3.0, 3.0, 1)
