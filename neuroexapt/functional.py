@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuroexapt.backend.dispatch import dispatch
 from neuroexapt.errors import UserError
@@ -97,6 +97,11 @@ def max_pool(x: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
 def global_avg_pool(x: Tensor) -> Tensor:
     """Mean over height and width: [B, C, H, W] → [B, C, 1, 1]."""
     return dispatch("global_avg_pool", x)
+
+
+def batch_norm(x: Tensor, bn: nn.Module) -> Tensor:
+    """``bn(x)`` of a BatchNorm, which in training mode updates its running statistics; ``x``: [B, C, H, W]."""
+    return dispatch("batch_norm", x, bn)
 
 
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:

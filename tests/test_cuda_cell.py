@@ -1,5 +1,6 @@
 """The fused cell in CUDA C++ against fp64: each kernel, then whole cells; without a GPU, its compilation."""
 
+import copy
 import re
 import shutil
 import subprocess
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from neuroexapt.backend.dispatch import explain
 from neuroexapt.backend.registry import use_backend
 from neuroexapt.core.plan import plan_cell
+from neuroexapt.cuda_ops import batch_norm, cell_kernels
 from neuroexapt.cuda_ops import cell as fused
-from neuroexapt.cuda_ops import cell_kernels
 from neuroexapt.cuda_ops.build import SOURCES
 from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Summand
 from tests.cuda_ops import torch_kernels
@@ -214,6 +215,22 @@ def test_gradient_of_a_state(shape, stride, kinds, ties):
     actual = cell_kernels.state_gradient(x, stride, grads, weights, addends)
     expected = torch_kernels.state_gradient(*map(exact, (x, stride, grads, weights, addends)))
     assert_close(actual, expected)
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(64, 16, 32, 32), (3, 32, 7, 9)])
+def test_batch_norm_alone(shape):
+    (bn,), x, g = batch_norms(shape[1], 1), 5 * randn(*shape) + 10, randn(*shape)
+    assert batch_norm.supports(x, bn).ok
+    expected_bn, leaf, expected_leaf = copy.deepcopy(bn).double(), x.clone(), exact(x)
+    y, expected = (
+        batch_norm.batch_norm(leaf.requires_grad_(), bn),
+        expected_bn(expected_leaf.requires_grad_()),
+    )
+    assert_close(y, expected)
+    assert_close(*torch.autograd.grad(y, leaf, g), *torch.autograd.grad(expected, expected_leaf, exact(g)))
+    for got, wanted in zip(bn.buffers(), expected_bn.buffers(), strict=True):
+        assert_close(got, wanted.double())
 
 
 def random_convs(shape: tuple[int, ...], second: bool, count: int) -> list[Conv]:

@@ -19,6 +19,7 @@ MODULES = {
     ("weighted_sum", "ext"): "neuroexapt.cuda_ops.softmax_sum",
     ("softmax_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
     ("weighted_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
+    ("batch_norm", "ext"): "neuroexapt.cuda_ops.batch_norm",
     ("cell", "ext"): "neuroexapt.cuda_ops.cell",
     ("sepconv", "ext"): "neuroexapt.cuda_ops.sepconv",
     ("sepconv", "triton"): "neuroexapt.kernels.sepconv_triton",
@@ -88,5 +89,13 @@ def _why_not(op: str, tier: str) -> str:
     return registry.probe_tier(tier) or ("" if implements(op, tier) else f"does not implement {op}")
 
 
-for _op in ("weighted_sum", "softmax_sum", "sepconv", "avg_pool", "max_pool", "global_avg_pool"):
+for _op in (
+    "weighted_sum",
+    "softmax_sum",
+    "sepconv",
+    "avg_pool",
+    "max_pool",
+    "global_avg_pool",
+    "batch_norm",
+):
     registry.register_impl(_op, "torch", getattr(reference, _op), lambda *args, **kwargs: Support(True))

@@ -74,7 +74,7 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(channels_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.convolve(x))
+        return functional.batch_norm(self.convolve(x), self.bn)
 
     def convolve(self, x: Tensor) -> Tensor:
         """All but the batch normalisation."""
@@ -102,7 +102,8 @@ class ReLUConvBN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        relu, conv, bn = self.op
+        return functional.batch_norm(conv(relu(x)), bn)
 
 
 class SepConvBlock(nn.Module):

@@ -221,10 +221,10 @@ def _term(op: nn.Module, edge: int, column: int, source: int, target: int, strid
     if type(op) is Identity:
         return IdentityTerm(**place, bn=None)
     blocks = _conv_blocks(op)
-    if blocks and all(_splits_off(block.bn) for block in blocks):
+    if blocks and all(splits_off(block.bn) for block in blocks):
         return ConvTerm(**place, bn=blocks[-1].bn, blocks=blocks)
     body, bn = _split(op)
-    if bn is None or not _splits_off(bn):
+    if bn is None or not splits_off(bn):
         return ModuleTerm(**place, bn=None, module=op, body=op)
     if type(body) is Pool:
         return PoolTerm(**place, bn=bn, pool=body)
@@ -249,7 +249,8 @@ def _split(op: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Module | None]
     return op, None
 
 
-def _splits_off(bn: nn.Module) -> bool:
+def splits_off(bn: nn.Module) -> bool:
+    """Whether a BatchNorm is of the one kind that kernels know: no affine parameters, usual constants."""
     return (
         type(bn) is nn.BatchNorm2d
         and not bn.affine

@@ -165,7 +165,7 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], trainin
     return stats
 
 
-def add_up(summands: Sequence[Summand], weights: Tensor, y: Tensor) -> None:
+def add_up(summands: Sequence[Summand], weights: Tensor | None, y: Tensor) -> None:
     """y = the sum of ``summands``."""
     kernels = extension()
     terms = [
@@ -176,7 +176,11 @@ def add_up(summands: Sequence[Summand], weights: Tensor, y: Tensor) -> None:
 
 
 def backward_add_up(
-    summands: Sequence[Summand], weights: Tensor, g: Tensor, grad_weights: Tensor | None, training: bool
+    summands: Sequence[Summand],
+    weights: Tensor | None,
+    g: Tensor,
+    grad_weights: Tensor | None,
+    training: bool,
 ) -> list[Tensor]:
     """``coef`` of each summand, and where they are wanted the gradients of the weights that they have."""
     kernels, shape = extension(), _shape(g)
@@ -287,9 +291,9 @@ def _tensor(x: Tensor) -> Any:
     return extension().NodeTensor(*_strided(x))
 
 
-def _element(weights: Tensor, entry: tuple[int, int] | None) -> int:
-    """The address of weights[entry]."""
-    if entry is None:
+def _element(weights: Tensor | None, entry: tuple[int, int] | None) -> int:
+    """The address of weights[entry]; without weights every entry is None."""
+    if weights is None or entry is None:
         return 0
     return weights.data_ptr() + weights.element_size() * (entry[0] * weights.shape[1] + entry[1])
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def weighted_sum(xs: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -62,3 +62,8 @@ def max_pool(x: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
 def global_avg_pool(x: Tensor) -> Tensor:
     """Mean over height and width: [B, C, H, W] → [B, C, 1, 1]."""
     return F.adaptive_avg_pool2d(x, 1)
+
+
+def batch_norm(x: Tensor, bn: nn.Module) -> Tensor:
+    """``bn(x)``."""
+    return bn(x)
