@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuroexapt.backend.candidates import free_launches
 from neuroexapt.backend.capture import try_to_capture
@@ -19,9 +19,9 @@ learning rates) is tensors on the device that stay where they are.
 """
 
 
-def capture(step: Step, device: torch.device) -> Step:
-    """``step`` with the same results, on a GPU launched as one graph."""
-    return CapturedStep(step) if device.type == "cuda" else step
+def capture(step: Step, device: torch.device, network: nn.Module | None = None) -> Step:
+    """``step`` with the same results, on a GPU launched as one graph unless ``network`` has hooks."""
+    return CapturedStep(step, network) if device.type == "cuda" else step
 
 
 class CapturedStep:
@@ -30,12 +30,13 @@ class CapturedStep:
     The first such call runs the step as it is: a step like any other and at once the warm-up, which compiles
     kernels, fills caches and creates the states of optimizers. The second call captures, which computes
     nothing, and replays; so there is no state to put back. A step that cannot be captured goes on as it is,
-    and ``reason`` says why.
+    and ``reason`` says why: it waits for the device, or hooks on ``network`` want to be called.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, network: nn.Module | None = None) -> None:
         self.reason = ""
         self._step = step
+        self._network = network
         self._graphs: dict[tuple, _Graph | None] = {}
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
@@ -58,8 +59,13 @@ class CapturedStep:
             return self._step(*inputs)
 
     def _try_to_capture(self, inputs: tuple[Tensor, ...]) -> "_Graph | None":
-        graph, self.reason = try_to_capture(lambda: _capture(self._step, inputs, self._stream, self._pool))
-        if graph is None:
+        graph = None
+        self.reason = _hooks_of(self._network) if self._network is not None else ""
+        if not self.reason:
+            graph, self.reason = try_to_capture(
+                lambda: _capture(self._step, inputs, self._stream, self._pool)
+            )
+        if self.reason:
             logger.warning("launching every kernel by itself, which is slower: %s", self.reason)
         return graph
 
@@ -82,6 +88,14 @@ def _capture(step: Step, inputs: tuple[Tensor, ...], stream: torch.cuda.Stream, 
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         output = step(*own_inputs)
     return _Graph(graph, own_inputs, output)
+
+
+def _hooks_of(network: nn.Module) -> str:
+    """Which module has hooks, empty if none does."""
+    for name, m in network.named_modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return f"a graph would not call the hooks of {name or 'the network'}"
+    return ""
 
 
 @contextlib.contextmanager

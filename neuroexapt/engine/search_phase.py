@@ -78,8 +78,8 @@ class SearchPhase(Phase):
     def _capture_steps(self) -> None:
         self._take_step, self._score = self._step, self._score_batch
         if self._execution != "reference":
-            self._take_step = capture(self._step, self.device)
-            self._score = capture(self._score_batch, self.device)
+            self._take_step = capture(self._step, self.device, self.supernet)
+            self._score = capture(self._score_batch, self.device, self.supernet)
 
     def _step_ms(self, execution: str) -> float:
         """Median time of a step with a copy of the search network."""

@@ -103,8 +103,8 @@ class TrainPhase(Phase):
         self._capture_steps()
 
     def _capture_steps(self) -> None:
-        self._take_step = capture(self._step, self.device)
-        self._score = capture(functools.partial(score, self.network), self.device)
+        self._take_step = capture(self._step, self.device, self.network)
+        self._score = capture(functools.partial(score, self.network), self.device, self.network)
 
     def metric_names(self, epoch: int) -> Sequence[str]:
         return ("train_loss", "train_accuracy")

@@ -1,25 +1,65 @@
+import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import neuroexapt
 from neuroexapt.backend import use_backend
 from neuroexapt.core.derived import DerivedNetwork
 from neuroexapt.core.genotypes import DARTS_V2
 from neuroexapt.data import make_loader
 from neuroexapt.data.augment import Augmentation
 from neuroexapt.data.dataset import ResidentImages
+from neuroexapt.engine import captured, search_phase, training
 from neuroexapt.engine.captured import CapturedStep, capture
 from neuroexapt.engine.config import EvaluateConfig, SearchConfig
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.spaces import DARTS
+from tests.engine.tiny import assert_same_run, dataset_of, tiny_settings
 
 
 def test_on_the_cpu_a_step_stays_what_it_is() -> None:
     assert capture(torch.sin, torch.device("cpu")) is torch.sin
+
+
+class Recording:
+    """Takes the place of a graph where there is no GPU: its replay computes from inputs of its own."""
+
+    def __init__(self, step: Any, inputs: tuple[Tensor, ...], *stream_and_pool: Any) -> None:
+        self.step = step
+        self.inputs = tuple(torch.full_like(x, -1) for x in inputs)
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        for target, source in zip(self.inputs, inputs, strict=True):
+            target.copy_(source)
+        return self.step(*self.inputs)
+
+
+def test_a_run_of_replays_equals_one_of_steps(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything but the graph itself: what a step reads and changes stays where it was captured."""
+    recordings: list[Recording] = []
+
+    def record(*arguments: Any) -> Recording:
+        recordings.append(Recording(*arguments))
+        return recordings[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(captured, "_beside", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(captured, "_capture", record)
+    monkeypatch.setattr(captured, "try_to_capture", lambda capture: (capture(), ""))
+    for module in (search_phase, training):
+        monkeypatch.setattr(module, "capture", lambda step, device, network: CapturedStep(step, network))
+    settings = tiny_settings(tmp_path, dataset=dataset_of(finished.run_dir))
+    assert_same_run(finished.run_dir, neuroexapt.search(**settings).run_dir)
+    assert len(recordings) == 4, "a step of the search, its validation, a training step of both networks"
 
 
 gpu = pytest.mark.gpu
@@ -84,6 +124,17 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_why(caplog: pytest.LogCa
 
 
 @gpu
+def test_hooks_go_on_being_called() -> None:
+    network, called = torch.nn.Sequential(torch.nn.ReLU()).cuda(), []
+    network[0].register_forward_hook(lambda *_: called.append(True))
+    step = CapturedStep(network, network)
+    for _ in range(4):
+        step(torch.ones(2, device="cuda"))
+    assert len(called) == 4
+    assert step.reason == "a graph would not call the hooks of 0"
+
+
+@gpu
 def test_random_numbers_are_those_of_the_step_itself() -> None:
     def numbers(step: Any) -> Tensor:
         torch.cuda.manual_seed(3)
@@ -111,7 +162,7 @@ def loader(stream: int, count: int = 40, drop_last: bool = True) -> Any:
     )
 
 
-def search_phase(execution: str, strategy: str) -> SearchPhase:
+def make_search_phase(execution: str, strategy: str) -> SearchPhase:
     torch.manual_seed(0)
     config = SearchConfig(epochs=4, warmup_epochs=1, strategy=strategy, execution=execution, batch_size=8)
     supernet = DARTS.supernet(in_channels=3, num_classes=4, channels=4, layers=3).to(CUDA)
@@ -146,21 +197,21 @@ def assert_same(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("strategy", ["darts", "darts-2nd"])
 def test_a_captured_search_equals_the_one_launched_one_by_one(strategy: str, reproducible: None) -> None:
     """Warm-up epochs, the change of learning rate, the last batch of a validation."""
-    captured, eager = search_phase("fused", strategy), search_phase("fused", strategy)
+    replayed, eager = make_search_phase("fused", strategy), make_search_phase("fused", strategy)
     eager._take_step, eager._score = eager._step, eager._score_batch
-    assert_same(run(captured, range(3)), run(eager, range(3)))
-    for step in (captured._take_step, captured._score):
+    assert_same(run(replayed, range(3)), run(eager, range(3)))
+    for step in (replayed._take_step, replayed._score):
         assert isinstance(step, CapturedStep)
         assert step.reason == ""
-    for a, b in zip(captured.parameters(), eager.parameters(), strict=True):
+    for a, b in zip(replayed.parameters(), eager.parameters(), strict=True):
         assert_same(a, b)
 
 
 @gpu
 def test_a_captured_search_resumes_from_its_state(reproducible: None) -> None:
-    through, first = search_phase("fused", "darts"), search_phase("fused", "darts")
+    through, first = make_search_phase("fused", "darts"), make_search_phase("fused", "darts")
     run(first, range(2))
-    resumed = search_phase("fused", "darts")
+    resumed = make_search_phase("fused", "darts")
     run(resumed, range(1))  # graphs and states of another moment, which loading replaces
     resumed.load_state_dict(first.state_dict())
     assert_same(run(through, range(3))[-7:], run(resumed, range(2, 3))[-7:])
@@ -168,7 +219,7 @@ def test_a_captured_search_resumes_from_its_state(reproducible: None) -> None:
 
 @gpu
 def test_no_step_waits_for_the_device() -> None:
-    phase = search_phase("fused", "darts")
+    phase = make_search_phase("fused", "darts")
     run(phase, range(2))
     steps = phase.steps(2, 0)
     next(steps)
@@ -180,7 +231,7 @@ def test_no_step_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def train_phase(**changes: Any) -> TrainPhase:
+def make_train_phase(**changes: Any) -> TrainPhase:
     torch.manual_seed(0)
     config = EvaluateConfig(epochs=4, batch_size=8, **changes)
     network = DerivedNetwork(
@@ -194,11 +245,11 @@ def train_phase(**changes: Any) -> TrainPhase:
 @gpu
 def test_a_captured_training_equals_the_one_launched_one_by_one(reproducible: None) -> None:
     """Drop-path included, whose probability and random numbers change from step to step."""
-    captured, eager = train_phase(), train_phase()
+    replayed, eager = make_train_phase(), make_train_phase()
     eager._take_step = eager._step
     results = []
-    for phase in (captured, eager):
+    for phase in (replayed, eager):
         torch.cuda.manual_seed(1)
         results.append(run(phase, range(3)))
     assert_same(*results)
-    assert captured._take_step.reason == ""
+    assert replayed._take_step.reason == ""
