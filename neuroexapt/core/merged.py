@@ -1,14 +1,13 @@
 """A cell's plan in plain PyTorch: what leaves a state runs side by side, in any dtype on any device.
 
-The candidates that leave a state form *bundles*. A bundle's convolutions are one merged convolution for each
-kernel size, its BatchNorms are one with the mixing weights for its scale, and what it adds to the nodes is
-one sum. Pools are taken once a state.
+The candidates that leave a state form *bundles*. The convolutions of a bundle run as one, its BatchNorms are
+one with the mixing weights for its scale, and what it adds to the nodes is one sum. Pools are taken once a
+state.
 """
 
-from __future__ import annotations
-
+import functools
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroexapt.backend.registry import Support, register_impl
-from neuroexapt.core.layouts import Layout, choose_layout
+from neuroexapt.core.batch_norm import normed_sum, sum_chunks
+from neuroexapt.core.layouts import Merging, choose_layout
 from neuroexapt.core.operations import FactorizedReduce, shift_by_one
 from neuroexapt.core.plan import (
     EPS,
@@ -31,47 +31,42 @@ from neuroexapt.core.plan import (
 )
 
 
-class Bundle:
-    """Terms of one family that lead to the same nodes: ``kinds[k][t]`` enters node ``targets[t]``."""
-
-    def __init__(self, family: str, kinds: Sequence[Sequence[Term]]) -> None:
-        self.family = family
-        self.kinds = kinds
-        self.targets = [term.target for term in kinds[0]]
-        self.terms = list(chain.from_iterable(kinds))
-        self.bns = [term.bn for term in self.terms if term.bn is not None]
-
-
-class Schedule:
-    """The bundles of every state, and where their mixing weights stand."""
-
-    def __init__(self, plan: CellPlan) -> None:
-        self.bundles = [_bundles(group) for group in plan.states]
-        self.sizes = [len(bundle.terms) for bundle in chain.from_iterable(self.bundles)]
-        self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def mixing_weights(self, weights: Tensor) -> Iterator[Tensor]:
-        """From [E, K] those of each bundle's terms, in order."""
-        rows, columns = self._indices_on(weights.device)
-        return iter(weights[rows, columns].split(self.sizes))
-
-    def _indices_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._indices:
-            terms = [term for bundle in chain.from_iterable(self.bundles) for term in bundle.terms]
-            rows, columns = [term.edge for term in terms], [term.column for term in terms]
-            with torch.inference_mode(False):
-                self._indices[device] = (
-                    torch.tensor(rows, device=device),
-                    torch.tensor(columns, device=device),
-                )
-        return self._indices[device]
+def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """What ``functional.cell`` defines."""
+    states = list(states)
+    inputs = len(states)
+    entering: dict[int, list[Tensor]] = {node.node: [] for node in plan.nodes}
+    statistics = RunningStatistics()
+    for group in plan.states:
+        if group.state == len(states):
+            states.append(_sum(entering[group.state]))
+        for target, share in _leave(group, states[group.state], weights, statistics):
+            entering[target].append(share)
+    states.append(_sum(entering[plan.nodes[-1].node]))
+    statistics.update_modules()
+    channels_last = states[0].is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.cat([state.contiguous(memory_format=memory_format) for state in states[inputs:]], dim=1)
 
 
-_schedules: weakref.WeakKeyDictionary[CellPlan, Schedule] = weakref.WeakKeyDictionary()
+def _leave(
+    group: StateGroup, state: Tensor, weights: Tensor, statistics: "RunningStatistics"
+) -> Iterable[tuple[int, Tensor]]:
+    """Targets of the state and what it adds to them, [B, C, H', W']."""
+    for edge in group.edges:
+        yield edge.target, edge.module(state, weights[edge.edge])
+    departure = _Departure(state, statistics)
+    for bundle in _bundles_of(group, departure.layout.merging):
+        shares = departure.run(bundle, bundle.mixing_weights(weights))
+        yield from zip(bundle.targets, map(departure.layout.leave, shares), strict=True)
+
+
+def _sum(xs: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, xs)
 
 
 class RunningStatistics:
-    """What the merged BatchNorms saw, to be given to the BatchNorms of the modules."""
+    """What merged BatchNorms saw, to be passed on to the BatchNorms of the modules."""
 
     def __init__(self) -> None:
         self._bns: list[nn.BatchNorm2d] = []
@@ -96,146 +91,145 @@ class RunningStatistics:
         torch._foreach_add_([bn.num_batches_tracked for bn in self._bns], 1)
 
 
-def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """What ``functional.cell`` defines."""
-    if plan not in _schedules:
-        _schedules[plan] = Schedule(plan)
-    schedule = _schedules[plan]
-    mixing_weights = schedule.mixing_weights(weights)
-    statistics = RunningStatistics()
-    states = list(states)
-    inputs = len(states)
-    entering: dict[int, list[Tensor]] = {node.node: [] for node in plan.nodes}
-    for group, bundles in zip(plan.states, schedule.bundles, strict=True):
-        if group.state == len(states):
-            states.append(_sum(entering[group.state]))
-        x = states[group.state]
-        for edge in group.edges:
-            entering[edge.target].append(edge.module(x, weights[edge.edge]))
-        leave = StateRun(x, statistics)
-        for bundle in bundles:
-            shares = leave.run(bundle, next(mixing_weights))
-            for target, share in zip(bundle.targets, shares, strict=True):
-                entering[target].append(share)
-    states.append(_sum(entering[plan.nodes[-1].node]))
-    statistics.update_modules()
-    return torch.cat(states[inputs:], dim=1)
+class Bundle:
+    """Terms of one family that lead to the same nodes: ``kinds[k][t]`` enters node ``targets[t]``."""
+
+    def __init__(self, family: str, kinds: Sequence[Sequence[Term]]) -> None:
+        self.family = family
+        self.kinds = kinds
+        self.targets = [term.target for term in kinds[0]]
+        self.terms = list(chain.from_iterable(kinds))
+        self.bns = [term.bn for term in self.terms if term.bn is not None]
+        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def mixing_weights(self, weights: Tensor) -> Tensor:
+        """From [E, K] those of the terms, in order."""
+        if weights.device not in self._places:
+            with torch.inference_mode(False):
+                rows = torch.tensor([term.edge for term in self.terms], device=weights.device)
+                columns = torch.tensor([term.column for term in self.terms], device=weights.device)
+            self._places[weights.device] = rows, columns
+        return weights[self._places[weights.device]]
 
 
-class StateRun:
-    """One state on its way out: what several bundles need of it is computed once."""
+_bundles: weakref.WeakKeyDictionary[StateGroup, dict[Merging, list[Bundle]]] = weakref.WeakKeyDictionary()
+
+
+def _bundles_of(group: StateGroup, merging: Merging) -> list[Bundle]:
+    known = _bundles.setdefault(group, {})
+    if merging not in known:
+        known[merging] = _make_bundles(group, merging)
+    return known[merging]
+
+
+def _make_bundles(group: StateGroup, merging: Merging) -> list[Bundle]:
+    kinds: dict[tuple[Hashable, ...], list[Term]] = {}
+    for term in chain(group.convs, group.pools, group.identities, group.modules):
+        kinds.setdefault(_kind(term, merging), []).append(term)
+    bundles: dict[tuple[Hashable, ...], list[list[Term]]] = {}
+    for (*bundle, _), terms in kinds.items():
+        bundles.setdefault((*bundle, *(term.target for term in terms)), []).append(terms)
+    return [Bundle(str(family), terms) for (family, *_), terms in bundles.items()]
+
+
+def _kind(term: Term, merging: Merging) -> tuple[Hashable, ...]:
+    """Family, what else all terms of a bundle have in common, and what those of a kind have."""
+    if isinstance(term, ConvTerm):
+        sizes = tuple(block.depthwise.kernel_size for block in term.blocks)
+        dilations = tuple(block.dilation for block in term.blocks)
+        if merging is Merging.FAMILIES:
+            return "convs", dilations, sizes
+        return "convs", (dilations, sizes), id(term) if merging is Merging.NONE else None
+    if isinstance(term, PoolTerm):
+        return "pools", None, (term.pool.kind, term.pool.kernel_size)
+    if isinstance(term, IdentityTerm):
+        return "identities", None, None
+    assert isinstance(term, ModuleTerm)
+    if type(term.module) is FactorizedReduce and term.bn is not None:
+        return "reductions", None, None
+    return "modules", id(term), None
+
+
+class _Departure:
+    """One state on its way to its nodes: what several bundles need of it is computed once."""
 
     def __init__(self, state: Tensor, statistics: RunningStatistics) -> None:
         self.state = state
-        self.layout: type[Layout] = choose_layout(state)
+        self.layout = choose_layout(state)
         self.x = self.layout.enter(state)
         self.active = F.relu(self.x)
         self.statistics = statistics
 
     def run(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
-        """What the bundle adds to each of its targets, [B, C, H', W']."""
-        shares = getattr(self, f"_{bundle.family}")(bundle, weights)
-        return [self.layout.leave(share) for share in shares]
+        """What a bundle adds to each of its targets; ``weights``: those of its terms."""
+        return getattr(self, f"_{bundle.family}")(bundle, weights)
 
     def _convs(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
-        z = self.layout.convolve_one(
-            self.active, [[term.blocks[0] for term in kind] for kind in bundle.kinds]
-        )
-        if len(bundle.terms[0].blocks) == 2:
-            z = self._norm(z, [term.blocks[0].bn for term in bundle.terms])
-            z = self.layout.convolve_each(
-                F.relu_(z), [[term.blocks[1] for term in kind] for kind in bundle.kinds]
-            )
-        return self._normed_sum(z, bundle, weights)
-
-    def _normed_sum(self, z: Tensor, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
-        """``Σ_k w_kt · BN_kt(z_kt)`` for every target t."""
-        shares = self._norm(z, bundle.bns, weights)
-        return shares.unflatten(1, (len(bundle.kinds), len(bundle.targets), -1)).sum(1).unbind(1)
-
-    def _norm(self, z: Tensor, bns: Sequence[nn.BatchNorm2d], weights: Tensor | None = None) -> Tensor:
-        """``w_n · BN_n(z_n)`` for the N BatchNorms whose channels ``z`` holds in dimension 1."""
-        scale = weights if weights is None else weights.repeat_interleave(z.shape[1] // len(bns))
-        if not bns[0].training:
-            mean, variance = (
-                torch.cat([getattr(bn, name) for bn in bns]) for name in ("running_mean", "running_var")
-            )
-            return F.batch_norm(z, mean, variance, scale, None, False, MOMENTUM, EPS)
-        mean, variance = bns[0].running_mean.new_zeros(2, z.shape[1])
-        # With momentum 1 they become the batch's own.
-        y = F.batch_norm(z, mean, variance, scale, None, True, 1.0, EPS)
-        self.statistics.record(bns, mean, variance)
-        return y
+        first, *second = zip(*(term.blocks for term in bundle.terms), strict=True)
+        z = self.layout.convolve_one(self.active, first)
+        for blocks in second:
+            x = self._normed_sum(z, [block.bn for block in first])
+            z = self.layout.convolve_each(F.relu_(x), blocks)
+        return self._shares(z, bundle, weights)
 
     def _pools(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
-        pooled = [self.layout.enter(kind[0].pool(self.state)) for kind in bundle.kinds]
+        pooled = [self.layout.pool(self.x, terms[0].pool) for terms in bundle.kinds]
         if not bundle.bns[0].training:
-            # Every BatchNorm has running statistics of its own.
-            repeated = [z.repeat(1, len(bundle.targets), *[1] * (z.dim() - 2)) for z in pooled]
-            return self._normed_sum(torch.cat(repeated, dim=1), bundle, weights)
+            # Now every BatchNorm has statistics of its own.
+            copies = [[z] * len(bundle.targets) for z in pooled]
+            return self._shares(torch.cat([*chain.from_iterable(copies)], dim=1), bundle, weights)
         normed = []
-        for z, kind in zip(pooled, bundle.kinds, strict=True):
-            mean, variance = kind[0].bn.running_mean.new_zeros(2, z.shape[1])
-            normed.append(F.batch_norm(z, mean, variance, None, None, True, 1.0, EPS))
-            self.statistics.record([term.bn for term in kind], mean, variance)
+        for z, terms in zip(pooled, bundle.kinds, strict=True):
+            y, mean, variance = normed_sum(z, None)
+            self.statistics.record([term.bn for term in terms], mean, variance)
+            normed.append(y)
         return _mix(normed, weights.view(len(bundle.kinds), -1))
 
     def _identities(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
         return _mix([self.x], weights.view(1, -1))
 
     def _reductions(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
-        """All factorized reductions: the halves of all channels in one convolution each."""
+        """All factorized reductions: their first halves as one convolution, their second halves as one."""
         ops = [term.module for term in bundle.terms]
         x = F.relu(self.state)
         halves = [
             F.conv2d(x, torch.cat([op.conv_1.weight for op in ops]), stride=2),
             F.conv2d(shift_by_one(x), torch.cat([op.conv_2.weight for op in ops]), stride=2),
         ]
+        # [B, T, 2, C / 2, H, W], the order in which each reduction joins its own
         z = torch.cat([half.unflatten(1, (len(ops), -1)) for half in halves], dim=2).flatten(1, 2)
-        return self._normed_sum(self.layout.enter(z), bundle, weights)
+        return self._shares(self.layout.enter(z), bundle, weights)
 
     def _modules(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
         (term,) = bundle.terms
         z = self.layout.enter(term.body(self.state))
-        return self._normed_sum(z, bundle, weights) if bundle.bns else [weights * z]
+        return self._shares(z, bundle, weights) if bundle.bns else [weights * z]
+
+    def _shares(self, z: Tensor, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
+        """``Σ_k w_kt · BN_kt(z_kt)`` for each target t; ``z``: the terms' outputs in order."""
+        y = self._normed_sum(z, bundle.bns, weights, len(bundle.kinds))
+        return y.chunk(len(bundle.targets), dim=1)
+
+    def _normed_sum(
+        self, z: Tensor, bns: Sequence[nn.BatchNorm2d], weights: Tensor | None = None, summands: int = 1
+    ) -> Tensor:
+        """``Σ_k w_k · BN_k(z_k)``; each of ``bns`` in turn takes its channels of ``z``."""
+        scale = weights if weights is None else weights.repeat_interleave(z.shape[1] // len(bns))
+        if bns[0].training:
+            y, mean, variance = normed_sum(z, scale, summands)
+            self.statistics.record(bns, mean, variance)
+            return y
+        mean = torch.cat([bn.running_mean for bn in bns])
+        variance = torch.cat([bn.running_var for bn in bns])
+        return sum_chunks(F.batch_norm(z, mean, variance, scale, None, False, MOMENTUM, EPS), summands)
 
 
 def _mix(xs: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor]:
-    """``Σ_k weights[k, t] · xs[k]`` for every t; ``weights``: [K, T]."""
-    stacked = torch.stack(xs)
-    return (weights.T @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).unbind()
-
-
-def _sum(xs: Sequence[Tensor]) -> Tensor:
-    total = xs[0]
-    for x in xs[1:]:
-        total = total + x
-    return total
-
-
-def _bundles(group: StateGroup) -> list[Bundle]:
-    kinds: dict[tuple[str, Hashable], list[Term]] = {}
-    for term in chain(group.convs, group.pools, group.identities, group.modules):
-        kinds.setdefault(_kind(term), []).append(term)
-    bundles: dict[Hashable, list[list[Term]]] = {}
-    for (family, _), terms in kinds.items():
-        blocks = len(terms[0].blocks) if isinstance(terms[0], ConvTerm) else 0
-        bundles.setdefault((family, blocks, *(term.target for term in terms)), []).append(terms)
-    return [Bundle(key[0], terms) for key, terms in bundles.items()]
-
-
-def _kind(term: Term) -> tuple[str, Hashable]:
-    """A family, and within it what can be merged with this term into one operation."""
-    if isinstance(term, ConvTerm):
-        return "convs", tuple((block.depthwise.kernel_size, block.dilation) for block in term.blocks)
-    if isinstance(term, PoolTerm):
-        return "pools", (term.pool.kind, term.pool.kernel_size)
-    if isinstance(term, IdentityTerm):
-        return "identities", None
-    assert isinstance(term, ModuleTerm)
-    if type(term.module) is FactorizedReduce and term.bn is not None:
-        return "reductions", None
-    return "modules", id(term)
+    """``Σ_k weights[k, t] · xs[k]`` for each t, as one matrix product; keeps the memory format."""
+    channels_last = xs[0].dim() == 4 and xs[0].is_contiguous(memory_format=torch.channels_last)
+    stacked = torch.stack([x.movedim(1, -1) if channels_last else x for x in xs])
+    ys = (weights.T @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).unbind()
+    return [y.movedim(-1, 1) for y in ys] if channels_last else ys
 
 
 register_impl("cell", "torch", cell, lambda *args, **kwargs: Support(True))
