@@ -15,6 +15,7 @@ namespace cell_conv {
 namespace {
 
 constexpr int kMaxGradJobs = 32;
+constexpr int kFirstPad = 4, kSecondPad = 2;  // rows around a tile that a stage's largest kernel reads
 constexpr int kReduceColumns = 32, kReduceSplits = 8;
 constexpr int kMaxSharedBytes = 227 * 1024;
 
@@ -60,23 +61,23 @@ struct Memory {  // of a block, in shared memory
   int plane;  // chosen against bank conflicts of phase two's windows
   float *e, *taps, *x, *dz, *partial;
 
-  __host__ __device__ static int plane_floats(const Shape& shape) {
-    return pad_to_bank(stored_rows<C>(shape) * kPitch, C == 16 ? 4 : 16);
+  __host__ __device__ static int plane_floats(const Shape& shape, int pad) {
+    return pad_to_bank(stored_rows<C>(shape, pad) * kPitch, C == 16 ? 4 : 16);
   }
-  __host__ __device__ static int floats(const Shape& shape) {
+  __host__ __device__ static int floats(const Shape& shape, int pad) {
     using B = Block<C, kWeights>;
-    const int base = C * plane_floats(shape) + C * kTapsPitch;
-    const int weights = C * plane_floats(shape) + C * kGradientPlane;
-    return base + (kWeights ? weights + slots(shape) * B::kChannelGroups * B::kWeightFloats : 0);
+    const int base = C * plane_floats(shape, pad) + C * kTapsPitch;
+    const int weights = C * plane_floats(shape, pad) + C * kGradientPlane;
+    return base + (kWeights ? weights + slots(shape, pad) * B::kChannelGroups * B::kWeightFloats : 0);
   }
   // How many warps of the same channels have room to store their weight gradients at a time.
-  __host__ __device__ static int slots(const Shape& shape) {
+  __host__ __device__ static int slots(const Shape& shape, int pad) {
     using B = Block<C, kWeights>;
-    const int most = 2 * C * plane_floats(shape) + C * kTapsPitch + C * kGradientPlane +
+    const int most = 2 * C * plane_floats(shape, pad) + C * kTapsPitch + C * kGradientPlane +
                      B::kWarps * B::kWeightFloats;
     return most * int(sizeof(float)) <= kMaxSharedBytes ? B::kWarpsPerGroup : 1;
   }
-  __device__ Memory(const Shape& shape, float* shared) : plane(plane_floats(shape)) {
+  __device__ Memory(const Shape& shape, int pad, float* shared) : plane(plane_floats(shape, pad)) {
     e = shared;
     taps = e + C * plane;
     x = taps + C * kTapsPitch;
@@ -93,8 +94,14 @@ __device__ inline float4 affine(float4 coef, float4 g, float4 z) {
   return make_float4(one(g.x, z.x), one(g.y, z.y), one(g.z, z.z), one(g.w, z.w));
 }
 
+// Of eight output channels, those two that lane q contracts.
+struct PhaseOneStep {
+  float4 g[2], z[2], coef[2];
+  float2 weights[2];  // to this lane's two input channels
+};
+
 // Phase one. A warp computes e of sixteen channels on eight strips of four pixels.
-template <int C, int Pad, bool kWeights, bool kExact>
+template <int C, bool kWeights, bool kExact>
 __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job, const Place<C>& at,
                           const Shape& shape) {
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, width = shape.width;
@@ -108,7 +115,8 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
   const auto contracted = [&](int step, int half) { return step / 2 * 16 + 4 * q + step % 2 * 2 + half; };
 
   // The strips of the tile with its halo that lie inside the picture.
-  const int top = max(0, at.y0 - Pad), bottom = min(shape.height, at.y0 + Tile<C>::kRows + Pad);
+  const int pad = job.kernel_size / 2 * job.dilation;
+  const int top = max(0, at.y0 - pad), bottom = min(shape.height, at.y0 + Tile<C>::kRows + pad);
   // Columns only where the picture goes on beside the tile, and then as many as keep `across` a power of two.
   const bool wide = width > Tile<C>::kWidth;
   const int left = at.x0 - (wide ? kHalo : 0), right = at.x0 + Tile<C>::kWidth + (wide ? kHalo : 0);
@@ -124,32 +132,31 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
     const int y = own.x, x = own.y;
     const bool inside = own.z;
     float sums[4][4] = {};
-    // The next channels are on their way while these are multiplied.
-    float4 next_g[2], next_z[2];
+    // All that a step reads is on its way while the step before is multiplied.
+    PhaseOneStep next;
     const auto load = [&](int step) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int offset = contracted(step, half) * plane + y * width;
-        if (aligned) {
-          next_g[half] = load4(gradient + offset + x), next_z[half] = load4(z + offset + x);
-        } else {
-          next_g[half] = load_row4(gradient + offset, x, width, false);
-          next_z[half] = load_row4(z + offset, x, width, false);
-        }
+        const int channel = contracted(step, half), offset = channel * plane + y * width;
+        next.weights[half] = __ldg(reinterpret_cast<const float2*>(weights + channel * C + g * (C / 8) + 2 * m));
+        next.coef[half] = __ldg(coef + channel);
+        if (!inside) continue;
+        next.g[half] = aligned ? load4(gradient + offset + x) : load_row4(gradient + offset, x, width, false);
+        next.z[half] = aligned ? load4(z + offset + x) : load_row4(z + offset, x, width, false);
       }
     };
-    if (inside) load(0);
+    load(0);
 #pragma unroll 1
     for (int step = 0; step < C / 8; ++step) {
-      const float4 g_now[2] = {next_g[0], next_g[1]}, z_now[2] = {next_z[0], next_z[1]};
-      if (inside && step + 1 < C / 8) load(step + 1);
+      const PhaseOneStep now = next;
+      if (step + 1 < C / 8) load(step + 1);
       Fragment<2, kExact> b[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int channel = contracted(step, half);
         float4 dz = make_float4(0.f, 0.f, 0.f, 0.f);
         if (inside) {
-          dz = affine(__ldg(coef + channel), g_now[half], z_now[half]);
+          dz = affine(now.coef[half], now.g[half], now.z[half]);
           if (!aligned) {
             if (x + 1 >= width) dz.y = 0.f;
             if (x + 2 >= width) dz.z = 0.f;
@@ -163,11 +170,9 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
         }
         b[0].set(half, dz.x), b[1].set(half, dz.y), b[2].set(half, dz.z), b[3].set(half, dz.w);
       }
-      const float* row = weights + contracted(step, 0) * C + g * (C / 8) + 2 * m;
-      const float2 first = __ldg(reinterpret_cast<const float2*>(row));
-      const float2 second = __ldg(reinterpret_cast<const float2*>(row + C));
       Fragment<4, kExact> a;
-      a.set(0, first.x), a.set(1, first.y), a.set(2, second.x), a.set(3, second.y);
+      a.set(0, now.weights[0].x), a.set(1, now.weights[0].y);
+      a.set(2, now.weights[1].x), a.set(3, now.weights[1].y);
 #pragma unroll
       for (int t = 0; t < 4; ++t) multiply<kExact>(sums[t], a, b[t]);
     }
@@ -319,13 +324,13 @@ __device__ void differentiate(float (&dx)[Block<C, kWeights>::kPasses][8], const
     }
     if constexpr (kWeights) add_pointwise_gradient<C, kWeights, kExact>(pointwise, memory, d, run);
   }
-  if constexpr (kWeights) store_warp_gradients<C, K>(memory.partial, depthwise, pointwise, memory.slots(shape));
+  if constexpr (kWeights) store_warp_gradients<C, K>(memory.partial, depthwise, pointwise, memory.slots(shape, at.pad));
 }
 
 // The block's weight gradients, summed over the warps that share channels.
-template <int C, int K, bool kWeights>
+template <int C>
 __device__ void store_weight_partials(const GradJob& job, const float* partial, int slots) {
-  using B = Block<C, kWeights>;
+  using B = Block<C, true>;
   const auto sum_over_warps = [&](int slot, int offset) {
     float sum = 0.f;
 #pragma unroll
@@ -339,23 +344,35 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
     const int out = gradient_slot(i / C), slot = channel_slot<C>(i % C);
     pointwise[i] = sum_over_warps(slot, out * 8 + slot % 8);
   }
-  float* depthwise = reinterpret_cast<float*>(job.depthwise_partial) + int64_t(blockIdx.x) * C * K * K;
-  for (int i = threadIdx.x; i < C * K * K; i += B::kThreads) {
-    const int slot = channel_slot<C>(i / (K * K));
-    depthwise[i] = sum_over_warps(slot, 8 * C + slot % 8 * kTapsPitch + i % (K * K));
+  const int taps = job.kernel_size * job.kernel_size;
+  float* depthwise = reinterpret_cast<float*>(job.depthwise_partial) + int64_t(blockIdx.x) * C * taps;
+  for (int i = threadIdx.x; i < C * taps; i += B::kThreads) {
+    const int slot = channel_slot<C>(i / taps);
+    depthwise[i] = sum_over_warps(slot, 8 * C + slot % 8 * kTapsPitch + i % taps);
   }
 }
 
-template <int C, int K, int D, bool kWeights, bool kExact>
+// Both phases for one convolution; kFirst: of a stage that has dilated ones, too.
+template <int C, bool kFirst, bool kWeights, bool kExact>
 __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memory<C, kWeights>& memory,
                         const GradJob& job, const Place<C>& at, const Shape& shape) {
-  load_taps<C, K, Block<C, kWeights>::kThreads>(
-      memory.taps, reinterpret_cast<const float*>(job.depthwise), channel_slot<C>);
-  compute_e<C, D*(K / 2), kWeights, kExact>(memory, job, at, shape);
+  load_taps<C, Block<C, kWeights>::kThreads>(memory.taps, reinterpret_cast<const float*>(job.depthwise),
+                                             job.kernel_size, channel_slot<C>);
+  compute_e<C, kWeights, kExact>(memory, job, at, shape);
   __syncthreads();
-  differentiate<C, K, D, kWeights, kExact>(dx, memory, at, shape);
+  const bool small = job.kernel_size == 3;
+  if (kFirst && job.dilation == 2) {
+    if constexpr (kFirst) {
+      if (small) differentiate<C, 3, 2, kWeights, kExact>(dx, memory, at, shape);
+      else differentiate<C, 5, 2, kWeights, kExact>(dx, memory, at, shape);
+    }
+  } else if (small) {
+    differentiate<C, 3, 1, kWeights, kExact>(dx, memory, at, shape);
+  } else {
+    differentiate<C, 5, 1, kWeights, kExact>(dx, memory, at, shape);
+  }
   __syncthreads();
-  if constexpr (kWeights) store_weight_partials<C, K, kWeights>(job, memory.partial, memory.slots(shape));
+  if constexpr (kWeights) store_weight_partials<C>(job, memory.partial, memory.slots(shape, at.pad));
 }
 
 // Clears e and dz, whose pixels outside the picture stay zero, and loads x where weight gradients need it.
@@ -415,8 +432,8 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
     backward_first_kernel(const __grid_constant__ BackwardLaunch launch) {
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
-  const Place<C> place(shape);
-  prepare<C, kWeights>(Memory<C, kWeights>(shape, shared), launch.jobs[0], place, shape);
+  const Place<C> place(shape, kFirstPad);
+  prepare<C, kWeights>(Memory<C, kWeights>(shape, kFirstPad, shared), launch.jobs[0], place, shape);
   float dx[Block<C, kWeights>::kPasses][8] = {};
 #pragma unroll 1
   for (int j = blockIdx.y; j < launch.count; j += launch.splits) {
@@ -426,13 +443,8 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
     asm volatile("" : "+r"(zero));
     Place<C> at = place;
     at.y0 += zero;
-    const Memory<C, kWeights> memory(shape, shared + zero);
-    switch (job.kernel_size * 2 + job.dilation) {
-      case 7: process<C, 3, 1, kWeights, kExact>(dx, memory, job, at, shape); break;
-      case 8: process<C, 3, 2, kWeights, kExact>(dx, memory, job, at, shape); break;
-      case 11: process<C, 5, 1, kWeights, kExact>(dx, memory, job, at, shape); break;
-      default: process<C, 5, 2, kWeights, kExact>(dx, memory, job, at, shape); break;
-    }
+    const Memory<C, kWeights> memory(shape, kFirstPad, shared + zero);
+    process<C, true, kWeights, kExact>(dx, memory, job, at, shape);
   }
   const GradJob& job = launch.jobs[0];
   const Source source(job.x, job.x_batch_stride, job.stats, shape, place.picture);
@@ -450,12 +462,11 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
   const GradJob& job = launch.jobs[blockIdx.y];
-  const Place<C> at(shape);
-  const Memory<C, kWeights> memory(shape, shared);
+  const Place<C> at(shape, kSecondPad);
+  const Memory<C, kWeights> memory(shape, kSecondPad, shared);
   prepare<C, kWeights>(memory, job, at, shape);
   float dx[B::kPasses][8] = {};
-  if (job.kernel_size == 5) process<C, 5, 1, kWeights, kExact>(dx, memory, job, at, shape);
-  else process<C, 3, 1, kWeights, kExact>(dx, memory, job, at, shape);
+  process<C, false, kWeights, kExact>(dx, memory, job, at, shape);
 
   const Source source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
@@ -569,7 +580,7 @@ void backward_first(const Shape& shape, const std::vector<GradJob>& jobs, Addres
     constexpr int C = channels();
     constexpr bool kWeights = weights();
     launch(backward_first_kernel<C, kWeights, exact()>, dim3(tile_count<C>(shape), parameters.splits),
-           Block<C, kWeights>::kThreads, Memory<C, kWeights>::floats(shape) * sizeof(float), stream, parameters);
+           Block<C, kWeights>::kThreads, Memory<C, kWeights>::floats(shape, kFirstPad) * sizeof(float), stream, parameters);
   });
 }
 
@@ -582,7 +593,7 @@ void backward_second(const Shape& shape, const std::vector<GradJob>& jobs, Addre
       constexpr int C = channels();
       constexpr bool kWeights = weights();
       launch(backward_second_kernel<C, kWeights, exact()>, dim3(tile_count<C>(shape), count),
-             Block<C, kWeights>::kThreads, Memory<C, kWeights>::floats(shape) * sizeof(float), stream,
+             Block<C, kWeights>::kThreads, Memory<C, kWeights>::floats(shape, kSecondPad) * sizeof(float), stream,
              parameters);
     });
   }

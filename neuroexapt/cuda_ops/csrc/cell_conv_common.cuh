@@ -9,7 +9,7 @@
 namespace cell_conv {
 namespace {
 
-constexpr int kHalo = 4;  // columns and rows around a tile: what a 5 x 5 of dilation 2 reads
+constexpr int kHalo = 4;  // columns beside a tile: what a 5 x 5 of dilation 2 reads; rows are as many as needed
 constexpr int kTapsPitch = 28;
 
 // A tile of a picture: Rows x Width pixels of all channels. Wider for fewer channels, so that shared memory
@@ -26,18 +26,18 @@ struct Tile {
 // zeros. There is always room for it: where the halo is complete, no row lies outside.
 template <int C>
 struct Place {
-  int picture, y0, x0;
+  int pad, picture, y0, x0;
   int first, rows;  // the tile's rows with halo that lie inside the picture
 
-  __device__ Place(const Shape& shape) {
+  __device__ Place(const Shape& shape, int pad_) : pad(pad_) {  // rows above and below the tile
     const int across = (shape.width + Tile<C>::kWidth - 1) / Tile<C>::kWidth;
     const int down = (shape.height + Tile<C>::kRows - 1) / Tile<C>::kRows;
     picture = blockIdx.x / (across * down);
     const int tile = blockIdx.x % (across * down);
     y0 = tile / across * Tile<C>::kRows;
     x0 = tile % across * Tile<C>::kWidth;
-    first = max(0, y0 - kHalo);
-    rows = min(shape.height, y0 + Tile<C>::kRows + kHalo) - first;
+    first = max(0, y0 - pad);
+    rows = min(shape.height, y0 + Tile<C>::kRows + pad) - first;
   }
 
   // The stored row of the picture's row y.
@@ -48,8 +48,8 @@ struct Place {
 };
 
 template <int C>
-__host__ __device__ int stored_rows(const Shape& shape) {
-  return min(Tile<C>::kRows + 2 * kHalo, shape.height + 1);
+__host__ __device__ int stored_rows(const Shape& shape, int pad) {
+  return min(Tile<C>::kRows + 2 * pad, shape.height + 1);
 }
 
 template <int C>
@@ -161,7 +161,7 @@ template <int C, int Threads, typename Slot>
 __device__ void load_tile(float* tile, const Source& source, const Place<C>& at, const Shape& shape, int pitch,
                           int plane, Slot slot) {
   constexpr int kQuads = Tile<C>::kWidth / 4;
-  const int rows = min(at.rows + 1, stored_rows<C>(shape));  // with the row of zeros, where there is one
+  const int rows = min(at.rows + 1, stored_rows<C>(shape, at.pad));  // with the row of zeros, where there is one
   const auto store = [&](const RowWalk& walk, int quad, float4 v) {
     *reinterpret_cast<float4*>(tile + slot(walk.channel) * plane + walk.row * pitch + kHalo + 4 * quad) = v;
   };
@@ -203,9 +203,8 @@ __device__ void load_window(float (&window)[N + 2 * kHalo], const float* strip) 
 
 // Depthwise weights of a channel in shared memory, for one aligned load a row: the first three or four of every
 // row, four floats apart, then the fifth of every row.
-template <int K>
-__device__ inline int tap_position(int tap) {
-  const int ky = tap / K, kx = tap % K;
+__device__ inline int tap_position(int tap, int kernel_size) {
+  const int ky = tap / kernel_size, kx = tap % kernel_size;
   return kx < 4 ? 4 * ky + kx : 20 + ky;
 }
 
@@ -216,10 +215,11 @@ __device__ void load_tap_row(float (&taps)[K], const float* channel_taps, int ky
   if constexpr (K == 5) taps[3] = v.w, taps[4] = channel_taps[20 + ky];
 }
 
-template <int C, int K, int Threads, typename Slot>
-__device__ void load_taps(float* taps, const float* depthwise, Slot slot) {
-  for (int i = threadIdx.x; i < C * K * K; i += Threads) {
-    taps[slot(i / (K * K)) * kTapsPitch + tap_position<K>(i % (K * K))] = __ldg(depthwise + i);
+template <int C, int Threads, typename Slot>
+__device__ void load_taps(float* taps, const float* depthwise, int kernel_size, Slot slot) {
+  const int size = kernel_size * kernel_size;
+  for (int i = threadIdx.x; i < C * size; i += Threads) {
+    taps[slot(i / size) * kTapsPitch + tap_position(i % size, kernel_size)] = __ldg(depthwise + i);
   }
 }
 

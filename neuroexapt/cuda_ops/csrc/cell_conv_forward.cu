@@ -58,8 +58,8 @@ struct Geometry {
   static constexpr int kPitch = C == 32 ? 28 : Tile<C>::kWidth + 2 * kHalo;
   int plane;  // chosen, as the pitch, so that a warp's 16-byte loads of windows meet no bank twice
 
-  __host__ __device__ Geometry(const Shape& shape)
-      : plane(pad_to_bank(stored_rows<C>(shape) * kPitch, C == 16 ? 4 : 8)) {}
+  __host__ __device__ Geometry(const Shape& shape, int pad)
+      : plane(pad_to_bank(stored_rows<C>(shape, pad) * kPitch, C == 16 ? 4 : 8)) {}
 };
 
 template <int C, int N>
@@ -185,6 +185,7 @@ __device__ void store_unit(const float (&sums)[C / 16][Unit<C>::kStrip][4], floa
   constexpr int kStrip = Unit<C>::kStrip, kLaneRuns = kStrip / 4;
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, plane = shape.height * shape.width;
   const bool aligned = shape.width % 4 == 0;
+  asm volatile("" : "+r"(unit));  // else the addresses are computed, and spilled, ahead of the convolution
   int runs[kLaneRuns], pixels[kLaneRuns], total = 0;
 #pragma unroll
   for (int i = 0; i < kLaneRuns; ++i) {
@@ -244,16 +245,16 @@ __device__ void store_moments(float* target, const float2* moments, const float*
 }
 
 template <int C>
-int forward_shared_floats(const Shape& shape) {
-  return C * Geometry<C>(shape).plane +
+int forward_shared_floats(const Shape& shape, int pad) {
+  return C * Geometry<C>(shape, pad).plane +
          Unit<C>::kGroupSize * (C * kTapsPitch + Unit<C>::kCount * (2 * C + 1));
 }
 
 template <int C, int K, int D, bool kExact>
 __device__ void forward_group(const Shape& shape, const Group& group) {
   extern __shared__ __align__(16) float shared[];
-  const Place<C> at(shape);
-  const Geometry<C> geometry(shape);
+  const Place<C> at(shape, D * (K / 2));
+  const Geometry<C> geometry(shape, D * (K / 2));
   float* tile = shared;
   float* taps = tile + C * geometry.plane;
   float2* moments = reinterpret_cast<float2*>(taps + Unit<C>::kGroupSize * C * kTapsPitch);
@@ -263,7 +264,7 @@ __device__ void forward_group(const Shape& shape, const Group& group) {
   load_tile<C, kForwardThreads>(tile, source, at, shape, Geometry<C>::kPitch, geometry.plane,
                                 contraction_slot);
   for (int n = 0; n < group.count; ++n) {
-    load_taps<C, K, kForwardThreads>(taps + n * C * kTapsPitch, group.convs[n].depthwise, contraction_slot);
+    load_taps<C, kForwardThreads>(taps + n * C * kTapsPitch, group.convs[n].depthwise, K, contraction_slot);
   }
   __syncthreads();
 
@@ -278,22 +279,23 @@ __device__ void forward_group(const Shape& shape, const Group& group) {
     if (full) store_unit<C, true>(sums, z, unit_moments, unit_count, unit, at, shape);
     else store_unit<C, false>(sums, z, unit_moments, unit_count, unit, at, shape);
   };
-  constexpr int kAtOnce = C == 16 ? 2 : 1;  // as many as the registers hold the sums of
-  const int paired = group.count / kAtOnce, tasks = paired + group.count % kAtOnce;
-  for (int task = warp; task < tasks * Unit<C>::kCount; task += kForwardThreads / 32) {
-    const int nth = task / Unit<C>::kCount, unit = task % Unit<C>::kCount, n = nth * kAtOnce;
-    const float* own_taps = taps + n * C * kTapsPitch;
-    const Conv* convs = group.convs + n;
-    if (kAtOnce == 1 || nth == paired) {
-      Sums<C, 1> sums;
-      convolve<C, K, D, 1, kExact>(sums, tile, own_taps, convs, unit, at, geometry);
-      finish(sums[0], n, unit);
-    } else if constexpr (kAtOnce == 2) {
+  constexpr int kWarps = kForwardThreads / 32, kUnits = Unit<C>::kCount;
+  int single = 0;  // the first convolution that is not one of a pair
+  if constexpr (C == 16) {
+    single = group.count & ~1;
+    for (int task = warp; task < single / 2 * kUnits; task += kWarps) {
+      const int n = task / kUnits * 2, unit = task % kUnits;
       Sums<C, 2> sums;
-      convolve<C, K, D, 2, kExact>(sums, tile, own_taps, convs, unit, at, geometry);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) finish(sums[i], n + i, unit);
+      convolve<C, K, D, 2, kExact>(sums, tile, taps + n * C * kTapsPitch, group.convs + n, unit, at, geometry);
+      finish(sums[0], n, unit);
+      finish(sums[1], n + 1, unit);
     }
+  }
+  for (int task = single * kUnits + warp; task < group.count * kUnits; task += kWarps) {
+    const int n = task / kUnits, unit = task % kUnits;
+    Sums<C, 1> sums;
+    convolve<C, K, D, 1, kExact>(sums, tile, taps + n * C * kTapsPitch, group.convs + n, unit, at, geometry);
+    finish(sums[0], n, unit);
   }
   __syncthreads();
   for (int n = 0; n < group.count; ++n) {
@@ -318,6 +320,12 @@ __global__ void __launch_bounds__(kForwardThreads, 3)
 bool share_tile(const Group& group, const Job& job, int size) {
   return group.count < size && group.x == job.x && group.stats == job.stats &&
          group.kernel_size == job.kernel_size && group.dilation == job.dilation;
+}
+
+int largest_pad(const std::vector<Group>& groups) {
+  int pad = 0;
+  for (const Group& group : groups) pad = std::max(pad, group.kernel_size / 2 * group.dilation);
+  return pad;
 }
 
 std::vector<Group> group_jobs(std::vector<Job> jobs, int size) {
@@ -357,7 +365,7 @@ void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
       with_precision(shape, [&](auto exact) {
         constexpr int C = channels();
         launch(forward_kernel<C, exact()>, dim3(tile_count<C>(shape), count), kForwardThreads,
-               forward_shared_floats<C>(shape) * sizeof(float), stream, parameters);
+               forward_shared_floats<C>(shape, largest_pad(groups)) * sizeof(float), stream, parameters);
       });
     });
   }
