@@ -201,15 +201,16 @@ class Results:
         max_error: float | None = None,
     ) -> None:
         """Record one figure; ``max_error`` is that of the correctness check it was gated on."""
-        self._append(case, implementation, dtype, metric, unit=unit, **asdict(spread), max_error=max_error)
+        self.record(case, implementation, dtype, metric, unit=unit, **asdict(spread), max_error=max_error)
         print(f"{case:28} {dtype:9} {implementation:13} {metric:13} {spread.median:10.4g} {unit}", flush=True)
 
     def add_status(self, case: str, implementation: str, dtype: str, status: str) -> None:
         """Record why there are no figures."""
-        self._append(case, implementation, dtype, "status", status=status)
+        self.record(case, implementation, dtype, "status", status=status)
         print(f"{case:28} {dtype:9} {implementation:13} {status}", flush=True)
 
-    def _append(self, case: str, implementation: str, dtype: str, metric: str, **values: Any) -> None:
+    def record(self, case: str, implementation: str, dtype: str, metric: str, **values: Any) -> None:
+        """Append a line that holds ``values``."""
         name = {"case": case, "implementation": implementation, "dtype": dtype, "metric": metric}
         with open(self.path, "a") as file:
             file.write(json.dumps(self.provenance | name | values) + "\n")

@@ -18,7 +18,6 @@ from neuroexapt.engine.training import make_sgd
 from neuroexapt.spaces import get_space
 from neuroexapt.strategies import get_strategy
 
-STRATEGIES = {1: "darts", 2: "darts-2nd"}
 PRECISIONS = ("float32", "tf32", "bfloat16")
 """``float32``: exact products. ``tf32``: convolutions may round to TF32, as PyTorch ships it; the
 classifier's matrix product may not. ``bfloat16``: the network under autocast, the rest as ``float32``.
@@ -98,9 +97,9 @@ plain PyTorch. ``ext``: the plan in CUDA C++.
 """
 
 
-def make_step(supernet: Supernet, order: int) -> BilevelStep:
-    """The step of a search with the published settings, and the optimizers that a search uses."""
-    config, device = SearchConfig(strategy=STRATEGIES[order]), next(supernet.parameters()).device
+def make_step(supernet: Supernet, config: SearchConfig) -> BilevelStep:
+    """The step of a search with these settings, and the optimizers that a search uses."""
+    device = next(supernet.parameters()).device
     arch_optimizer = torch.optim.Adam(
         supernet.arch_parameters(),
         config.arch_learning_rate,

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from neuroexapt.backend import use_backend
+from neuroexapt.core.genotypes import load_genotype
+from neuroexapt.data import DATASETS, load_dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import full_search
+import search_fidelity
 import search_step
 from _harness import Spread, Work
 from _search import NETWORKS, Network
@@ -18,8 +22,8 @@ from _search import NETWORKS, Network
 BENCHMARKS = Path(search_step.__file__).parent
 
 
-def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / name), "--commit=abc", *arguments]
+def run_benchmark(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / name), "--commit=abc", *map(str, arguments)]
     path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
 
@@ -61,7 +65,7 @@ def test_gradients_are_held_to_those_of_fp64(monkeypatch):
     case = search_step.Case("tiny", device, 2, "plan", "float32")
     with use_backend("cpu"):
         supernet, batch = search_step.network_and_batch(case)
-        step = search_step.make_step(supernet, 1)
+        step = search_step.make_step(supernet, search_step.CONFIGS[1])
         found = search_step.find_gradients(step)(*batch).double()
     assert max(search_step.relative_errors(step, found, exact).values()) < 1e-2
     found[1 : 1 + len(found) // 2] *= 1.1
@@ -101,3 +105,52 @@ def test_search_step_measures_what_runs_here_and_says_why_the_rest_does_not(tmp_
 
 def test_a_counted_figure_has_no_spread():
     assert Spread.exactly(3.0) == Spread(3.0, 3.0, 3.0, 1)
+
+
+def test_choices_of_two_searches_are_compared_by_edge_and_by_operation():
+    first, second = load_genotype("DARTS_V1"), load_genotype("DARTS_V2")
+    assert search_fidelity.same_edges([first], [first]) == 1.0
+    assert search_fidelity.same_edges([first, first], [first, second]) == pytest.approx(
+        (1 + search_fidelity.same_edges([first], [second])) / 2
+    )
+    chosen = search_fidelity.chosen_operations([first, second])
+    assert sum(chosen.values()) == pytest.approx(1.0)
+    assert search_fidelity.distance({"a": 0.5, "b": 0.5}, {"b": 0.25, "c": 0.75}) == pytest.approx(0.75)
+
+
+@pytest.mark.slow
+def test_search_fidelity_compares_runs_with_the_reference_and_draws_them(tmp_path):
+    out, figure = tmp_path / "results.jsonl", tmp_path / "figure.png"
+    done = run_benchmark(
+        "search_fidelity.py", "--device=cpu", "--seeds=1", "--epochs=1", "--channels=2", "--side=8",
+        "--batch=256", "--runs", "plan", "ext", f"--out={out}", f"--figure={figure}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    curves = {
+        line["implementation"]: line["values"] for line in lines if line["metric"] == "alpha_difference_curve"
+    }
+    assert set(curves) == {"reference", "plan"}
+    assert curves["plan"][0] < 1e-2 * curves["reference"][0]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_full_search_times_the_command_line(tmp_path):
+    out = tmp_path / "results.jsonl"
+    done = run_benchmark(
+        "full_search.py", "--device=cpu", "--pictures=100", "--epochs=1", "--batch=8", f"--out={out}",
+        "--options", "layers=3", "init-channels=2", "image-size=8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = {line["metric"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert figures["wall_s"]["case"] == "noise-100-b8-1epochs"
+    assert 0 < figures["first_epoch_s"]["median"] < figures["wall_s"]["median"]
+
+
+def test_noise_has_the_form_of_cifar10(tmp_path):
+    full_search.write_noise(tmp_path / "noise.npz", 20, 10)
+    data = load_dataset(f"npz:{tmp_path / 'noise.npz'}")
+    assert (data.train.shape, data.num_classes) == ((3, 32, 32), 10)
+    assert (len(data.train), len(data.test)) == (20, 10)
+    assert data.augmentation == DATASETS["cifar10"].augmentation
