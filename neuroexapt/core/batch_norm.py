@@ -21,8 +21,10 @@ def normed_sum(z: Tensor, scale: Tensor | None, summands: int = 1) -> tuple[Tens
     Returns:
         y [B, C, …], and mean and unbiased variance, both [K · C].
     """
-    if z.device.type == "cpu" and z.shape[0] == 1:
-        y, mean, variance = _NormedSum.apply(z.view(summands, z.shape[1] // summands, -1), scale)
+    values = z[:, 0].numel()
+    # One value a channel is PyTorch's to refuse.
+    if z.device.type == "cpu" and z.shape[0] == 1 and values > 1:
+        y, mean, variance = _NormedSum.apply(z.view(summands, -1, values), scale)
         return y.view(1, -1, *z.shape[2:]), mean, variance
     mean, variance = z.new_zeros(2, z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
     # With momentum 1 the running statistics become the batch's own.

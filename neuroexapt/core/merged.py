@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from neuroexapt.backend.registry import Support, register_impl
 from neuroexapt.core.batch_norm import normed_sum, sum_chunks
 from neuroexapt.core.layouts import Merging, choose_layout
-from neuroexapt.core.operations import FactorizedReduce, shift_by_one
+from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN, shift_by_one
 from neuroexapt.core.plan import (
     EPS,
     MOMENTUM,
@@ -147,6 +147,9 @@ def _kind(term: Term, merging: Merging) -> tuple[Hashable, ...]:
     assert isinstance(term, ModuleTerm)
     if type(term.module) is FactorizedReduce and term.bn is not None:
         return "reductions", None, None
+    if type(term.module) is ReLUConvBN and term.bn is not None:
+        conv = term.module.op[1]
+        return "dense_convs", (conv.kernel_size, conv.stride, conv.padding), None
     return "modules", id(term), None
 
 
@@ -198,6 +201,12 @@ class _Departure:
         ]
         # [B, T, 2, C / 2, H, W], the order in which each reduction joins its own
         z = torch.cat([half.unflatten(1, (len(ops), -1)) for half in halves], dim=2).flatten(1, 2)
+        return self._shares(self.layout.enter(z), bundle, weights)
+
+    def _dense_convs(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
+        convs = [term.module.op[1] for term in bundle.terms]
+        merged = torch.cat([conv.weight for conv in convs])
+        z = F.conv2d(F.relu(self.state), merged, None, convs[0].stride, convs[0].padding)
         return self._shares(self.layout.enter(z), bundle, weights)
 
     def _modules(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
