@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,12 +75,22 @@ class Implementation:
 
     def set_up(self, supernet: Supernet, precision: str) -> None:
         """Let ``supernet`` run this way."""
+        # Kernels for exactly the shapes at hand: the compiler would make one for all after the second edge.
+        torch._dynamo.config.automatic_dynamic_shapes = False
         set_execution(supernet, self.execution)
         if precision == "bfloat16":
-            # No cache: every weight is cast once a pass, and a graph must not find one of another pass.
-            device = next(supernet.parameters()).device
-            autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-            supernet.forward = autocast(supernet.forward)  # type: ignore[method-assign]
+            _run_in_bfloat16(supernet)
+
+
+def _run_in_bfloat16(supernet: Supernet) -> None:
+    forward, device = supernet.forward, next(supernet.parameters()).device
+
+    def forward_in_bfloat16(*arguments: Any) -> Tensor:
+        # No cache: every weight is cast once a pass, and a graph must not find one of another pass.
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            return forward(*arguments).float()
+
+    supernet.forward = forward_in_bfloat16  # type: ignore[method-assign]
 
 
 IMPLEMENTATIONS = {
