@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 
-from neuroexapt.engine.training import cosine
+from neuroexapt.engine.config import SearchConfig
+from neuroexapt.engine.training import cosine, load_optimizer, make_sgd, set_learning_rate
 
 
 def test_cosine_is_the_published_schedule() -> None:
@@ -12,3 +15,28 @@ def test_cosine_is_the_published_schedule() -> None:
         assert cosine(epoch, 50, 0.025, 0.001) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
+
+
+def test_a_state_that_was_saved_on_a_gpu_goes_on_elsewhere() -> None:
+    """There the learning rate is a tensor and the variant another; what belongs to parameters is kept."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = make_sgd([parameter], SearchConfig(momentum=0.5))
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0].update(lr=torch.tensor(7.0), fused=True)
+
+    resumed = make_sgd([parameter], SearchConfig(momentum=0.5))
+    load_optimizer(resumed, saved)
+    set_learning_rate(resumed, 0.25)
+    (group,) = resumed.param_groups
+    assert (group["lr"], group["fused"]) == (0.25, None)
+    assert torch.equal(resumed.state[parameter]["momentum_buffer"], torch.ones(2))
+
+
+def test_a_learning_rate_on_the_device_stays_where_it_is() -> None:
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], rate, fused=True)
+    set_learning_rate(optimizer, 0.5)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == 0.5
