@@ -100,7 +100,7 @@ def global_avg_pool(x: Tensor) -> Tensor:
 
 
 def batch_norm(x: Tensor, bn: nn.Module) -> Tensor:
-    """``bn(x)`` of a BatchNorm, which in training mode updates its running statistics; ``x``: [B, C, H, W]."""
+    """``bn(x)`` of a BatchNorm; in training mode its running statistics are updated. ``x``: [B, C, H, W]."""
     return dispatch("batch_norm", x, bn)
 
 

@@ -302,6 +302,41 @@ def test_backward_of_convolutions(shape, second, ieee, wants_weights, count):
             assert_all_close(got, torch_kernels.reduce_partials(right_partial, exact(weights)), tolerance)
 
 
+@gpu
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("shape", CONV_SHAPES)
+@pytest.mark.parametrize("wants_weights", [True, False])
+def test_strided_convolutions(shape, wants_weights):
+    batch, channels, height, width = shape
+    out = (batch, channels, -(-height // 2), -(-width // 2))
+    x = randn(*shape)
+    convs = [conv._replace(x=x, stride=2) for conv in random_convs(shape, False, 9)]
+    zs, moments = cell_kernels.convolve(convs, True)
+    expected, _ = torch_kernels.convolve(exact(convs), True)
+    assert_all_close(zs, expected, 2e-5)
+    assert_all_close(
+        cell_kernels.statistics(batch_norms(channels, len(zs)), moments, True),
+        torch_kernels.statistics(
+            [bn.double() for bn in batch_norms(channels, len(zs))],
+            torch_kernels.plane_moments(exact(zs)),
+            True,
+        ),
+    )
+    grads = [
+        ConvGrad(conv, randn(*out), strided(*out) if i % 2 else randn(*out), coef(channels))
+        for i, conv in enumerate(convs)
+    ]
+    dxs, partials = cell_kernels.backward_first(grads, True, wants_weights)
+    right_dxs, right_partials = torch_kernels.backward_first(exact(grads), True, wants_weights)
+    assert_close(sum(exact(dxs)), sum(right_dxs), 2e-5)
+    assert bool(partials.depthwise) == bool(partials.pointwise) == wants_weights
+    for name in ("depthwise", "pointwise") if wants_weights else ():
+        weights = [getattr(conv, name) for conv in convs]
+        got = cell_kernels.reduce_partials(getattr(partials, name), weights)
+        wanted = torch_kernels.reduce_partials(getattr(right_partials, name), exact(weights))
+        assert_all_close(got, wanted, 2e-5)
+
+
 @pytest.fixture
 def ieee():
     """Convolutions without TF32."""

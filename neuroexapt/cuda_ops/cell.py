@@ -7,7 +7,7 @@ state to each node that it feeds: as its gradient a handle carries the gradient 
 from a few coefficients a channel the gradient of every term follows as ``dz = A · g + B · z + D`` where a
 kernel reads ``z``, so neither normalised tensors nor gradients of single terms are ever stored.
 
-What is no convolution of stride 1, pool or identity runs *outside*: as a module under autograd, on the state
+What is no separable convolution, pool or identity runs *outside*: as a module under autograd, on the state
 itself. Its output enters ``_LeaveState`` beside the state.
 """
 
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from neuroexapt import functional
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.core.operations import FactorizedReduce, SepConvBlock, shift_by_one
 from neuroexapt.core.plan import (
@@ -156,11 +155,10 @@ class _Flow:
     """All that leaves one state, in the order in which ``_LeaveState`` takes it."""
 
     def __init__(self, group: StateGroup) -> None:
-        strided = group.convs if group.stride > 1 else ()
         self.group = group
-        self.first: tuple[ConvTerm, ...] = () if strided else group.convs
+        self.first = group.convs
         self.second = tuple(term for term in group.convs if len(term.blocks) == 2)
-        self.outside: tuple[Term | WholeEdge, ...] = (*strided, *group.modules, *group.edges)
+        self.outside: tuple[ModuleTerm | WholeEdge, ...] = (*group.modules, *group.edges)
         reductions = [member for member in self.outside if _is_reduction(member)]
         others = [[member] for member in self.outside if not _is_reduction(member)]
         self.outside_groups = [reductions, *others] if reductions else others  # what runs at a time
@@ -175,7 +173,10 @@ class _Flow:
     def convs(self, x: Tensor, weights: Sequence[Tensor]) -> list[Conv]:
         """The convolutions in ``first`` of the state ``x``."""
         pairs = _pairs(weights)[: len(self.first)]
-        return [Conv(x, None, *pair, term.dilation) for term, pair in zip(self.first, pairs, strict=True)]
+        return [
+            Conv(x, None, *pair, term.dilation, term.stride)
+            for term, pair in zip(self.first, pairs, strict=True)
+        ]
 
     def second_convs(
         self, zs: Sequence[Tensor], stats: Sequence[Tensor], weights: Sequence[Tensor]
@@ -392,15 +393,10 @@ def _run_outside(pass_: _Pass, flow: _Flow, x: Tensor, weights: Tensor) -> tuple
     return x, [outputs[member] for member in flow.outside]
 
 
-def _run_group(members: Sequence[Term | WholeEdge], x: Tensor, weights: Tensor) -> Sequence[Tensor]:
+def _run_group(members: Sequence[ModuleTerm | WholeEdge], x: Tensor, weights: Tensor) -> Sequence[Tensor]:
     member = members[0]
     if isinstance(member, WholeEdge):
         return [member.module(x, weights[member.edge])]
-    if isinstance(member, ConvTerm):
-        block = member.blocks[0]
-        depthwise, pointwise = _weights([block])
-        return [functional.sepconv(x, depthwise, pointwise, stride=block.stride, dilation=block.dilation)]
-    assert isinstance(member, ModuleTerm)
     if _is_reduction(member):
         return _reduce([term.module for term in members if isinstance(term, ModuleTerm)], x)
     return [member.body(x)]

@@ -5,14 +5,18 @@ and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count, mean, 
 ``coef``: [C, 4], {A, B, D, 0} with dz = A · g + B · z + D. Only an input's first dimension may be strided.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from neuroexapt.core.plan import EPS, MOMENTUM
+from neuroexapt.cuda_ops import sepconv
 from neuroexapt.cuda_ops.build import extension
+from neuroexapt.kernels import reference
+from neuroexapt.kernels.sepconv import Call
 
 MAX_CONVS, MAX_EDGES, MAX_ADDENDS, MAX_WIDTH = 32, 16, 64, 1024
 """Of one state: convolutions and edges that leave it, parts of its gradient, columns of its pictures."""
@@ -23,13 +27,14 @@ WINDOW = 3
 
 
 class Conv(NamedTuple):
-    """W_pw · (W_dw ⋆ relu(x)), or of relu((x − mean) · rstd) where ``stats`` are given; stride 1."""
+    """W_pw · (W_dw ⋆ relu(x)), or of relu((x − mean) · rstd) where ``stats`` are given, at stride 1 only."""
 
     x: Tensor
     stats: Tensor | None
     depthwise: Tensor
     pointwise: Tensor
     dilation: int
+    stride: int = 1
 
 
 class ConvGrad(NamedTuple):
@@ -66,7 +71,9 @@ class PoolGrad(NamedTuple):
 
 
 def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """``z`` and ``moments`` of each convolution, in one launch."""
+    """``z`` and ``moments`` of each convolution; all have one stride, and with 1 are one launch."""
+    if convs[0].stride > 1:
+        return _convolve_strided(convs)
     kernels, shape = extension(), _conv_shape(convs[0].x, exact)
     zs = _empty_like(convs[0].x, len(convs))
     moments = _empty(convs[0].x, len(convs), kernels.cell_conv_forward_parts(shape), zs[0].shape[1], 3)
@@ -107,6 +114,8 @@ def backward_first(
     grads: Sequence[ConvGrad], exact: bool, wants_weights: bool
 ) -> tuple[list[Tensor], Partials]:
     """Of convolutions of one state: tensors whose sum is the state's gradient."""
+    if grads[0].conv.stride > 1:
+        return _backward_strided(grads, wants_weights)
     kernels, shape = extension(), _conv_shape(grads[0].z, exact)
     dxs = _empty_like(grads[0].z, kernels.cell_conv_dx_splits(shape, len(grads)))
     partials = _partials(grads, kernels.cell_conv_backward_parts(shape), wants_weights)
@@ -231,6 +240,71 @@ def state_gradient(
         _pool_shape(x, stride), _tensor(x), edges, list(map(_tensor, addends)), dx.data_ptr(), _stream()
     )
     return dx
+
+
+def _convolve_strided(convs: Sequence[Conv]) -> tuple[list[Tensor], list[Tensor]]:
+    """A launch for each kernel size and dilation; PyTorch where the kernels don't take the shape."""
+    batch, channels, height, width = convs[0].x.shape
+    stride = convs[0].stride
+    zs = _empty(convs[0].x, len(convs), batch, channels, -(-height // stride), -(-width // stride))
+    for same in _alike(convs):
+        calls = [_call(convs[i]) for i in same]
+        if _takes(calls[0]):
+            sepconv.launch_forward(calls, [zs[i] for i in same])
+            continue
+        for i, call in zip(same, calls, strict=True):
+            zs[i].copy_(_run_reference(call))
+    return zs, plane_moments(zs)
+
+
+def _backward_strided(grads: Sequence[ConvGrad], wants_weights: bool) -> tuple[list[Tensor], Partials]:
+    """As ``_convolve_strided``."""
+    dxs = _empty_like(grads[0].conv.x, len(grads))
+    found: dict[int, Sequence[Tensor | None]] = {}
+    for same in _alike([grad.conv for grad in grads]):
+        calls = [_call(grads[i].conv) for i in same]
+        if not _takes(calls[0]):
+            found |= {i: _differentiate(grads[i], call, dxs[i]) for i, call in zip(same, calls, strict=True)}
+            continue
+        partials = sepconv.partials(calls, grads[same[0]].g, (wants_weights, wants_weights))
+        sources = [sepconv.Source(grads[i].g, grads[i].z, grads[i].coef) for i in same]
+        results = [
+            sepconv.Results._make((dxs[i], None, None, *two)) for i, two in zip(same, partials, strict=True)
+        ]
+        sepconv.launch_backward(calls, sources, results)
+        found |= zip(same, partials, strict=True)
+    ordered = zip(*(found[i] for i in range(len(grads))), strict=True)
+    return dxs, Partials(*map(list, ordered)) if wants_weights else Partials([], [])
+
+
+def _differentiate(grad: ConvGrad, call: Call, dx: Tensor) -> list[Tensor]:
+    """The weights' gradients, as the only part; fills dx."""
+    leaves = [tensor.detach().requires_grad_() for tensor in call[:3]]
+    with torch.enable_grad():
+        z = _run_reference(Call._make((*leaves, *call[3:])))
+    gradients = torch.autograd.grad(z, leaves, affine_gradients([grad.g], [grad.z], [grad.coef]))
+    dx.copy_(gradients[0])
+    return [gradient.reshape(1, -1) for gradient in gradients[1:]]
+
+
+def _alike(convs: Sequence[Conv]) -> Iterable[list[int]]:
+    """The numbers of those that can share a launch."""
+    groups = defaultdict(list)
+    for i, conv in enumerate(convs):
+        groups[conv.depthwise.shape[-1], conv.dilation].append(i)
+    return groups.values()
+
+
+def _call(conv: Conv) -> Call:
+    return Call(conv.x, conv.depthwise, conv.pointwise, conv.stride, conv.dilation, True)
+
+
+def _takes(call: Call) -> bool:
+    return sepconv.takes(call, {torch.float32}).ok
+
+
+def _run_reference(call: Call) -> Tensor:
+    return reference.sepconv(*call[:3], stride=call.stride, dilation=call.dilation)
 
 
 def _grad_jobs(

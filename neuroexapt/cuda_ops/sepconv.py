@@ -1,7 +1,7 @@
 """``sepconv`` in CUDA C++ (``csrc/sepconv.cu``), for fp32 at the shapes of search networks."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,8 @@ class _Tiles(NamedTuple):
         return self.dilation * (self.kernel_size // 2)
 
 
-def _takes(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
+def takes(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
+    """Whether the kernels take a call with tensors of these dtypes."""
     if dtypes != {torch.float32}:
         return Support(False, "only fp32")
     if not call.x.is_contiguous():
@@ -66,40 +67,77 @@ def _takes(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
     return Support(True)
 
 
-def _forward(call: shared.Call, y: Tensor) -> None:
-    floats = _tiles(call).forward_floats
-    rows = _rows(y.shape[2], y.shape[0], floats)
-    with torch.cuda.device_of(y):
-        extension().sepconv_forward(
-            _shape(call, y),
-            *_addresses(*map(_dense, call[:3]), y),
-            rows,
-            4 * floats(rows),
-            torch.cuda.current_stream().cuda_stream,
+class Source(NamedTuple):
+    """Where the gradient of y starts: A · g + B · z + D by ``coef`` [O, 4], or g itself without one."""
+
+    g: Tensor
+    z: Tensor | None = None
+    coef: Tensor | None = None
+
+
+class Results(NamedTuple):
+    """Where to put the gradients; a partial one is [tiles, …], its sum over the tiles the gradient."""
+
+    dx: Tensor | None
+    depthwise: Tensor | None
+    pointwise: Tensor | None
+    depthwise_partial: Tensor | None
+    pointwise_partial: Tensor | None
+
+
+def launch_forward(calls: Sequence[shared.Call], ys: Sequence[Tensor]) -> None:
+    """Fill the results of calls of one shape, together."""
+    kernels, floats = extension(), _tiles(calls[0]).forward_floats
+    rows = _rows(ys[0].shape[2], len(calls) * ys[0].shape[0], floats)
+    operands = [tuple(map(_dense, call[:3])) for call in calls]
+    jobs = [kernels.SepConvJob(*_addresses(*three, y)) for three, y in zip(operands, ys, strict=True)]
+    kernels.sepconv_forward(_shape(calls[0], ys[0]), jobs, rows, 4 * floats(rows), _stream())
+
+
+def launch_backward(
+    calls: Sequence[shared.Call], sources: Sequence[Source], results: Sequence[Results]
+) -> None:
+    """Fill the gradients of calls of one shape that want the same ones, together."""
+    kernels, floats = extension(), _tiles(calls[0]).backward_floats
+    rows = _backward_rows(calls, sources[0].g)
+    operands = [tuple(map(_dense, call[:3])) for call in calls]
+    gs = [_dense_pictures(source.g) for source in sources]
+    jobs = [
+        kernels.SepConvGradJob(g.data_ptr(), g.stride(0), *_addresses(source.z, source.coef, *three, *where))
+        for g, source, three, where in zip(gs, sources, operands, results, strict=True)
+    ]
+    kernels.sepconv_backward(_shape(calls[0], gs[0]), jobs, rows, 4 * floats(rows), _stream())
+
+
+def partials(
+    calls: Sequence[shared.Call], g: Tensor, wanted: tuple[bool, bool]
+) -> list[tuple[Tensor | None, ...]]:
+    """Empty partial gradients of each call's depthwise and pointwise weight."""
+    tiles = g.shape[0] * g.shape[2] // _backward_rows(calls, g)
+    return [
+        tuple(
+            weight.new_empty(tiles, weight.numel()) if want else None
+            for weight, want in zip(call[1:3], wanted, strict=True)
         )
+        for call in calls
+    ]
+
+
+def _forward(call: shared.Call, y: Tensor) -> None:
+    with torch.cuda.device_of(y):
+        launch_forward([call], [y])
 
 
 def _backward(call: shared.Call, dy: Tensor, grads: shared.Grads, needed: list[bool]) -> None:
-    floats = _tiles(call).backward_floats
-    batch, out_channels, out_height, _ = dy.shape
-    channels = call.x.shape[1]
-    rows = _rows(out_height, batch * channels // _BLOCK_CHANNELS, floats)
-    tiles = batch * out_height // rows
-    partials = [
-        dy.new_empty(tiles, size) if need else None
-        for need, size in zip(
-            needed[1:], (channels * call.kernel_size**2, out_channels * channels), strict=True
-        )
-    ]
     wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     with torch.cuda.device_of(dy):
-        extension().sepconv_backward(
-            _shape(call, dy),
-            *_addresses(*map(_dense, (dy, *call[:3])), *wanted, *partials),
-            rows,
-            4 * floats(rows),
-            torch.cuda.current_stream().cuda_stream,
-        )
+        (partial,) = partials([call], dy, (needed[1], needed[2]))
+        launch_backward([call], [Source(dy)], [Results._make((*wanted, *partial))])
+
+
+def _backward_rows(calls: Sequence[shared.Call], g: Tensor) -> int:
+    blocks_a_row = len(calls) * g.shape[0] * calls[0].x.shape[1] // _BLOCK_CHANNELS
+    return _rows(g.shape[2], blocks_a_row, _tiles(calls[0]).backward_floats)
 
 
 def _tiles(call: shared.Call) -> _Tiles:
@@ -140,8 +178,19 @@ def _dense(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _dense_pictures(x: Tensor) -> Tensor:
+    """x itself where each picture is contiguous and 16-byte aligned, else a copy that is."""
+    if x[0].is_contiguous() and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
 
 
 def _round_up_4(n: int) -> int:
@@ -149,5 +198,5 @@ def _round_up_4(n: int) -> int:
 
 
 sepconv, _ = shared.define_op("ext", _forward, _backward)
-supports = shared.supports_if(_takes)
+supports = shared.supports_if(takes)
 register_impl("sepconv", "ext", sepconv, supports)

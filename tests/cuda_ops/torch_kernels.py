@@ -117,7 +117,7 @@ def _convolve(conv: Conv, x: Tensor, depthwise: Tensor, pointwise: Tensor) -> Te
     if conv.stats is not None:
         mean, rstd = map(_per_channel, conv.stats.unbind(1))
         x = (x - mean) * rstd
-    return reference.sepconv(x, depthwise, pointwise, dilation=conv.dilation)
+    return reference.sepconv(x, depthwise, pointwise, stride=conv.stride, dilation=conv.dilation)
 
 
 def _gradients(grad: ConvGrad) -> tuple[Tensor, ...]:

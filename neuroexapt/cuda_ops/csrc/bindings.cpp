@@ -15,12 +15,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .value("bfloat16", DType::kBFloat16);
   m.def("softmax_sum_forward", &softmax_sum_forward);
   m.def("softmax_sum_backward", &softmax_sum_backward);
+
+  using sepconv::Address;
   pybind11::class_<sepconv::Shape>(m, "SepConvShape")
       .def(pybind11::init<int, int, int, int, int, int, int, int, int, int, bool>());
+  pybind11::class_<sepconv::Job>(m, "SepConvJob")
+      .def(pybind11::init<Address, Address, Address, Address>());
+  pybind11::class_<sepconv::GradJob>(m, "SepConvGradJob")
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, Address, Address,
+                          Address, Address, Address>());
   m.def("sepconv_forward", &sepconv::forward);
   m.def("sepconv_backward", &sepconv::backward);
 
-  using cell_conv::Address;
   pybind11::class_<cell_conv::Shape>(m, "ConvShape")
       .def(pybind11::init<int, int, int, int, bool>());
   pybind11::class_<cell_conv::Job>(m, "ConvJob")

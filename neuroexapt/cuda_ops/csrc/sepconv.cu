@@ -28,6 +28,16 @@ constexpr int kReduceColumns = 32, kReduceSplits = 16;
 
 __host__ __device__ constexpr int round_up_4(int n) { return (n + 3) / 4 * 4; }
 
+template <typename Job>
+struct Launch {
+  Shape shape;
+  int rows;
+  Job jobs[kMaxJobs];
+};
+
+__device__ const float* input(Address address) { return reinterpret_cast<const float*>(address); }
+__device__ float* output(Address address) { return reinterpret_cast<float*>(address); }
+
 template <int K, int S, int D>
 struct Conv {
   static constexpr int kPad = D * (K / 2);
@@ -184,22 +194,24 @@ __device__ void load_weights(float (&weights)[K * K], const float* source) {
 
 // Shared memory: x [C, x_rows, x_pitch], depthwise outputs [C, pixels], pointwise weights [O, C + 4]: so
 // the rows of eight neighbouring outputs lie in different banks.
+// Grid: (tiles of all pictures, jobs).
 template <int K, int S, int D>
-__global__ void __launch_bounds__(kThreads, 2)
-    fwd_kernel(const __grid_constant__ Shape shape, const float* x, const float* depthwise_weight,
-               const float* pointwise_weight, float* y, int rows) {
+__global__ void __launch_bounds__(kThreads, 2) fwd_kernel(const __grid_constant__ Launch<Job> launch) {
   using Conv = Conv<K, S, D>;
+  const Shape& shape = launch.shape;
+  const Job& job = launch.jobs[blockIdx.y];
+  const float* depthwise_weight = input(job.depthwise);
+  const int rows = launch.rows, C = shape.C, O = shape.O;
   const Conv conv{shape, rows};
-  const int C = shape.C, O = shape.O;
   extern __shared__ __align__(16) float shared[];
   float* tile = shared;
   float* depthwise = tile + C * conv.x_rows() * conv.x_pitch();
   float* weight = depthwise + C * conv.pixels();
   const int pitch = C + 4;
 
-  x += int64_t(conv.picture()) * C * shape.H * shape.W;
+  const float* x = input(job.x) + int64_t(conv.picture()) * C * shape.H * shape.W;
   load_x(conv, tile, x, C, conv.first_row() * S - Conv::kPad);
-  load_matrix(weight, pitch, pointwise_weight, C, O, C);
+  load_matrix(weight, pitch, input(job.pointwise), C, O, C);
   const int lanes = max(1, kThreads / C), groups = kThreads / lanes;  // a group of threads to a channel
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
   int c = group < groups ? group : C;
@@ -230,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
 
-  y += (int64_t(conv.picture()) * O * shape.OH + conv.first_row()) * shape.OW;
+  float* y = output(job.y) + (int64_t(conv.picture()) * O * shape.OH + conv.first_row()) * shape.OW;
   const int pixel_quads = conv.pixels() / 4, out_plane = shape.OH * shape.OW;
   for (int i = threadIdx.x; i < O / 4 * pixel_quads; i += kThreads) {
     const int o = i / pixel_quads, pixel = i % pixel_quads * 4;  // outputs o, o + O / 4, …
@@ -249,6 +261,26 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) as_float4(y + (o + j * O / 4) * out_plane + pixel) = float4_of(sums[j]);
+  }
+}
+
+// The gradient of y on the tile and its halo inside the picture.
+template <typename Conv>
+__device__ void load_dy(const Conv& conv, float* dy, const GradJob& job) {
+  const Shape& shape = conv.shape;
+  const int above = conv.e_from(), plane = conv.e_rows() * shape.OW, out_plane = shape.OH * shape.OW;
+  const float* g = input(job.g) + conv.picture() * job.g_batch_stride;
+  const float* z = input(job.z) + int64_t(conv.picture()) * shape.O * out_plane;
+  for (Walk at(shape.OW, conv.e_to() - above); at.plane < shape.O; at.next()) {
+    const int row = above + at.row, y = conv.first_row() - Conv::kHalo + row;
+    const int pixel = at.plane * out_plane + y * shape.OW + 4 * at.quad;
+    float4 v = load4(g + pixel);
+    if (job.coef != 0) {
+      const float4 coef = load4(input(job.coef) + 4 * at.plane), w = load4(z + pixel);
+      v.x = fmaf(coef.x, v.x, fmaf(coef.y, w.x, coef.z)), v.y = fmaf(coef.x, v.y, fmaf(coef.y, w.y, coef.z));
+      v.z = fmaf(coef.x, v.z, fmaf(coef.y, w.z, coef.z)), v.w = fmaf(coef.x, v.w, fmaf(coef.y, w.w, coef.z));
+    }
+    as_float4(dy + at.plane * plane + row * shape.OW + 4 * at.quad) = v;
   }
 }
 
@@ -383,14 +415,13 @@ __device__ void pointwise_gradient(float* partial, const float* dy, int dy_pitch
 
 // Shared memory: dy [O, e_rows, OW], then of this block's channels e [e_rows, e_pitch], x [x_rows, x_pitch],
 // the depthwise outputs [pixels] and the pointwise weights [O, kChannels].
-// Grid: (tiles of all pictures, blocks of channels).
+// Grid: (tiles of all pictures, blocks of channels, jobs).
 template <int K, int S, int D>
-__global__ void __launch_bounds__(kThreads, 2)
-    bwd_kernel(const __grid_constant__ Shape shape, const float* dy, const float* x,
-               const float* depthwise_weight, const float* pointwise_weight, float* dx,
-               float* depthwise_partial, float* pointwise_partial, int rows) {
+__global__ void __launch_bounds__(kThreads, 2) bwd_kernel(const __grid_constant__ Launch<GradJob> launch) {
   using Conv = Conv<K, S, D>;
-  const Conv conv{shape, rows};
+  const Shape& shape = launch.shape;
+  const GradJob& job = launch.jobs[blockIdx.z];
+  const Conv conv{shape, launch.rows};
   const int C = shape.C, O = shape.O, first_channel = blockIdx.y * kChannels;
   const int dy_pitch = conv.e_rows() * shape.OW;
   extern __shared__ __align__(16) float shared[];
@@ -400,20 +431,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* depthwise = tile + kChannels * conv.x_rows() * conv.x_pitch();
   float* weight = depthwise + kChannels * conv.pixels();
 
-  dy += int64_t(conv.picture()) * O * shape.OH * shape.OW;
-  const int above = conv.e_from();
-  for (Walk at(shape.OW, conv.e_to() - above); at.plane < O; at.next()) {
-    const int row = above + at.row, y = conv.first_row() - Conv::kHalo + row;
-    as_float4(dy_tile + at.plane * dy_pitch + row * shape.OW + 4 * at.quad) =
-        load4(dy + (at.plane * shape.OH + y) * shape.OW + 4 * at.quad);
-  }
-  load_matrix(weight, kChannels, pointwise_weight + first_channel, C, O, kChannels);
+  load_dy(conv, dy_tile, job);
+  load_matrix(weight, kChannels, input(job.pointwise) + first_channel, C, O, kChannels);
   const int64_t planes = (int64_t(conv.picture()) * C + first_channel) * shape.H * shape.W;
-  load_x(conv, tile, x + planes, kChannels, conv.first_row() * S - Conv::kPad);
+  load_x(conv, tile, input(job.x) + planes, kChannels, conv.first_row() * S - Conv::kPad);
   zero_border(conv, e);
   const int c = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   float w[K * K];
-  load_weights<K>(w, depthwise_weight + (first_channel + c) * K * K);
+  load_weights<K>(w, input(job.depthwise) + (first_channel + c) * K * K);
   __syncthreads();
 
   compute_e(conv, e, dy_tile, weight);
@@ -421,39 +446,41 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const float* own_e = e + c * conv.e_rows() * conv.e_pitch();
   const float* own_x = tile + c * conv.x_rows() * conv.x_pitch();
-  if (depthwise_partial != nullptr || pointwise_partial != nullptr) {
+  if (job.depthwise_partial != 0 || job.pointwise_partial != 0) {
     float grad[K * K] = {};
     recompute_depthwise(conv, depthwise + c * conv.pixels(), grad, own_x, own_e, w, lane);
-    if (depthwise_partial != nullptr) {
+    if (job.depthwise_partial != 0) {
       Range owned{0, K * K};
       reduce_scatter<K * K>(grad, kLanes / 2, owned);
-      float* partial = depthwise_partial + (int64_t(blockIdx.x) * C + first_channel + c) * K * K;
+      float* partial = output(job.depthwise_partial) + (int64_t(blockIdx.x) * C + first_channel + c) * K * K;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // 16 lanes own at most two of 25
         if (i < owned.count) partial[owned.first + i] = grad[i];
       }
     }
   }
-  if (dx != nullptr) {
+  if (job.dx != 0) {
     const int64_t offset = (int64_t(c) * shape.H + conv.first_row() * S) * shape.W;
-    gather_dx(conv, dx + planes + offset, own_x, own_e, w, lane);
+    gather_dx(conv, output(job.dx) + planes + offset, own_x, own_e, w, lane);
   }
-  if (pointwise_partial == nullptr) return;
+  if (job.pointwise_partial == 0) return;
   __syncthreads();
-  pointwise_gradient(pointwise_partial + int64_t(blockIdx.x) * O * C + first_channel,
+  pointwise_gradient(output(job.pointwise_partial) + int64_t(blockIdx.x) * O * C + first_channel,
                      dy_tile + Conv::kHalo * shape.OW, dy_pitch, depthwise, conv.pixels(), O, C);
 }
 
 // Adds up the tiles' weight gradients in a fixed order; a size of 0 leaves that gradient out.
+// Grid: (blocks of weights, jobs).
 __global__ void __launch_bounds__(kReduceColumns * kReduceSplits)
-    bwd_reduce_kernel(const float* pointwise_partial, float* pointwise_grad, int pointwise_size,
-                      const float* depthwise_partial, float* depthwise_grad, int depthwise_size, int tiles) {
+    bwd_reduce_kernel(const __grid_constant__ Launch<GradJob> launch, int pointwise_size, int depthwise_size,
+                      int tiles) {
   __shared__ float sums[kReduceSplits][kReduceColumns];
+  const GradJob& job = launch.jobs[blockIdx.y];
   int i = blockIdx.x * kReduceColumns + threadIdx.x;
   const bool pointwise = i < pointwise_size;
   if (!pointwise) i -= pointwise_size;
   const int size = pointwise ? pointwise_size : depthwise_size;
-  const float* partial = pointwise ? pointwise_partial : depthwise_partial;
+  const float* partial = input(pointwise ? job.pointwise_partial : job.depthwise_partial);
   float sum = 0.f;
   if (i < size) {
 #pragma unroll 8
@@ -463,19 +490,27 @@ __global__ void __launch_bounds__(kReduceColumns * kReduceSplits)
   __syncthreads();
   if (threadIdx.y != 0 || i >= size) return;
   for (int split = 1; split < kReduceSplits; ++split) sum += sums[split][threadIdx.x];
-  (pointwise ? pointwise_grad : depthwise_grad)[i] = sum;
+  output(pointwise ? job.pointwise_grad : job.depthwise_grad)[i] = sum;
 }
 
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, int shared_bytes, Address stream,
-            const Arguments&... arguments) {
+template <typename Job>
+void launch(void (*kernel)(Launch<Job>), dim3 grid, int shared_bytes, Address stream,
+            const Launch<Job>& parameters) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<grid, kThreads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
+  kernel<<<grid, kThreads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(parameters);
   check(cudaGetLastError());
+}
+
+template <typename Job>
+Launch<Job> parameters_of(const Shape& shape, const std::vector<Job>& jobs, int rows) {
+  if (jobs.size() > kMaxJobs) throw std::invalid_argument("too many convolutions in one launch");
+  Launch<Job> parameters{shape, rows, {}};
+  std::copy(jobs.begin(), jobs.end(), parameters.jobs);
+  return parameters;
 }
 
 template <int K, int S, int D>
@@ -496,36 +531,27 @@ void specialise(const Shape& shape, F f) {
   }
 }
 
-const float* input(Address address) { return reinterpret_cast<const float*>(address); }
-float* output(Address address) { return reinterpret_cast<float*>(address); }
-
 }  // namespace
 
-void forward(const Shape& shape, Address x, Address depthwise, Address pointwise, Address y, int rows,
-             int shared_bytes, Address stream) {
+void forward(const Shape& shape, const std::vector<Job>& jobs, int rows, int shared_bytes, Address stream) {
+  const Launch<Job> parameters = parameters_of(shape, jobs, rows);
   specialise(shape, [&](auto variant) {
-    launch(variant.kForward, dim3(shape.batch * (shape.OH / rows)), shared_bytes, stream, shape, input(x),
-           input(depthwise), input(pointwise), output(y), rows);
+    launch(variant.kForward, dim3(shape.batch * (shape.OH / rows), jobs.size()), shared_bytes, stream, parameters);
   });
 }
 
-void backward(const Shape& shape, Address dy, Address x, Address depthwise, Address pointwise, Address dx,
-              Address depthwise_grad, Address pointwise_grad, Address depthwise_partial,
-              Address pointwise_partial, int rows, int shared_bytes, Address stream) {
+void backward(const Shape& shape, const std::vector<GradJob>& jobs, int rows, int shared_bytes, Address stream) {
+  const Launch<GradJob> parameters = parameters_of(shape, jobs, rows);
   const int tiles = shape.batch * (shape.OH / rows);
   specialise(shape, [&](auto variant) {
-    launch(variant.kBackward, dim3(tiles, shape.C / kChannels), shared_bytes, stream, shape, input(dy),
-           input(x), input(depthwise), input(pointwise), output(dx), output(depthwise_partial),
-           output(pointwise_partial), rows);
+    launch(variant.kBackward, dim3(tiles, shape.C / kChannels, jobs.size()), shared_bytes, stream, parameters);
   });
-  const int pointwise_size = pointwise_grad ? shape.O * shape.C : 0;
-  const int depthwise_size = depthwise_grad ? shape.C * shape.K * shape.K : 0;
+  const int pointwise_size = jobs[0].pointwise_grad ? shape.O * shape.C : 0;
+  const int depthwise_size = jobs[0].depthwise_grad ? shape.C * shape.K * shape.K : 0;
   const int blocks = (pointwise_size + depthwise_size + kReduceColumns - 1) / kReduceColumns;
   if (blocks == 0) return;
-  bwd_reduce_kernel<<<blocks, dim3(kReduceColumns, kReduceSplits), 0,
-                      reinterpret_cast<cudaStream_t>(stream)>>>(
-      input(pointwise_partial), output(pointwise_grad), pointwise_size, input(depthwise_partial),
-      output(depthwise_grad), depthwise_size, tiles);
+  bwd_reduce_kernel<<<dim3(blocks, jobs.size()), dim3(kReduceColumns, kReduceSplits), 0,
+                      reinterpret_cast<cudaStream_t>(stream)>>>(parameters, pointwise_size, depthwise_size, tiles);
   check(cudaGetLastError());
 }
 
