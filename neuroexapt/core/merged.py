@@ -9,6 +9,7 @@ import functools
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,21 +86,30 @@ class RunningStatistics:
         """``running = (1 - momentum) · running + momentum · batch``, as every BatchNorm does for itself."""
         if not self._bns:
             return
-        running = [bn.running_mean for bn in self._bns] + [bn.running_var for bn in self._bns]
-        torch._foreach_mul_(running, 1 - MOMENTUM)
-        torch._foreach_add_(running, self._means + self._variances, alpha=MOMENTUM)
-        torch._foreach_add_([bn.num_batches_tracked for bn in self._bns], 1)
+        means, variances, counts = _running_statistics(self._bns)
+        torch._foreach_mul_(means + variances, 1 - MOMENTUM)
+        torch._foreach_add_(means + variances, self._means + self._variances, alpha=MOMENTUM)
+        torch._foreach_add_(counts, 1)
+
+
+def _running_statistics(bns: Sequence[nn.BatchNorm2d]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Means, variances and numbers of batches; every BatchNorm of a plan has them."""
+    return (
+        [bn.running_mean for bn in bns if bn.running_mean is not None],
+        [bn.running_var for bn in bns if bn.running_var is not None],
+        [bn.num_batches_tracked for bn in bns if bn.num_batches_tracked is not None],
+    )
 
 
 class Bundle:
     """Terms of one family that lead to the same nodes: ``kinds[k][t]`` enters node ``targets[t]``."""
 
-    def __init__(self, family: str, kinds: Sequence[Sequence[Term]]) -> None:
+    def __init__(self, family: str, kinds: Sequence[Sequence[Any]]) -> None:
         self.family = family
-        self.kinds = kinds
-        self.targets = [term.target for term in kinds[0]]
+        self.kinds = kinds  # terms of the one class that the family is made of
+        self.targets: list[int] = [term.target for term in kinds[0]]
         self.terms = list(chain.from_iterable(kinds))
-        self.bns = [term.bn for term in self.terms if term.bn is not None]
+        self.bns: list[nn.BatchNorm2d] = [term.bn for term in self.terms if term.bn is not None]
         self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def mixing_weights(self, weights: Tensor) -> Tensor:
@@ -228,9 +238,9 @@ class _Departure:
             y, mean, variance = normed_sum(z, scale, summands)
             self.statistics.record(bns, mean, variance)
             return y
-        mean = torch.cat([bn.running_mean for bn in bns])
-        variance = torch.cat([bn.running_var for bn in bns])
-        return sum_chunks(F.batch_norm(z, mean, variance, scale, None, False, MOMENTUM, EPS), summands)
+        means, variances, _ = _running_statistics(bns)
+        y = F.batch_norm(z, torch.cat(means), torch.cat(variances), scale, None, False, MOMENTUM, EPS)
+        return sum_chunks(y, summands)
 
 
 def _mix(xs: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
@@ -136,8 +136,9 @@ class CellPlan:
 
     def fits(self, cell: SearchCell) -> bool:
         """Whether ``cell`` is still as it was planned: same operations, hooks and compiled edges."""
-        edges = cell.edges._modules.values()
-        return all(state.holds(edge, cell.training) for state, edge in zip(self._edges, edges, strict=True))
+        return all(
+            state.holds(edge, cell.training) for state, edge in zip(self._edges, cell.edges, strict=True)
+        )
 
 
 class _EdgeState:
@@ -145,7 +146,7 @@ class _EdgeState:
 
     def __init__(self, edge: nn.Module, training: bool) -> None:
         self._edge = edge
-        self._ops = list(edge.ops._modules.values()) if type(edge) is MixedOp else []
+        self._ops = list(edge.ops) if isinstance(edge, MixedOp) else []
         self._modules = list(edge.modules())
         # PyTorch never replaces these dictionaries, it fills them.
         self._hooks = [
@@ -158,7 +159,7 @@ class _EdgeState:
     def holds(self, edge: nn.Module, training: bool) -> bool:
         return (
             edge is self._edge
-            and (not self._ops or list(edge.ops._modules.values()) == self._ops)
+            and (not isinstance(edge, MixedOp) or list(edge.ops) == self._ops)
             and self._must_run_whole(training) == self.runs_whole
         )
 
@@ -183,6 +184,7 @@ def plan_cell(cell: SearchCell) -> CellPlan:
         if edge_states[row].runs_whole:
             whole_edges.append(WholeEdge(row, source, target, stride, edge))
         else:
+            assert isinstance(edge, MixedOp)
             found = (_term(op, row, column, source, target, stride) for column, op in enumerate(edge.ops))
             terms += [term for term in found if term is not None]
     nodes = cell.topology.concat
@@ -215,7 +217,13 @@ def _state_group(state: int, stride: int, terms: list[Term], whole_edges: list[W
 
 def _term(op: nn.Module, edge: int, column: int, source: int, target: int, stride: int) -> Term | None:
     """The term of one candidate; ``none`` has none."""
-    place = {"edge": edge, "column": column, "source": source, "target": target, "stride": stride}
+    place: dict[str, Any] = {
+        "edge": edge,
+        "column": column,
+        "source": source,
+        "target": target,
+        "stride": stride,
+    }
     if type(op) is Zero:
         return None
     if type(op) is Identity:
@@ -224,7 +232,7 @@ def _term(op: nn.Module, edge: int, column: int, source: int, target: int, strid
     if blocks and all(splits_off(block.bn) for block in blocks):
         return ConvTerm(**place, bn=blocks[-1].bn, blocks=blocks)
     body, bn = _split(op)
-    if bn is None or not splits_off(bn):
+    if not splits_off(bn):
         return ModuleTerm(**place, bn=None, module=op, body=op)
     if type(body) is Pool:
         return PoolTerm(**place, bn=bn, pool=body)
@@ -232,9 +240,9 @@ def _term(op: nn.Module, edge: int, column: int, source: int, target: int, strid
 
 
 def _conv_blocks(op: nn.Module) -> tuple[SepConvBlock, ...]:
-    if type(op) in (SepConvBlock, DilConv):
-        return (op,)
-    return tuple(op.op) if type(op) is SepConv else ()
+    blocks = tuple(op.op) if type(op) is SepConv else (op,)
+    are_plain = all(type(block) in (SepConvBlock, DilConv) for block in blocks)
+    return cast(tuple[SepConvBlock, ...], blocks) if are_plain else ()
 
 
 def _split(op: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Module | None]:
@@ -249,7 +257,7 @@ def _split(op: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Module | None]
     return op, None
 
 
-def splits_off(bn: nn.Module) -> bool:
+def splits_off(bn: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
     """Whether a BatchNorm is of the one kind that kernels know: no affine parameters, usual constants."""
     return (
         type(bn) is nn.BatchNorm2d

@@ -88,6 +88,7 @@ class Supernet(nn.Module):
         if execution not in EXECUTIONS:
             raise UserError(f"unknown execution {execution!r}; choose one of {', '.join(EXECUTIONS)}")
         for cell in self.cells:
+            assert isinstance(cell, SearchCell)
             cell.fused = execution == "fused"
 
     def arch_parameters(self) -> list[nn.Parameter]:
