@@ -5,12 +5,13 @@ run of ``RUNS`` with the same initial weights and batches, appends α's distance
 each step and the genotypes of all seeds to the results, and draws both; ``--draw`` only draws.
 
 The yardstick is the reference itself with the pictures of each batch in another order: mathematically the
-same search, whose sums are rounded differently. Rounding grows from step to step, since Adam follows the sign
-of small gradients; a fused search is faithful where it stays as close as that.
+same search, whose sums are rounded differently. Rounding grows from step to step, since relus open or not and
+Adam follows the sign of small gradients; a fused search is faithful where it stays as close as that.
 """
 
 import argparse
 import collections
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,8 @@ from neuroexapt.engine.training import cosine, set_learning_rate
 from neuroexapt.spaces import get_space
 
 CURVE_STEPS = 100
+PUBLISHED_RATES = {"learning_rate": 0.025, "arch_learning_rate": 3e-4}
+"""Of the search whose first steps are compared; at the higher ones for digits α soon depends on rounding."""
 FIGURE = RESULTS.parent.parent / "docs" / "images" / "search_fidelity.png"
 
 
@@ -119,32 +122,35 @@ def schedule(task: Task, optimizer: torch.optim.Optimizer) -> Iterator[list[Tens
 
 
 class Outcome(NamedTuple):
-    """α [1 + steps, entries] of the first seed, and the genotypes of all seeds."""
+    """α [1 + steps, entries] along the first steps, and the genotypes of whole searches."""
 
     alphas: Tensor
     genotypes: list[Genotype]
 
 
-def outcome(run: Run, tasks: Sequence[Task]) -> Outcome:
-    history = list(search(tasks[0], run))
-    ends = [history[-1], *(collections.deque(search(task, run), maxlen=1)[0] for task in tasks[1:])]
-    space = get_space(tasks[0].config.space)
-    genotypes = [space.derive({cell: alpha.softmax(-1) for cell, alpha in end.items()}) for end in ends]
+def outcome(run: Run, first_steps: Task, searches: Sequence[Task]) -> Outcome:
+    history = itertools.islice(search(first_steps, run), 1 + CURVE_STEPS)
     rows = [torch.cat([alpha.flatten() for alpha in alphas.values()]) for alphas in history]
-    return Outcome(torch.stack(rows[: 1 + CURVE_STEPS]), genotypes)
+    return Outcome(torch.stack(rows), [found(task, run) for task in searches])
 
 
-def record(results: Results, task: Task, name: str, found: Outcome, reference: Outcome) -> None:
+def found(task: Task, run: Run) -> Genotype:
+    """The genotype at the end of the search."""
+    (alphas,) = collections.deque(search(task, run), maxlen=1)
+    return get_space(task.config.space).derive({cell: alpha.softmax(-1) for cell, alpha in alphas.items()})
+
+
+def record(results: Results, case: str, name: str, found: Outcome, reference: Outcome) -> None:
     """The figures of a run against those of the reference, and the curves that are drawn."""
 
     def add(metric: str, unit: str, value: float) -> None:
-        results.add(task.name, name, RUNS[name].precision, metric, unit, Spread.exactly(value))
+        results.add(case, name, RUNS[name].precision, metric, unit, Spread.exactly(value))
 
     origin = reference.alphas if name != "reference" else reference.alphas[0]
     curve = (found.alphas - origin).abs().amax(dim=1)[1:].tolist()
     operations = chosen_operations(found.genotypes)
-    results.record(task.name, name, RUNS[name].precision, "alpha_difference_curve", values=curve)
-    results.record(task.name, name, RUNS[name].precision, "operations", values=operations)
+    results.record(case, name, RUNS[name].precision, "alpha_difference_curve", values=curve)
+    results.record(case, name, RUNS[name].precision, "operations", values=operations)
     add("alpha_difference", "absolute", curve[-1])
     add("same_edges", "share", same_edges(found.genotypes, reference.genotypes))
     add("operations_distance", "share", distance(operations, chosen_operations(reference.genotypes)))
@@ -190,6 +196,7 @@ def draw(path: Path, figure_path: Path) -> None:
         figure = Figure(figsize=(9.2, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.set(title="α, largest distance from the reference", xlabel="step", yscale="log")
+        left.yaxis.set_major_formatter("{x:.0e}")
         right.set(title="operations chosen, over all seeds", ylabel="share of edges")
         names = sorted(set().union(*operations.values()))
         width = 0.8 / len(operations)
@@ -207,16 +214,13 @@ def draw(path: Path, figure_path: Path) -> None:
         figure.savefig(figure_path, dpi=160)
 
 
-def tasks_from(arguments: argparse.Namespace) -> list[Task]:
-    device = torch.device(arguments.device)
+def task_from(arguments: argparse.Namespace, seed: int = 0, **settings: float) -> Task:
+    """A search with the settings that a search of digits has, but for ``settings``."""
     network = Network(
         layers=arguments.layers, channels=arguments.channels, in_channels=1, side=arguments.side
     )
-    overrides = {"dataset": "digits", "epochs": arguments.epochs, "batch_size": arguments.batch}
-    return [
-        Task(network, make_config(SearchConfig, overrides | {"seed": seed}), device)
-        for seed in range(arguments.seeds)
-    ]
+    overrides = {"dataset": "digits", "epochs": arguments.epochs, "batch_size": arguments.batch, "seed": seed}
+    return Task(network, make_config(SearchConfig, overrides | settings), torch.device(arguments.device))
 
 
 def arguments_from_command_line() -> argparse.Namespace:
@@ -234,15 +238,21 @@ def arguments_from_command_line() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def measure(results: Results, arguments: argparse.Namespace) -> None:
+    """Every run that the device allows, each recorded as soon as it is through."""
+    first_steps = task_from(arguments, **PUBLISHED_RATES)
+    searches = [task_from(arguments, seed) for seed in range(arguments.seeds)]
+    reference = outcome(RUNS["reference"], first_steps, searches)
+    record(results, first_steps.name, "reference", reference, reference)
+    for name in dict.fromkeys(arguments.runs):
+        if name != "reference" and not (RUNS[name].needs_gpu and arguments.device == "cpu"):
+            record(results, first_steps.name, name, outcome(RUNS[name], first_steps, searches), reference)
+
+
 def main() -> int:
     arguments = arguments_from_command_line()
     if not arguments.draw:
-        results, tasks = open_results("search_fidelity", arguments, arguments.device), tasks_from(arguments)
-        reference = outcome(RUNS["reference"], tasks)
-        record(results, tasks[0], "reference", reference, reference)
-        for name in dict.fromkeys(arguments.runs):
-            if name != "reference" and not (RUNS[name].needs_gpu and arguments.device == "cpu"):
-                record(results, tasks[0], name, outcome(RUNS[name], tasks), reference)
+        measure(open_results("search_fidelity", arguments, arguments.device), arguments)
     draw(arguments.out, arguments.figure)
     return 0
 
