@@ -26,6 +26,7 @@ import multiprocessing
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,8 @@ def measure(case: Case, orders: list[int], results: Results, exact_file: str, se
                 done.append(order)
     except Exception as problem:  # whatever a compiler, a kernel or the device raises
         status = "skipped" if isinstance(problem, Skipped) else "failed"
+        if not isinstance(problem, Skipped | Failed):
+            traceback.print_exc()
         for order in set(orders) - set(done):
             line = " ".join(str(problem).split())[:300] or type(problem).__name__
             results.add_status(case.name(order), case.implementation, case.precision, f"{status}: {line}")
