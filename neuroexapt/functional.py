@@ -104,6 +104,14 @@ def batch_norm(x: Tensor, bn: nn.Module) -> Tensor:
     return dispatch("batch_norm", x, bn)
 
 
+def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
+    """``op(x)`` of relu, convolution and BatchNorm; in training mode its running statistics are updated.
+
+    ``x``: [B, C, H, W] → [B, C_out, H', W'].
+    """
+    return dispatch("relu_conv_bn", x, op)
+
+
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``node_j = Σ_{i<j} MixedOp_ij(state_i, weights_ij)`` by plan; the output joins all nodes.
 

@@ -233,6 +233,28 @@ def test_batch_norm_alone(shape):
         assert_close(got, wanted.double())
 
 
+@gpu
+@pytest.mark.parametrize("shape", [(64, 64, 32, 32), (64, 256, 8, 8), (3, 48, 7, 12), (1, 16, 1, 4)])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_convolution_and_batch_norm(shape, wants):
+    op = nn.Sequential(
+        nn.ReLU(), nn.Conv2d(shape[1], 32, 1, bias=False), nn.BatchNorm2d(32, affine=False)
+    ).cuda()
+    x, expected_op = randn(*shape), copy.deepcopy(op).double()
+    assert batch_norm.supports_relu_conv_bn(x, op).ok
+    expected_x = exact(x).requires_grad_(wants[0])
+    y, expected = batch_norm.relu_conv_bn(x.requires_grad_(wants[0]), op), expected_op(expected_x)
+    assert_close(y, expected)
+    g, pairs = randn(*y.shape), [(x, expected_x), (op[1].weight, expected_op[1].weight)]
+    for want, (leaf, expected_leaf) in zip(wants, pairs, strict=True):
+        if want:
+            (got,) = torch.autograd.grad(y, leaf, g, retain_graph=True)
+            (right,) = torch.autograd.grad(expected, expected_leaf, exact(g), retain_graph=True)
+            assert_close(got, right, 2e-5)
+    for got, wanted in zip(op.buffers(), expected_op.buffers(), strict=True):
+        assert_close(got, wanted.double())
+
+
 def random_convs(shape: tuple[int, ...], second: bool, count: int) -> list[Conv]:
     channels = shape[1]
     kinds = [(3, 1), (5, 1)] if second else [(3, 1), (5, 1), (3, 2), (5, 2)]

@@ -20,6 +20,7 @@ MODULES = {
     ("softmax_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
     ("weighted_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
     ("batch_norm", "ext"): "neuroexapt.cuda_ops.batch_norm",
+    ("relu_conv_bn", "ext"): "neuroexapt.cuda_ops.batch_norm",
     ("cell", "ext"): "neuroexapt.cuda_ops.cell",
     ("sepconv", "ext"): "neuroexapt.cuda_ops.sepconv",
     ("sepconv", "triton"): "neuroexapt.kernels.sepconv_triton",
@@ -97,5 +98,6 @@ for _op in (
     "max_pool",
     "global_avg_pool",
     "batch_norm",
+    "relu_conv_bn",
 ):
     registry.register_impl(_op, "torch", getattr(reference, _op), lambda *args, **kwargs: Support(True))

@@ -18,10 +18,11 @@ NEVER = sys.maxsize
 _DEFAULT_MIN_ELEMENTS = 1024
 # These save device time but cost more Python than PyTorch's own. Launched one by one on an H100, separable
 # convolutions and average pools were measured to pay off at 16 M elements, the others not yet; at 64 M their
-# device time decides; BatchNorm, not measured so, is taken for one of the former.
+# device time decides. What has a BatchNorm was not measured so and is taken for one of the former.
 _LATER = {
     "sepconv": 2**24,
     "batch_norm": 2**24,
+    "relu_conv_bn": 2**24,
     "avg_pool": 2**24,
     "max_pool": 2**26,
     "global_avg_pool": 2**26,

@@ -102,8 +102,7 @@ class ReLUConvBN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        relu, conv, bn = self.op
-        return functional.batch_norm(conv(relu(x)), bn)
+        return functional.relu_conv_bn(x, self.op)
 
 
 class SepConvBlock(nn.Module):

@@ -1,6 +1,7 @@
-"""``batch_norm`` on the kernels of the fused cell, for the BatchNorms outside of cells' edges.
+"""``batch_norm`` and ``relu_conv_bn`` on the kernels of the fused cell, for what is outside of cells' edges.
 
-PyTorch gives every channel one block: 16 blocks for a GPU of 132 multiprocessors.
+PyTorch gives every channel of a BatchNorm one block: 16 blocks for a GPU of 132 multiprocessors. Of the 1x1
+convolution neither relu(x) nor the gradient of what it leaves are ever stored.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from neuroexapt.backend import Support, register_impl
 from neuroexapt.core.plan import splits_off
 from neuroexapt.cuda_ops import cell_kernels
 from neuroexapt.cuda_ops.cell_kernels import Summand
+from neuroexapt.cuda_ops.sepconv import takes_pointwise
 
 
 def batch_norm(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
@@ -28,8 +30,22 @@ def supports(x: Tensor, bn: nn.Module) -> Support:
     return Support(not reason, reason)
 
 
+def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
+    """What ``functional.relu_conv_bn`` computes for a 1x1 convolution, products and sums in fp32."""
+    with torch.cuda.device_of(x):
+        return run_relu_conv_bn(x, op, cell_kernels)
+
+
+def supports_relu_conv_bn(x: Tensor, op: nn.Sequential) -> Support:
+    """Whether the kernels take these arguments."""
+    conv: Any = op[1]
+    bn = op[2]
+    reason = next(_refusals_of_conv(conv), "") or next(_refusals(x, bn), "")
+    return Support(False, reason) if reason else takes_pointwise(x, conv.weight)
+
+
 def _refusals(x: Tensor, bn: nn.Module) -> Iterator[str]:
-    """What stands in the way."""
+    """What stands in the way of a BatchNorm."""
     if x.dtype != torch.float32:
         yield "only fp32"
     if not x.is_contiguous():
@@ -40,15 +56,44 @@ def _refusals(x: Tensor, bn: nn.Module) -> Iterator[str]:
         yield "PyTorch does as well in evaluation mode"
     if x.numel() <= x.shape[1]:
         yield "no two values per channel"
-    if any((bn._forward_hooks, bn._forward_pre_hooks, bn._backward_hooks, bn._backward_pre_hooks)):
+    if _has_hooks(bn):
         yield "hooks want the module itself"
     if torch.compiler.is_compiling():
         yield "torch.compile does not see through it"
 
 
+def _refusals_of_conv(conv: nn.Conv2d) -> Iterator[str]:
+    """What stands in the way of a convolution before the BatchNorm."""
+    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
+        yield "only 1x1 convolutions of stride 1"
+    if conv.bias is not None:
+        yield "the convolution has a bias"
+    if _has_hooks(conv):
+        yield "hooks want the module itself"
+    if torch.is_autocast_enabled("cuda"):
+        yield "autocast is on"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
+
+
 def run(x: Tensor, bn: nn.BatchNorm2d, kernels: Any) -> Tensor:
     """It by the functions of ``kernels``: those of ``cell_kernels``, or others that do the same."""
     return _BatchNorm.apply(kernels, bn, x)
+
+
+def run_relu_conv_bn(x: Tensor, op: nn.Sequential, kernels: Any) -> Tensor:
+    """As ``run``."""
+    _, conv, bn = op
+    return _ReLUConvBN.apply(kernels, bn, x, conv.weight)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -73,4 +118,27 @@ class _BatchNorm(torch.autograd.Function):
         return None, None, dx
 
 
+class _ReLUConvBN(torch.autograd.Function):
+    """W · relu(x), normalised."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, bn: nn.BatchNorm2d, x: Tensor, weight: Tensor) -> Tensor:
+        z = kernels.multiply(x, weight)
+        (stats,) = kernels.statistics([bn], kernels.plane_moments([z]), True)
+        y = torch.empty_like(z)
+        kernels.add_up([Summand(z, stats, None)], None, y)
+        ctx.kernels = kernels
+        ctx.save_for_backward(x, weight, z, stats)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
+        x, weight, z, stats = ctx.saved_tensors
+        g = g.contiguous()
+        (coef,) = ctx.kernels.backward_add_up([Summand(z, stats, None)], None, g, None, True)
+        return None, None, *ctx.kernels.backward_multiply(x, weight, z, g, coef, ctx.needs_input_grad[2:])
+
+
 register_impl("batch_norm", "ext", batch_norm, supports)
+register_impl("relu_conv_bn", "ext", relu_conv_bn, supports_relu_conv_bn)

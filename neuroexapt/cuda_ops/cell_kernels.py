@@ -124,6 +124,26 @@ def backward_first(
     return dxs, partials
 
 
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """z = W · relu(x) with ``weight`` [O, C, 1, 1], in fp32."""
+    z = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
+    sepconv.launch_forward([sepconv.pointwise_call(x, weight)], [z])
+    return z
+
+
+def backward_multiply(
+    x: Tensor, weight: Tensor, z: Tensor, g: Tensor, coef: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and weight, where they are wanted, from dz = A · g + B · z + D."""
+    call = sepconv.pointwise_call(x, weight)
+    dx = torch.empty_like(x) if wanted[0] else None
+    grad = weight.new_empty(weight.shape) if wanted[1] else None
+    ((_, partial),) = sepconv.partials([call], g, (False, wanted[1]))
+    results = sepconv.Results(dx, None, grad, None, partial)
+    sepconv.launch_backward([call], [sepconv.Source(g, z, coef)], [results])
+    return dx, grad
+
+
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     """The weights' gradients, Σ_parts partial."""
     kernels = extension()

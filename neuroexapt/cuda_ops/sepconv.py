@@ -42,7 +42,8 @@ class _Tiles(NamedTuple):
     def _channel(self, rows: int) -> int:
         rows_of_x = (rows - 1) * self.stride + 2 * self._padding + 1
         pitch = self.width + _round_up_4(2 * self._padding)
-        return rows_of_x * pitch + rows * (self.width // self.stride)
+        depthwise_outputs = rows * (self.width // self.stride) if self.kernel_size > 1 else 0
+        return rows_of_x * pitch + depthwise_outputs
 
     @property
     def _padding(self) -> int:
@@ -51,14 +52,28 @@ class _Tiles(NamedTuple):
 
 def takes(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
     """Whether the kernels take a call with tensors of these dtypes."""
-    if dtypes != {torch.float32}:
-        return Support(False, "only fp32")
-    if not call.x.is_contiguous():
-        return Support(False, "x is not contiguous")
     if call.kernel_size not in (3, 5) or call.stride not in (1, 2) or call.dilation not in (1, 2):
         return Support(
             False, f"kernel size {call.kernel_size}, stride {call.stride}, dilation {call.dilation}"
         )
+    return _fits(call, dtypes)
+
+
+def takes_pointwise(x: Tensor, weight: Tensor) -> Support:
+    """Whether the kernels take ``pointwise_call(x, weight)``."""
+    return _fits(pointwise_call(x, weight), {x.dtype, weight.dtype})
+
+
+def pointwise_call(x: Tensor, weight: Tensor) -> shared.Call:
+    """W · relu(x) with a weight [O, C, 1, 1]; a depthwise weight of size 1 is not looked at."""
+    return shared.Call(x, weight[0, :, None], weight, 1, 1, True)
+
+
+def _fits(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
+    if dtypes != {torch.float32}:
+        return Support(False, "only fp32")
+    if not call.x.is_contiguous():
+        return Support(False, "x is not contiguous")
     tiles = _tiles(call)
     if tiles.channels % 16 or tiles.out_channels % 16 or tiles.width % (4 * tiles.stride):
         return Support(False, f"{tiles.channels} to {tiles.out_channels} channels at width {tiles.width}")

@@ -67,3 +67,8 @@ def global_avg_pool(x: Tensor) -> Tensor:
 def batch_norm(x: Tensor, bn: nn.Module) -> Tensor:
     """``bn(x)``."""
     return bn(x)
+
+
+def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
+    """``op(x)``."""
+    return op(x)

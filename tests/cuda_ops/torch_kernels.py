@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroexapt.core.plan import EPS, MOMENTUM
@@ -40,6 +41,20 @@ def backward_first(
     if not wants_weights:
         return dxs, Partials([], [])
     return dxs, Partials([_split(dw) for _, dw, _ in gradients], [_split(pw) for _, _, pw in gradients])
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(F.relu(x), weight)
+
+
+def backward_multiply(
+    x: Tensor, weight: Tensor, z: Tensor, g: Tensor, coef: Tensor, wanted: tuple[bool, bool]
+) -> list[Tensor | None]:
+    with torch.enable_grad():
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, weight)]
+        output = multiply(*leaves)
+    gradients = torch.autograd.grad(output, leaves, _affine(g, z, coef))
+    return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
 
 
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

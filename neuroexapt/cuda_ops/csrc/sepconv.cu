@@ -40,6 +40,7 @@ __device__ float* output(Address address) { return reinterpret_cast<float*>(addr
 
 template <int K, int S, int D>
 struct Conv {
+  static constexpr bool kDepthwise = K > 1;  // without it, the tile of x is what the pointwise weights meet
   static constexpr int kPad = D * (K / 2);
   static constexpr int kHalo = (kPad + S - 1) / S;  // rows and columns of e around a tile
   static constexpr int kWindow = round_up_4(3 * S + 2 * kPad + 1);  // of x, for four outputs
@@ -157,9 +158,11 @@ __device__ float dot4(float4 a, float4 b, float sum) {
 template <int Left>
 __device__ void zero_columns(float* tile, int rows, int width) {
   constexpr int kColumns = round_up_4(2 * Left);
-  for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) {
-    const int column = i % kColumns;
-    tile[i / kColumns * (width + kColumns) + (column < Left ? column : width + column)] = 0.f;
+  if constexpr (kColumns > 0) {
+    for (int i = threadIdx.x; i < rows * kColumns; i += kThreads) {
+      const int column = i % kColumns;
+      tile[i / kColumns * (width + kColumns) + (column < Left ? column : width + column)] = 0.f;
+    }
   }
 }
 
@@ -205,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 2) fwd_kernel(const __grid_constant_
   const Conv conv{shape, rows};
   extern __shared__ __align__(16) float shared[];
   float* tile = shared;
-  float* depthwise = tile + C * conv.x_rows() * conv.x_pitch();
+  float* depthwise = Conv::kDepthwise ? tile + C * conv.x_rows() * conv.x_pitch() : tile;
   float* weight = depthwise + C * conv.pixels();
   const int pitch = C + 4;
 
@@ -214,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 2) fwd_kernel(const __grid_constant_
   load_matrix(weight, pitch, input(job.pointwise), C, O, C);
   const int lanes = max(1, kThreads / C), groups = kThreads / lanes;  // a group of threads to a channel
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  int c = group < groups ? group : C;
+  int c = Conv::kDepthwise && group < groups ? group : C;
   float w[K * K];
   if (c < C) load_weights<K>(w, depthwise_weight + c * K * K);  // in flight together with the tile
   __syncthreads();
@@ -428,7 +431,7 @@ __global__ void __launch_bounds__(kThreads, 2) bwd_kernel(const __grid_constant_
   float* dy_tile = shared;
   float* e = dy_tile + O * dy_pitch;
   float* tile = e + kChannels * conv.e_rows() * conv.e_pitch();
-  float* depthwise = tile + kChannels * conv.x_rows() * conv.x_pitch();
+  float* depthwise = Conv::kDepthwise ? tile + kChannels * conv.x_rows() * conv.x_pitch() : tile;
   float* weight = depthwise + kChannels * conv.pixels();
 
   load_dy(conv, dy_tile, job);
@@ -437,8 +440,8 @@ __global__ void __launch_bounds__(kThreads, 2) bwd_kernel(const __grid_constant_
   load_x(conv, tile, input(job.x) + planes, kChannels, conv.first_row() * S - Conv::kPad);
   zero_border(conv, e);
   const int c = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  float w[K * K];
-  load_weights<K>(w, input(job.depthwise) + (first_channel + c) * K * K);
+  float w[K * K] = {1.f};
+  if constexpr (Conv::kDepthwise) load_weights<K>(w, input(job.depthwise) + (first_channel + c) * K * K);
   __syncthreads();
 
   compute_e(conv, e, dy_tile, weight);
@@ -446,7 +449,7 @@ __global__ void __launch_bounds__(kThreads, 2) bwd_kernel(const __grid_constant_
 
   const float* own_e = e + c * conv.e_rows() * conv.e_pitch();
   const float* own_x = tile + c * conv.x_rows() * conv.x_pitch();
-  if (job.depthwise_partial != 0 || job.pointwise_partial != 0) {
+  if (Conv::kDepthwise && (job.depthwise_partial != 0 || job.pointwise_partial != 0)) {
     float grad[K * K] = {};
     recompute_depthwise(conv, depthwise + c * conv.pixels(), grad, own_x, own_e, w, lane);
     if (job.depthwise_partial != 0) {
@@ -522,6 +525,7 @@ struct Variant {
 // Calls f with the Variant of the shape's kernel size, stride and dilation.
 template <typename F>
 void specialise(const Shape& shape, F f) {
+  if (shape.K == 1) return f(Variant<1, 1, 1>());
   const bool wide = shape.K == 5;
   switch (shape.stride * 2 + shape.dilation) {
     case 3: return wide ? f(Variant<5, 1, 1>()) : f(Variant<3, 1, 1>());
