@@ -197,10 +197,13 @@ def require_what_was_asked_for(case: Case, run: Callable[..., Tensor]) -> None:
     """No fallback may pass for the implementation that it replaces."""
     if isinstance(run, CapturedStep) and run.reason:
         raise Failed(f"not captured: {run.reason}")
-    tier = IMPLEMENTATIONS[case.implementation].tier
-    others = [taken for taken in dispatch_report() if taken.op == "cell" and taken.impl != tier]
-    if others:
-        raise Skipped(f"cells ran on {others[0].impl}, {others[0].reason}")
+    implementation = IMPLEMENTATIONS[case.implementation]
+    cells = [taken for taken in dispatch_report() if taken.op == "cell"]
+    if implementation.execution != "fused" and cells:
+        raise Failed("cells ran by their plan")
+    for taken in cells:
+        if taken.impl != implementation.tier:
+            raise Skipped(f"cells ran on {taken.impl}, {taken.reason}")
 
 
 def measure_step(case: Case, order: int, results: Results, seconds: float, error: float) -> None:
