@@ -7,6 +7,7 @@ of all convolutions.
 
 import enum
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -85,7 +86,7 @@ class Pictures:
         return self.convolve_each(x.repeat(1, len(blocks), 1, 1) if len(blocks) > 1 else x, blocks)
 
     def convolve_each(self, x: Tensor, blocks: Sequence[SepConvBlock]) -> Tensor:
-        kernels = torch.cat(_depthwise_kernels(blocks))
+        kernels = _depthwise_kernels(blocks).flatten(0, 1)
         stride, dilation = blocks[0].stride, blocks[0].dilation
         padding = dilation * (kernels.shape[-1] // 2)
         y = F.conv2d(x, kernels, None, stride, padding, dilation, groups=x.shape[1])
@@ -117,28 +118,28 @@ class SmallPlanes:
 
     def convolve_one(self, x: Tensor, blocks: Sequence[SepConvBlock]) -> Tensor:
         _, channels, height, width, batch = x.shape
-        kernels = torch.stack(_depthwise_kernels(blocks), dim=1)  # [C, N, 1, k, k]
-        bands = _bands(kernels, blocks[0], height, width)
+        bands = _bands(_depthwise_kernels(blocks).transpose(0, 1), blocks[0], height, width)
         # [C, N · P', P] · [C, P, B]
         y = torch.bmm(bands.flatten(1, 2), x.view(channels, height * width, batch))
         return _pointwise(y.view(channels, len(blocks), -1).transpose(0, 1), x, blocks)
 
     def convolve_each(self, x: Tensor, blocks: Sequence[SepConvBlock]) -> Tensor:
         _, merged_channels, height, width, batch = x.shape
-        bands = _bands(torch.cat(_depthwise_kernels(blocks)), blocks[0], height, width)
+        bands = _bands(_depthwise_kernels(blocks).flatten(0, 1), blocks[0], height, width)
         # [N · C, P', P] · [N · C, P, B]
         y = torch.bmm(bands, x.view(merged_channels, height * width, batch))
         return _pointwise(y.view(len(blocks), merged_channels // len(blocks), -1), x, blocks)
 
 
-def _depthwise_kernels(blocks: Sequence[SepConvBlock]) -> list[Tensor]:
-    """[C, 1, k, k] of each block, padded to the largest k among them."""
+def _depthwise_kernels(blocks: Sequence[SepConvBlock]) -> Tensor:
+    """[N, C, 1, k, k], all padded to the largest k."""
     weights = [block.depthwise.weight for block in blocks]
     largest = max(weight.shape[-1] for weight in weights)
-    return [
-        weight if weight.shape[-1] == largest else F.pad(weight, [(largest - weight.shape[-1]) // 2] * 4)
-        for weight in weights
-    ]
+    kernels = []
+    for size, same_size in itertools.groupby(weights, key=lambda weight: weight.shape[-1]):
+        stacked = torch.stack(list(same_size))
+        kernels.append(stacked if size == largest else F.pad(stacked, [(largest - size) // 2] * 4))
+    return torch.cat(kernels) if len(kernels) > 1 else kernels[0]
 
 
 def _bands(kernels: Tensor, block: SepConvBlock, height: int, width: int) -> Tensor:

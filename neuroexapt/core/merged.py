@@ -57,9 +57,12 @@ def _leave(
     for edge in group.edges:
         yield edge.target, edge.module(state, weights[edge.edge])
     departure = _Departure(state, statistics)
-    for bundle in _bundles_of(group, departure.layout.merging):
-        shares = departure.run(bundle, bundle.mixing_weights(weights))
-        yield from zip(bundle.targets, map(departure.layout.leave, shares), strict=True)
+    schedule = _schedule(group, departure.layout.merging)
+    shares: dict[tuple[int, ...], list[Tensor]] = {}
+    for bundle, bundle_weights in zip(schedule.bundles, schedule.mixing_weights(weights), strict=True):
+        shares.setdefault(bundle.targets, []).append(departure.run(bundle, bundle_weights))
+    for targets, members in shares.items():
+        yield from zip(targets, map(departure.layout.leave, _sum(members).unbind(1)), strict=True)
 
 
 def _sum(xs: Sequence[Tensor]) -> Tensor:
@@ -107,28 +110,39 @@ class Bundle:
     def __init__(self, family: str, kinds: Sequence[Sequence[Any]]) -> None:
         self.family = family
         self.kinds = kinds  # terms of the one class that the family is made of
-        self.targets: list[int] = [term.target for term in kinds[0]]
+        self.targets: tuple[int, ...] = tuple(term.target for term in kinds[0])
         self.terms = list(chain.from_iterable(kinds))
         self.bns: list[nn.BatchNorm2d] = [term.bn for term in self.terms if term.bn is not None]
+
+
+class Schedule:
+    """The bundles that leave a state and where their mixing weights stand."""
+
+    def __init__(self, bundles: Sequence[Bundle]) -> None:
+        self.bundles = bundles
+        self._sizes = [len(bundle.terms) for bundle in bundles]
         self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def mixing_weights(self, weights: Tensor) -> Tensor:
-        """From [E, K] those of the terms, in order."""
+    def mixing_weights(self, weights: Tensor) -> Sequence[Tensor]:
+        """From [E, K] those of each bundle's terms, in order."""
         if weights.device not in self._places:
+            terms = [term for bundle in self.bundles for term in bundle.terms]
             with torch.inference_mode(False):
-                rows = torch.tensor([term.edge for term in self.terms], device=weights.device)
-                columns = torch.tensor([term.column for term in self.terms], device=weights.device)
+                rows = torch.tensor([term.edge for term in terms], dtype=torch.long, device=weights.device)
+                columns = torch.tensor(
+                    [term.column for term in terms], dtype=torch.long, device=weights.device
+                )
             self._places[weights.device] = rows, columns
-        return weights[self._places[weights.device]]
+        return weights[self._places[weights.device]].split(self._sizes)
 
 
-_bundles: weakref.WeakKeyDictionary[StateGroup, dict[Merging, list[Bundle]]] = weakref.WeakKeyDictionary()
+_schedules: weakref.WeakKeyDictionary[StateGroup, dict[Merging, Schedule]] = weakref.WeakKeyDictionary()
 
 
-def _bundles_of(group: StateGroup, merging: Merging) -> list[Bundle]:
-    known = _bundles.setdefault(group, {})
+def _schedule(group: StateGroup, merging: Merging) -> Schedule:
+    known = _schedules.setdefault(group, {})
     if merging not in known:
-        known[merging] = _make_bundles(group, merging)
+        known[merging] = Schedule(_make_bundles(group, merging))
     return known[merging]
 
 
@@ -173,11 +187,11 @@ class _Departure:
         self.active = F.relu(self.x)
         self.statistics = statistics
 
-    def run(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
-        """What a bundle adds to each of its targets; ``weights``: those of its terms."""
+    def run(self, bundle: Bundle, weights: Tensor) -> Tensor:
+        """[·, T, C, …]: what a bundle adds to each of its T targets; ``weights``: those of its terms."""
         return getattr(self, f"_{bundle.family}")(bundle, weights)
 
-    def _convs(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
+    def _convs(self, bundle: Bundle, weights: Tensor) -> Tensor:
         first, *second = zip(*(term.blocks for term in bundle.terms), strict=True)
         z = self.layout.convolve_one(self.active, first)
         for blocks in second:
@@ -185,7 +199,7 @@ class _Departure:
             z = self.layout.convolve_each(F.relu_(x), blocks)
         return self._shares(z, bundle, weights)
 
-    def _pools(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
+    def _pools(self, bundle: Bundle, weights: Tensor) -> Tensor:
         pooled = [self.layout.pool(self.x, terms[0].pool) for terms in bundle.kinds]
         if not bundle.bns[0].training:
             # Now every BatchNorm has statistics of its own.
@@ -198,10 +212,10 @@ class _Departure:
             normed.append(y)
         return _mix(normed, weights.view(len(bundle.kinds), -1))
 
-    def _identities(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
+    def _identities(self, bundle: Bundle, weights: Tensor) -> Tensor:
         return _mix([self.x], weights.view(1, -1))
 
-    def _reductions(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
+    def _reductions(self, bundle: Bundle, weights: Tensor) -> Tensor:
         """All factorized reductions: their first halves as one convolution, their second halves as one."""
         ops = [term.module for term in bundle.terms]
         x = F.relu(self.state)
@@ -213,21 +227,21 @@ class _Departure:
         z = torch.cat([half.unflatten(1, (len(ops), -1)) for half in halves], dim=2).flatten(1, 2)
         return self._shares(self.layout.enter(z), bundle, weights)
 
-    def _dense_convs(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
+    def _dense_convs(self, bundle: Bundle, weights: Tensor) -> Tensor:
         convs = [term.module.op[1] for term in bundle.terms]
         merged = torch.cat([conv.weight for conv in convs])
         z = F.conv2d(F.relu(self.state), merged, None, convs[0].stride, convs[0].padding)
         return self._shares(self.layout.enter(z), bundle, weights)
 
-    def _modules(self, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
+    def _modules(self, bundle: Bundle, weights: Tensor) -> Tensor:
         (term,) = bundle.terms
         z = self.layout.enter(term.body(self.state))
-        return self._shares(z, bundle, weights) if bundle.bns else [weights * z]
+        return self._shares(z, bundle, weights) if bundle.bns else (weights * z).unsqueeze(1)
 
-    def _shares(self, z: Tensor, bundle: Bundle, weights: Tensor) -> Sequence[Tensor]:
+    def _shares(self, z: Tensor, bundle: Bundle, weights: Tensor) -> Tensor:
         """``Σ_k w_kt · BN_kt(z_kt)`` for each target t; ``z``: the terms' outputs in order."""
         y = self._normed_sum(z, bundle.bns, weights, len(bundle.kinds))
-        return y.chunk(len(bundle.targets), dim=1)
+        return y.unflatten(1, (len(bundle.targets), -1))
 
     def _normed_sum(
         self, z: Tensor, bns: Sequence[nn.BatchNorm2d], weights: Tensor | None = None, summands: int = 1
@@ -243,12 +257,12 @@ class _Departure:
         return sum_chunks(y, summands)
 
 
-def _mix(xs: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor]:
-    """``Σ_k weights[k, t] · xs[k]`` for each t, as one matrix product; keeps the memory format."""
+def _mix(xs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``Σ_k weights[k, t] · xs[k]`` for each t, [·, T, C, …], as one product; keeps the memory format."""
     channels_last = xs[0].dim() == 4 and xs[0].is_contiguous(memory_format=torch.channels_last)
     stacked = torch.stack([x.movedim(1, -1) if channels_last else x for x in xs])
-    ys = (weights.T @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).unbind()
-    return [y.movedim(-1, 1) for y in ys] if channels_last else ys
+    y = (weights.T @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).transpose(0, 1)
+    return y.movedim(-1, 2) if channels_last else y
 
 
 register_impl("cell", "torch", cell, lambda *args, **kwargs: Support(True))
