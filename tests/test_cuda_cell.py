@@ -15,7 +15,7 @@ from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import batch_norm, cell_kernels
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.cuda_ops.build import SOURCES
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Summand
+from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, ReduceGrad, Summand
 from tests.cuda_ops import torch_kernels
 from tests.cuda_ops.test_cell import make_cell, make_inputs, results, run_reference
 
@@ -357,6 +357,39 @@ def test_strided_convolutions(shape, wants_weights):
         got = cell_kernels.reduce_partials(getattr(partials, name), weights)
         wanted = torch_kernels.reduce_partials(getattr(right_partials, name), exact(weights))
         assert_all_close(got, wanted, 2e-5)
+
+
+@gpu
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("shape", CONV_SHAPES)
+@pytest.mark.parametrize("wants_weights", [True, False])
+def test_factorized_reductions(shape, wants_weights):
+    batch, channels, height, width = shape
+    out = (batch, channels, -(-height // 2), -(-width // 2))
+    x = randn(*shape)
+    weights = [tuple(randn(channels // 2, channels, 1, 1) for _ in range(2)) for _ in range(3)]
+    grids, zs, moments = cell_kernels.reduce(x, weights)
+    expected_grids, expected, _ = torch_kernels.reduce(exact(x), exact(weights))
+    assert_all_close(zs, expected, 2e-5)
+    assert_all_close(
+        cell_kernels.statistics(batch_norms(channels, 3), moments, True),
+        torch_kernels.statistics(
+            [bn.double() for bn in batch_norms(channels, 3)], torch_kernels.plane_moments(exact(zs)), True
+        ),
+    )
+    grads = [ReduceGrad(pair, randn(*out), strided(*out), coef(channels)) for pair in weights]
+    dx, partials = cell_kernels.backward_reduce(x, grids, grads, wants_weights)
+    right, right_partials = torch_kernels.backward_reduce(
+        exact(x), expected_grids, exact(grads), wants_weights
+    )
+    assert_close(dx, right, 2e-5)
+    for half, got, wanted in zip((0, 1), partials, right_partials, strict=True) if wants_weights else ():
+        of_half = [pair[half] for pair in weights]
+        assert_all_close(
+            cell_kernels.reduce_partials(got, of_half),
+            torch_kernels.reduce_partials(wanted, exact(of_half)),
+            2e-5,
+        )
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ state to each node that it feeds: as its gradient a handle carries the gradient 
 from a few coefficients a channel the gradient of every term follows as ``dz = A · g + B · z + D`` where a
 kernel reads ``z``, so neither normalised tensors nor gradients of single terms are ever stored.
 
-What is no separable convolution, pool or identity runs *outside*: as a module under autograd, on the state
-itself. Its output enters ``_LeaveState`` beside the state.
+What is no separable convolution, pool, identity or factorized reduction runs *outside*: as a module under
+autograd, on the state itself. Its output enters ``_LeaveState`` beside the state.
 """
 
 from collections import defaultdict
@@ -18,12 +18,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from neuroexapt.backend import Support, register_impl
-from neuroexapt.core.operations import FactorizedReduce, SepConvBlock, shift_by_one
+from neuroexapt.core.operations import FactorizedReduce, SepConvBlock
 from neuroexapt.core.plan import (
     CellPlan,
     ConvTerm,
@@ -35,7 +34,7 @@ from neuroexapt.core.plan import (
     WholeEdge,
 )
 from neuroexapt.cuda_ops import cell_kernels
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Summand
+from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, ReduceGrad, Summand
 
 CHANNELS = (16, 32, 64)
 
@@ -158,17 +157,18 @@ class _Flow:
         self.group = group
         self.first = group.convs
         self.second = tuple(term for term in group.convs if len(term.blocks) == 2)
-        self.outside: tuple[ModuleTerm | WholeEdge, ...] = (*group.modules, *group.edges)
-        reductions = [member for member in self.outside if _is_reduction(member)]
-        others = [[member] for member in self.outside if not _is_reduction(member)]
-        self.outside_groups = [reductions, *others] if reductions else others  # what runs at a time
-        inside: tuple[Term, ...] = (*self.first, *group.pools, *group.identities)
+        self.reductions = tuple(term for term in group.modules if _is_reduction(term))
+        others = (term for term in group.modules if not _is_reduction(term))
+        self.outside: tuple[ModuleTerm | WholeEdge, ...] = (*others, *group.edges)
+        inside: tuple[Term, ...] = (*self.first, *self.reductions, *group.pools, *group.identities)
         self.targets = sorted({member.target for member in (*inside, *self.outside)})
 
     @cached_property
     def weights(self) -> list[Tensor]:
-        """Depthwise and pointwise weight of each convolution in ``first`` and in ``second``."""
-        return _weights([*(term.blocks[0] for term in self.first), *(term.blocks[1] for term in self.second)])
+        """Two of each: depthwise and pointwise ones in ``first`` and ``second``, halves of ``reductions``."""
+        blocks = [*(term.blocks[0] for term in self.first), *(term.blocks[1] for term in self.second)]
+        ops: list[Any] = [term.module for term in self.reductions]
+        return [*_weights(blocks), *(conv.weight for op in ops for conv in (op.conv_1, op.conv_2))]
 
     def convs(self, x: Tensor, weights: Sequence[Tensor]) -> list[Conv]:
         """The convolutions in ``first`` of the state ``x``."""
@@ -182,8 +182,12 @@ class _Flow:
         self, zs: Sequence[Tensor], stats: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> list[Conv]:
         """The convolutions in ``second`` of what the first ones, normalised by ``stats``, left."""
-        pairs = _pairs(weights)[len(self.first) :]
+        pairs = _pairs(weights)[len(self.first) :][: len(self.second)]
         return [Conv(z, s, *pair, 1) for z, s, pair in zip(zs, stats, pairs, strict=True)]
+
+    def halves(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The weights of ``reductions``."""
+        return _pairs(weights)[len(self.first) + len(self.second) :]
 
 
 class _ShareWeights(torch.autograd.Function):
@@ -242,6 +246,10 @@ class _LeaveState(torch.autograd.Function):
 
         if flow.first:
             put(flow.first, *kernels.convolve(flow.convs(x, weights), pass_.exact))
+        grids = None
+        if flow.reductions:
+            grids, *reduced = kernels.reduce(x, flow.halves(weights))
+            put(flow.reductions, *reduced)
         normalised = [member for member in flow.outside if _batch_norm(member, 0) is not None]
         if normalised:
             zs = [z[member] for member in normalised]
@@ -250,7 +258,7 @@ class _LeaveState(torch.autograd.Function):
         if pools:
             pooled, pool_moments = kernels.pool(x, flow.group.stride, {term.pool.kind for term in pools})
             put(pools, *([of[term.pool.kind] for term in pools] for of in (pooled, pool_moments)))
-        stats = statistics([*flow.first, *normalised, *pools], 0)
+        stats = statistics([*flow.first, *flow.reductions, *normalised, *pools], 0)
         first_z, first_stats = dict(z), dict(stats)
         if flow.second:
             inputs, input_stats = [z[term] for term in flow.second], [stats[term] for term in flow.second]
@@ -264,9 +272,9 @@ class _LeaveState(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.pass_, ctx.flow = pass_, flow
         ctx.save_for_backward(
-            *(x, pass_.weights),
+            *(x, pass_.weights, grids),
             *weights,
-            *(first_z[member] for member in (*flow.first, *flow.outside)),
+            *(first_z[member] for member in (*flow.first, *flow.reductions, *flow.outside)),
             *(first_stats[term] for term in flow.second),
             *(z[term] for term in flow.second),
         )
@@ -278,9 +286,9 @@ class _LeaveState(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor | None, *gs: Tensor) -> tuple[Tensor | None, ...]:
         pass_, flow, kernels = ctx.pass_, ctx.flow, ctx.pass_.kernels
         saved = iter(ctx.saved_tensors)
-        x, mixing = next(saved), next(saved)
+        x, mixing, grids = next(saved), next(saved), next(saved)
         weights = [next(saved) for _ in flow.weights]
-        first_z = {member: next(saved) for member in (*flow.first, *flow.outside)}
+        first_z = {member: next(saved) for member in (*flow.first, *flow.reductions, *flow.outside)}
         first_stats = [next(saved) for _ in flow.second]
         second_z = list(saved)
         wants_weights = any(ctx.needs_input_grad[3 + len(flow.outside) :])
@@ -310,6 +318,12 @@ class _LeaveState(torch.autograd.Function):
             dxs, first_partials = kernels.backward_first(grads, pass_.exact, wants_weights)
             addends += dxs
             partials.insert(0, first_partials)
+        if flow.reductions:
+            halves = zip(flow.reductions, flow.halves(weights), strict=True)
+            reductions = [ReduceGrad(pair, first_z[term], *source[term]) for term, pair in halves]
+            dx, reduce_partials = kernels.backward_reduce(x, grids, reductions, wants_weights)
+            addends.append(dx)
+            partials.append(reduce_partials)
 
         dx = None
         pool_grads = _pool_grads(flow.group, g, pass_.coefs)
@@ -386,36 +400,16 @@ def _run_outside(pass_: _Pass, flow: _Flow, x: Tensor, weights: Tensor) -> tuple
     """x for further use, and the outputs of what runs outside."""
     if not flow.outside:
         return x, []
-    x, *shares = _ShareState.apply(pass_, 1 + len(flow.outside_groups), x)
-    outputs: dict[Term | WholeEdge, Tensor] = {}
-    for members, share in zip(flow.outside_groups, shares, strict=True):
-        outputs.update(zip(members, _run_group(members, share, weights), strict=True))
-    return x, [outputs[member] for member in flow.outside]
-
-
-def _run_group(members: Sequence[ModuleTerm | WholeEdge], x: Tensor, weights: Tensor) -> Sequence[Tensor]:
-    member = members[0]
-    if isinstance(member, WholeEdge):
-        return [member.module(x, weights[member.edge])]
-    if _is_reduction(member):
-        return _reduce([term.module for term in members if isinstance(term, ModuleTerm)], x)
-    return [member.body(x)]
-
-
-def _is_reduction(member: Term | WholeEdge) -> bool:
-    return (
-        isinstance(member, ModuleTerm) and member.bn is not None and type(member.module) is FactorizedReduce
-    )
-
-
-def _reduce(ops: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
-    """What several factorized reductions convolve, the halves of all of them in one convolution each."""
-    x = F.relu(x)
-    halves = [
-        F.conv2d(x, torch.cat([op.conv_1.weight for op in ops]), stride=2),
-        F.conv2d(shift_by_one(x), torch.cat([op.conv_2.weight for op in ops]), stride=2),
+    x, *shares = _ShareState.apply(pass_, 1 + len(flow.outside), x)
+    outputs = [
+        member.module(share, weights[member.edge]) if isinstance(member, WholeEdge) else member.body(share)
+        for member, share in zip(flow.outside, shares, strict=True)
     ]
-    return torch.cat([half.unflatten(1, (len(ops), -1)) for half in halves], dim=2).unbind(1)
+    return x, outputs
+
+
+def _is_reduction(term: ModuleTerm) -> bool:
+    return term.bn is not None and type(term.module) is FactorizedReduce
 
 
 def _is_training(plan: CellPlan) -> bool:

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuroexapt.core.operations import shift_by_one
 from neuroexapt.core.plan import EPS, MOMENTUM
 from neuroexapt.cuda_ops import sepconv
 from neuroexapt.cuda_ops.build import extension
@@ -46,8 +48,18 @@ class ConvGrad(NamedTuple):
     coef: Tensor
 
 
+class ReduceGrad(NamedTuple):
+    """What the gradient of a factorized reduction starts from, as in ``ConvGrad``."""
+
+    weights: tuple[Tensor, Tensor]
+    z: Tensor
+    g: Tensor
+    coef: Tensor
+
+
 class Partials(NamedTuple):
-    """Partial weight gradients, [parts, …] for the depthwise and the pointwise weight of each convolution."""
+    """Partial weight gradients, [parts, …] for the depthwise and the pointwise weight of each convolution, or
+    for the weights of both halves of each factorized reduction."""
 
     depthwise: list[Tensor]
     pointwise: list[Tensor]
@@ -142,6 +154,42 @@ def backward_multiply(
     results = sepconv.Results(dx, None, grad, None, partial)
     sepconv.launch_backward([call], [sepconv.Source(g, z, coef)], [results])
     return dx, grad
+
+
+def reduce(x: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Factorized reductions of one state, each with the weights of both halves of its channels.
+
+    Returns the two grids [2, B, C, H', W'] that they read, for the backward pass, and ``z`` and ``moments``.
+    """
+    grids = torch.stack([grid[:, :, ::2, ::2] for grid in (x, shift_by_one(x))])
+    batch, _, height, width = grids[0].shape
+    zs = _empty(x, len(weights), batch, 2 * weights[0][0].shape[0], height, width)
+    calls = [sepconv.pointwise_call(*both) for pair in weights for both in zip(grids, pair, strict=True)]
+    halves = [half for z in zs for half in z.chunk(2, dim=1)]
+    _run(calls, halves)
+    return grids, zs, plane_moments(zs)
+
+
+def backward_reduce(
+    x: Tensor, grids: Tensor, grads: Sequence[ReduceGrad], wants_weights: bool
+) -> tuple[Tensor, Partials]:
+    """The gradient of the state, and partial ones of the first and the second halves' weights."""
+    calls = [
+        sepconv.pointwise_call(*both) for grad in grads for both in zip(grids, grad.weights, strict=True)
+    ]
+    sources = [
+        sepconv.Source(*half)
+        for grad in grads
+        for half in zip(grad.g.chunk(2, 1), grad.z.chunk(2, 1), grad.coef.chunk(2), strict=True)
+    ]
+    dgrids = _empty_like(grids[0], len(calls))
+    partials = _run_backward(calls, sources, dgrids, (False, wants_weights))
+    dx = x.new_zeros(x.shape)
+    for corner in (0, 1):
+        target = dx[:, :, corner::2, corner::2]
+        total = state_gradient(dgrids[corner], 1, [], None, dgrids[corner::2])
+        target.copy_(total[:, :, : target.shape[2], : target.shape[3]])
+    return dx, Partials(*([two[1] for two in partials[corner::2]] for corner in (0, 1)))
 
 
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -243,7 +291,7 @@ def affine_gradients(gs: Sequence[Tensor], zs: Sequence[Tensor], coefs: Sequence
 
 
 def state_gradient(
-    x: Tensor, stride: int, grads: Sequence[PoolGrad], weights: Tensor, addends: Sequence[Tensor]
+    x: Tensor, stride: int, grads: Sequence[PoolGrad], weights: Tensor | None, addends: Sequence[Tensor]
 ) -> Tensor:
     """Σ addends and what the pools and identities of every edge pass back to the state ``x``."""
     kernels = extension()
@@ -263,48 +311,26 @@ def state_gradient(
 
 
 def _convolve_strided(convs: Sequence[Conv]) -> tuple[list[Tensor], list[Tensor]]:
-    """A launch for each kernel size and dilation; PyTorch where the kernels don't take the shape."""
+    """A launch for each kernel size and dilation."""
     batch, channels, height, width = convs[0].x.shape
     stride = convs[0].stride
     zs = _empty(convs[0].x, len(convs), batch, channels, -(-height // stride), -(-width // stride))
     for same in _alike(convs):
-        calls = [_call(convs[i]) for i in same]
-        if _takes(calls[0]):
-            sepconv.launch_forward(calls, [zs[i] for i in same])
-            continue
-        for i, call in zip(same, calls, strict=True):
-            zs[i].copy_(_run_reference(call))
+        _run([_call(convs[i]) for i in same], [zs[i] for i in same])
     return zs, plane_moments(zs)
 
 
 def _backward_strided(grads: Sequence[ConvGrad], wants_weights: bool) -> tuple[list[Tensor], Partials]:
     """As ``_convolve_strided``."""
     dxs = _empty_like(grads[0].conv.x, len(grads))
-    found: dict[int, Sequence[Tensor | None]] = {}
+    found: dict[int, Sequence[Any]] = {}
     for same in _alike([grad.conv for grad in grads]):
         calls = [_call(grads[i].conv) for i in same]
-        if not _takes(calls[0]):
-            found |= {i: _differentiate(grads[i], call, dxs[i]) for i, call in zip(same, calls, strict=True)}
-            continue
-        partials = sepconv.partials(calls, grads[same[0]].g, (wants_weights, wants_weights))
         sources = [sepconv.Source(grads[i].g, grads[i].z, grads[i].coef) for i in same]
-        results = [
-            sepconv.Results._make((dxs[i], None, None, *two)) for i, two in zip(same, partials, strict=True)
-        ]
-        sepconv.launch_backward(calls, sources, results)
+        partials = _run_backward(calls, sources, [dxs[i] for i in same], (wants_weights, wants_weights))
         found |= zip(same, partials, strict=True)
     ordered = zip(*(found[i] for i in range(len(grads))), strict=True)
     return dxs, Partials(*map(list, ordered)) if wants_weights else Partials([], [])
-
-
-def _differentiate(grad: ConvGrad, call: Call, dx: Tensor) -> list[Tensor]:
-    """The weights' gradients, as the only part; fills dx."""
-    leaves = [tensor.detach().requires_grad_() for tensor in call[:3]]
-    with torch.enable_grad():
-        z = _run_reference(Call._make((*leaves, *call[3:])))
-    gradients = torch.autograd.grad(z, leaves, affine_gradients([grad.g], [grad.z], [grad.coef]))
-    dx.copy_(gradients[0])
-    return [gradient.reshape(1, -1) for gradient in gradients[1:]]
 
 
 def _alike(convs: Sequence[Conv]) -> Iterable[list[int]]:
@@ -319,12 +345,51 @@ def _call(conv: Conv) -> Call:
     return Call(conv.x, conv.depthwise, conv.pointwise, conv.stride, conv.dilation, True)
 
 
-def _takes(call: Call) -> bool:
-    return sepconv.takes(call, {torch.float32}).ok
+def _run(calls: Sequence[Call], ys: Sequence[Tensor]) -> None:
+    """Fill ys together, or by PyTorch where the kernels don't take the shape."""
+    if _fits(calls[0]):
+        sepconv.launch_forward(calls, ys)
+        return
+    for call, y in zip(calls, ys, strict=True):
+        y.copy_(_run_by_pytorch(call))
 
 
-def _run_reference(call: Call) -> Tensor:
+def _run_backward(
+    calls: Sequence[Call],
+    sources: Sequence[sepconv.Source],
+    dxs: Sequence[Tensor],
+    wanted: tuple[bool, bool],
+) -> Sequence[Sequence[Any]]:
+    """As ``_run`` fill dxs; returns each call's partial gradients of both weights."""
+    if not _fits(calls[0]):
+        return [_differentiate(*one) for one in zip(calls, sources, dxs, strict=True)]
+    partials = sepconv.partials(calls, sources[0].g, wanted)
+    results = [sepconv.Results._make((dx, None, None, *two)) for dx, two in zip(dxs, partials, strict=True)]
+    sepconv.launch_backward(calls, sources, results)
+    return partials
+
+
+def _fits(call: Call) -> bool:
+    return sepconv.fits(call, {torch.float32}).ok
+
+
+def _run_by_pytorch(call: Call) -> Tensor:
+    if call.kernel_size == 1:
+        return F.conv2d(F.relu(call.x), call.pointwise_weight)
     return reference.sepconv(*call[:3], stride=call.stride, dilation=call.dilation)
+
+
+def _differentiate(call: Call, source: sepconv.Source, dx: Tensor) -> list[Tensor | None]:
+    """The weights' gradients, as the only part; fills dx."""
+    leaves = [tensor.detach().requires_grad_() for tensor in call[:3]]
+    with torch.enable_grad():
+        y = _run_by_pytorch(Call._make((*leaves, *call[3:])))
+    assert source.z is not None
+    assert source.coef is not None
+    dy = affine_gradients([source.g], [source.z], [source.coef])
+    gradients = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    dx.copy_(gradients[0])
+    return [None if gradient is None else gradient.reshape(1, -1) for gradient in gradients[1:]]
 
 
 def _grad_jobs(

@@ -56,12 +56,12 @@ def takes(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
         return Support(
             False, f"kernel size {call.kernel_size}, stride {call.stride}, dilation {call.dilation}"
         )
-    return _fits(call, dtypes)
+    return fits(call, dtypes)
 
 
 def takes_pointwise(x: Tensor, weight: Tensor) -> Support:
     """Whether the kernels take ``pointwise_call(x, weight)``."""
-    return _fits(pointwise_call(x, weight), {x.dtype, weight.dtype})
+    return fits(pointwise_call(x, weight), {x.dtype, weight.dtype})
 
 
 def pointwise_call(x: Tensor, weight: Tensor) -> shared.Call:
@@ -69,7 +69,8 @@ def pointwise_call(x: Tensor, weight: Tensor) -> shared.Call:
     return shared.Call(x, weight[0, :, None], weight, 1, 1, True)
 
 
-def _fits(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
+def fits(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
+    """The part of ``takes`` that depends on shapes and dtypes, also of a ``pointwise_call``."""
     if dtypes != {torch.float32}:
         return Support(False, "only fp32")
     if not call.x.is_contiguous():
@@ -105,7 +106,9 @@ def launch_forward(calls: Sequence[shared.Call], ys: Sequence[Tensor]) -> None:
     kernels, floats = extension(), _tiles(calls[0]).forward_floats
     rows = _rows(ys[0].shape[2], len(calls) * ys[0].shape[0], floats)
     operands = [tuple(map(_dense, call[:3])) for call in calls]
-    jobs = [kernels.SepConvJob(*_addresses(*three, y)) for three, y in zip(operands, ys, strict=True)]
+    jobs = [
+        kernels.SepConvJob(*_addresses(*three, y), y.stride(0)) for three, y in zip(operands, ys, strict=True)
+    ]
     kernels.sepconv_forward(_shape(calls[0], ys[0]), jobs, rows, 4 * floats(rows), _stream())
 
 
@@ -118,7 +121,7 @@ def launch_backward(
     operands = [tuple(map(_dense, call[:3])) for call in calls]
     gs = [_dense_pictures(source.g) for source in sources]
     jobs = [
-        kernels.SepConvGradJob(g.data_ptr(), g.stride(0), *_addresses(source.z, source.coef, *three, *where))
+        kernels.SepConvGradJob(*_strided(g), *_strided(source.z), *_addresses(source.coef, *three, *where))
         for g, source, three, where in zip(gs, sources, operands, results, strict=True)
     ]
     kernels.sepconv_backward(_shape(calls[0], gs[0]), jobs, rows, 4 * floats(rows), _stream())
@@ -198,6 +201,10 @@ def _dense_pictures(x: Tensor) -> Tensor:
     if x[0].is_contiguous() and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _strided(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""``batch_norm`` and ``relu_conv_bn`` of the CUDA tier against modules, in fp64 by kernels in plain PyTorch."""
+"""``batch_norm`` and ``relu_conv_bn`` of the CUDA tier against modules: fp64, kernels in plain PyTorch."""
 
 import copy
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuroexapt.core.operations import shift_by_one
 from neuroexapt.core.plan import EPS, MOMENTUM
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, Partials, PoolGrad, Summand
+from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, Partials, PoolGrad, ReduceGrad, Summand
 from neuroexapt.kernels import reference
 
 POOLS = {"max": reference.max_pool, "avg": reference.avg_pool}
@@ -55,6 +56,27 @@ def backward_multiply(
         output = multiply(*leaves)
     gradients = torch.autograd.grad(output, leaves, _affine(g, z, coef))
     return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+
+
+def reduce(x: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    zs = [_reduce(x, *pair) for pair in weights]
+    return x, zs, plane_moments(zs)
+
+
+def backward_reduce(
+    x: Tensor, grids: Tensor, grads: Sequence[ReduceGrad], wants_weights: bool
+) -> tuple[Tensor, Partials]:
+    dx, partials = torch.zeros_like(x), Partials([], [])
+    for grad in grads:
+        with torch.enable_grad():
+            leaves = [leaf.detach().requires_grad_() for leaf in (grids, *grad.weights)]
+            z = _reduce(*leaves)
+        own_dx, first, second = torch.autograd.grad(z, leaves, _affine(grad.g, grad.z, grad.coef))
+        dx += own_dx
+        if wants_weights:
+            partials.depthwise.append(_split(first))
+            partials.pointwise.append(_split(second))
+    return dx, partials
 
 
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -133,6 +155,11 @@ def _convolve(conv: Conv, x: Tensor, depthwise: Tensor, pointwise: Tensor) -> Te
         mean, rstd = map(_per_channel, conv.stats.unbind(1))
         x = (x - mean) * rstd
     return reference.sepconv(x, depthwise, pointwise, stride=conv.stride, dilation=conv.dilation)
+
+
+def _reduce(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    x = F.relu(x)
+    return torch.cat([F.conv2d(x, first, stride=2), F.conv2d(shift_by_one(x), second, stride=2)], dim=1)
 
 
 def _gradients(grad: ConvGrad) -> tuple[Tensor, ...]:

@@ -20,10 +20,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<sepconv::Shape>(m, "SepConvShape")
       .def(pybind11::init<int, int, int, int, int, int, int, int, int, int, bool>());
   pybind11::class_<sepconv::Job>(m, "SepConvJob")
-      .def(pybind11::init<Address, Address, Address, Address>());
+      .def(pybind11::init<Address, Address, Address, Address, std::int64_t>());
   pybind11::class_<sepconv::GradJob>(m, "SepConvGradJob")
-      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, Address, Address,
-                          Address, Address, Address>());
+      .def(pybind11::init<Address, std::int64_t, Address, std::int64_t, Address, Address, Address, Address, Address,
+                          Address, Address, Address, Address>());
   m.def("sepconv_forward", &sepconv::forward);
   m.def("sepconv_backward", &sepconv::backward);
 

@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 2) fwd_kernel(const __grid_constant_
   }
   __syncthreads();
 
-  float* y = output(job.y) + (int64_t(conv.picture()) * O * shape.OH + conv.first_row()) * shape.OW;
+  float* y = output(job.y) + conv.picture() * job.y_batch_stride + conv.first_row() * shape.OW;
   const int pixel_quads = conv.pixels() / 4, out_plane = shape.OH * shape.OW;
   for (int i = threadIdx.x; i < O / 4 * pixel_quads; i += kThreads) {
     const int o = i / pixel_quads, pixel = i % pixel_quads * 4;  // outputs o, o + O / 4, …
@@ -273,7 +273,7 @@ __device__ void load_dy(const Conv& conv, float* dy, const GradJob& job) {
   const Shape& shape = conv.shape;
   const int above = conv.e_from(), plane = conv.e_rows() * shape.OW, out_plane = shape.OH * shape.OW;
   const float* g = input(job.g) + conv.picture() * job.g_batch_stride;
-  const float* z = input(job.z) + int64_t(conv.picture()) * shape.O * out_plane;
+  const float* z = input(job.z) + conv.picture() * job.z_batch_stride;
   for (Walk at(shape.OW, conv.e_to() - above); at.plane < shape.O; at.next()) {
     const int row = above + at.row, y = conv.first_row() - Conv::kHalo + row;
     const int pixel = at.plane * out_plane + y * shape.OW + 4 * at.quad;

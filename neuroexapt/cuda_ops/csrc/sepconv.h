@@ -23,17 +23,20 @@ constexpr int kMaxJobs = 32;  // of one launch
 // of its addresses; C and O divisible by 16, W by 4 · stride, and OH by rows.
 struct Job {
   Address x, depthwise, pointwise, y;
+  std::int64_t y_batch_stride;
 };
 void forward(const Shape& shape, const std::vector<Job>& jobs, int rows, int shared_bytes, Address stream);
 
-// The gradient of y is A · g + B · z + D with coef (float4 {A, B, D, 0} [O]), or g itself where coef is 0; only of
-// g the pictures may lie apart. The address of a result is 0 where it is not wanted; all jobs want the same ones.
+// The gradient of y is A · g + B · z + D with coef (float4 {A, B, D, 0} [O]), or g itself where coef is 0. Only of y,
+// g and z the pictures may lie apart. The address of a result is 0 where it is not wanted; all jobs want the same ones.
 // Partial sums, one a tile: pointwise_partial [tiles, O, C], depthwise_partial [tiles, C, K²]; the gradients of the
 // weights are added up from them, unless only the partial sums are wanted.
 struct GradJob {
   Address g;
   std::int64_t g_batch_stride;
-  Address z, coef, x, depthwise, pointwise;
+  Address z;
+  std::int64_t z_batch_stride;
+  Address coef, x, depthwise, pointwise;
   Address dx, depthwise_grad, pointwise_grad, depthwise_partial, pointwise_partial;
 };
 void backward(const Shape& shape, const std::vector<GradJob>& jobs, int rows, int shared_bytes, Address stream);
