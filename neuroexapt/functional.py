@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from neuroexapt.backend.dispatch import dispatch
+from neuroexapt.backend.dispatch import dispatch, explain
 from neuroexapt.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,6 +126,15 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
         [B, nodes · C, ⌈H / stride⌉, ⌈W / stride⌉].
     """
     return dispatch("cell", plan, states, weights)
+
+
+def cell_is_fused(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> bool:
+    """Whether ``cell`` gains from the plan of a single edge.
+
+    In plain PyTorch a plan was measured to pay off on the CPU only; on a GPU that has no kernels for it,
+    the edge's operations may still have their own.
+    """
+    return states[0].device.type == "cpu" or explain("cell", plan, states, weights).impl != "torch"
 
 
 def _operands(xs: Sequence[Tensor], scores: Tensor, name: str) -> list[Tensor]:

@@ -73,7 +73,7 @@ class SearchCell(nn.Module):
     ``fused`` cells run by their plan, others one module after the other; switch whenever you like.
     """
 
-    fused = True
+    _fused = True
 
     def __init__(
         self,
@@ -100,15 +100,26 @@ class SearchCell(nn.Module):
         return edge_stride(source, self.reduction)
 
     @property
+    def fused(self) -> bool:
+        return self._fused
+
+    @fused.setter
+    def fused(self, fused: bool) -> None:
+        self._fused = fused
+        for edge in self.edges:
+            if isinstance(edge, MixedOp):
+                edge.fused = fused
+
+    @property
     def plan(self) -> CellPlan:
         """The plan of the cell as it is now."""
-        if self._plan is None or not self._plan.fits(self):
+        if self._plan is None or not self._plan.fits(self.edges._modules.values(), self.training):
             self._plan = plan_cell(self)
         return self._plan
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make plans of their own."""
-        return {**self.__dict__, "_plan": None}
+        return {**super().__getstate__(), "_plan": None}
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
         states = self.inputs(s0, s1)

@@ -5,8 +5,11 @@ Definitions follow DARTS (Liu et al., ICLR 2019): every operation maps [B, C, H,
 takes ``(channels, stride, affine)`` and returns a module of that shape contract.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -15,6 +18,9 @@ from torch import Tensor
 
 from neuroexapt import functional
 from neuroexapt.errors import UserError
+
+if TYPE_CHECKING:
+    from neuroexapt.core.plan import CellPlan
 
 OpFactory = Callable[[int, int, bool], nn.Module]
 
@@ -124,10 +130,13 @@ class SepConvBlock(nn.Module):
         self.bn = nn.BatchNorm2d(channels_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.sepconv(
+        return self.bn(self.convolve(x))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """All but the batch normalisation."""
+        return functional.sepconv(
             x, self.depthwise.weight, self.pointwise.weight, stride=self.stride, dilation=self.dilation
         )
-        return self.bn(y)
 
 
 class DilConv(SepConvBlock):
@@ -159,6 +168,12 @@ class SepConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """All but the last batch normalisation."""
+        first, second = self.op
+        assert isinstance(second, SepConvBlock)
+        return second.convolve(first(x))
 
 
 class FactorizedConv(nn.Module):
@@ -224,7 +239,17 @@ class MixedOp(nn.Module):
     ``x``: [B, C, H, W], ``weights``: [K] in the order of ``primitives``, already relaxed (softmax is the
     strategy's business). Pools are followed by a BatchNorm without affine parameters, as published.
     ``none`` contributes exactly nothing, so an Inf or NaN in ``x`` does not spread through it.
+
+    A ``fused`` edge runs as a search cell of its own, which can be differentiated once. Others run one
+    operation after the other, as do edges that carry hooks and those under torch.compile; switch whenever
+    you like.
+
+    Raises:
+        UserError: an operation is unknown or listed twice, or ``weights`` is not [K].
     """
+
+    fused = True
+    _plan: CellPlan | None = None
 
     def __init__(self, channels: int, stride: int, primitives: Sequence[str] = PRIMITIVES) -> None:
         super().__init__()
@@ -243,7 +268,32 @@ class MixedOp(nn.Module):
         """The operation of that name."""
         return self.ops[self.primitives.index(primitive)]
 
+    @property
+    def plan(self) -> CellPlan:
+        """The plan of the edge as it is now."""
+        if self._plan is None or not self._plan.fits([self], self.training):
+            # Both import this module; the first registers how plans run in plain PyTorch.
+            from neuroexapt.core import merged  # noqa: F401
+            from neuroexapt.core.plan import plan_edge
+
+            self._plan = plan_edge(self)
+        return self._plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make plans of their own."""
+        return {**super().__getstate__(), "_plan": None}
+
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        if weights.shape != (len(self.ops),):
+            raise UserError(f"weights must have shape [{len(self.ops)}], not {[*weights.shape]}")
+        if self.fused and not torch.compiler.is_compiling():
+            plan, call = self.plan, ([x], weights[None])
+            # An edge that its plan holds as a whole would call itself.
+            if not plan.nodes[0].edges and functional.cell_is_fused(plan, *call):
+                return functional.cell(plan, *call)
+        return self._run_operations(x, weights)
+
+    def _run_operations(self, x: Tensor, weights: Tensor) -> Tensor:
         active = [k for k, op in enumerate(self.ops) if not isinstance(op, Zero)]
         if not active:
             return Zero(self.stride)(x)

@@ -1,4 +1,5 @@
 """The plan of a search cell: its candidates, grouped by the state they leave and by the node they enter.
+An edge by itself counts as a cell of one state and one node.
 
 With every last BatchNorm split off, a node is one affine sum over the *terms* that enter it::
 
@@ -11,7 +12,8 @@ so all candidates that read a state can run side by side, and all that enter a n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 EPS, MOMENTUM = 1e-5, 0.1
 """Of every BatchNorm that is split off; an operation with another kind runs as a module."""
+CONV_SIZES, DILATIONS, POOL_SIZE = (3, 5), (1, 2), 3
+"""What kernels know; convolutions and pools of other sizes run as modules, too."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -134,62 +138,75 @@ class CellPlan:
     nodes: tuple[NodeGroup, ...]
     _edges: tuple[_EdgeState, ...]
 
-    def fits(self, cell: SearchCell) -> bool:
-        """Whether ``cell`` is still as it was planned: same operations, hooks and compiled edges."""
-        return all(
-            state.holds(edge, cell.training) for state, edge in zip(self._edges, cell.edges, strict=True)
-        )
+    def fits(self, edges: Iterable[nn.Module], training: bool) -> bool:
+        """Whether ``edges`` are still as they were planned: same operations, hooks and compiled edges."""
+        return all(state.holds(edge, training) for state, edge in zip(self._edges, edges, strict=True))
 
 
 class _EdgeState:
     """What an edge was when it was planned. Asked before every pass, so it looks at no module twice."""
 
     def __init__(self, edge: nn.Module, training: bool) -> None:
-        self._edge = edge
-        self._ops = list(edge.ops) if isinstance(edge, MixedOp) else []
-        self._modules = list(edge.modules())
+        # Weak, since an edge owns the plan of itself.
+        self._edge = weakref.ref(edge)
+        self.ops = list(edge.ops._modules.values()) if type(edge) is MixedOp else []
+        modules = list(edge.modules())
+        self._inner = modules[1:]
         # PyTorch never replaces these dictionaries, it fills them.
         self._hooks = [
             hooks
-            for m in self._modules
+            for m in modules
             for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
-        self.runs_whole = self._must_run_whole(training)
+        self.runs_whole = self._must_run_whole(edge, training)
 
     def holds(self, edge: nn.Module, training: bool) -> bool:
         return (
-            edge is self._edge
-            and (not isinstance(edge, MixedOp) or list(edge.ops) == self._ops)
-            and self._must_run_whole(training) == self.runs_whole
+            edge is self._edge()
+            and (type(edge) is not MixedOp or list(edge.ops._modules.values()) == self.ops)
+            and self._must_run_whole(edge, training) == self.runs_whole
         )
 
-    def _must_run_whole(self, training: bool) -> bool:
+    def _must_run_whole(self, edge: nn.Module, training: bool) -> bool:
         """Whether the edge is more than a MixedOp with nothing to observe and one mode, or adds nothing."""
         return (
-            type(self._edge) is not MixedOp
-            or self._edge._compiled_call_impl is not None
+            type(edge) is not MixedOp
+            or edge._compiled_call_impl is not None
             or any(self._hooks)
-            or [m.training for m in self._modules].count(training) < len(self._modules)
-            or all(type(op) is Zero for op in self._ops)
+            or edge.training != training
+            or [m.training for m in self._inner].count(training) < len(self._inner)
+            or all(type(op) is Zero for op in self.ops)
         )
 
 
 def plan_cell(cell: SearchCell) -> CellPlan:
     """Sort the candidates of ``cell`` into groups."""
-    edge_states = tuple(_EdgeState(edge, cell.training) for edge in cell.edges)
+    places = [(source, target, cell.stride(source)) for source, target in cell.topology.edges]
+    return _plan(cell.edges, places, cell.training)
+
+
+def plan_edge(edge: MixedOp) -> CellPlan:
+    """The plan of ``edge`` alone, from state 0 to node 1."""
+    return _plan([edge], [(0, 1, edge.stride)], edge.training)
+
+
+def _plan(edges: Iterable[nn.Module], places: Sequence[tuple[int, int, int]], training: bool) -> CellPlan:
+    """``places``: source, target and stride of each of ``edges``."""
+    edge_states: list[_EdgeState] = []
     terms: list[Term] = []
     whole_edges: list[WholeEdge] = []
-    for row, (source, target) in enumerate(cell.topology.edges):
-        edge, stride = cell.edges[row], cell.stride(source)
-        if edge_states[row].runs_whole:
+    for row, (edge, (source, target, stride)) in enumerate(zip(edges, places, strict=True)):
+        edge_states.append(_EdgeState(edge, training))
+        if edge_states[-1].runs_whole:
             whole_edges.append(WholeEdge(row, source, target, stride, edge))
         else:
-            assert isinstance(edge, MixedOp)
-            found = (_term(op, row, column, source, target, stride) for column, op in enumerate(edge.ops))
+            ops = enumerate(edge_states[-1].ops)
+            found = (_term(op, row, column, source, target, stride) for column, op in ops)
             terms += [term for term in found if term is not None]
-    nodes = cell.topology.concat
+    strides = {source: stride for source, _, stride in places}
+    nodes = sorted({target for _, target, _ in places})
     return CellPlan(
-        tuple(_state_group(state, cell.stride(state), terms, whole_edges) for state in range(nodes[-1])),
+        tuple(_state_group(state, stride, terms, whole_edges) for state, stride in sorted(strides.items())),
         tuple(
             NodeGroup(
                 node,
@@ -198,7 +215,7 @@ def plan_cell(cell: SearchCell) -> CellPlan:
             )
             for node in nodes
         ),
-        edge_states,
+        tuple(edge_states),
     )
 
 
@@ -229,12 +246,12 @@ def _term(op: nn.Module, edge: int, column: int, source: int, target: int, strid
     if type(op) is Identity:
         return IdentityTerm(**place, bn=None)
     blocks = _conv_blocks(op)
-    if blocks and all(splits_off(block.bn) for block in blocks):
+    if blocks and all(_is_known(block) for block in blocks):
         return ConvTerm(**place, bn=blocks[-1].bn, blocks=blocks)
     body, bn = _split(op)
     if not splits_off(bn):
         return ModuleTerm(**place, bn=None, module=op, body=op)
-    if type(body) is Pool:
+    if type(body) is Pool and body.kernel_size == POOL_SIZE:
         return PoolTerm(**place, bn=bn, pool=body)
     return ModuleTerm(**place, bn=bn, module=op, body=body)
 
@@ -245,10 +262,18 @@ def _conv_blocks(op: nn.Module) -> tuple[SepConvBlock, ...]:
     return cast(tuple[SepConvBlock, ...], blocks) if are_plain else ()
 
 
+def _is_known(block: SepConvBlock) -> bool:
+    size = block.depthwise.kernel_size[0]
+    return size in CONV_SIZES and block.dilation in DILATIONS and splits_off(block.bn)
+
+
 def _split(op: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Module | None]:
     """An operation's body and the BatchNorm that it ends in, None where that can't be told."""
-    if type(op) is FactorizedReduce:
+    if type(op) is FactorizedReduce or type(op) is SepConvBlock or type(op) is DilConv:
         return op.convolve, op.bn
+    blocks = _conv_blocks(op)
+    if type(op) is SepConv and blocks:
+        return op.convolve, blocks[-1].bn
     sequence = op.op if type(op) in (ReLUConvBN, FactorizedConv) else op
     if type(sequence) is nn.Sequential and len(sequence) == 2:
         return sequence[0], sequence[1]

@@ -12,7 +12,10 @@ SAMPLE = torch.zeros(2, 4, 6, 6)
 
 
 def edge(*primitives: str) -> tuple[MixedOp, tuple[Tensor, Tensor]]:
-    return MixedOp(4, 1, primitives), (SAMPLE, torch.ones(len(primitives)))
+    """An edge that runs operation by operation, so that there are several nodes."""
+    module = MixedOp(4, 1, primitives)
+    module.fused = False
+    return module, (SAMPLE, torch.ones(len(primitives)))
 
 
 def test_an_op_of_the_package_is_one_node_beside_those_of_pytorch() -> None:

@@ -1,8 +1,17 @@
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
+from neuroexapt import functional
+from neuroexapt.backend import dispatch_report, reset_dispatch_report
 from neuroexapt.core.operations import (
     OPS,
     PRIMITIVES,
@@ -141,6 +150,125 @@ def test_none_stops_infinities() -> None:
     assert MixedOp(C, 1, primitives=("none",))(x, torch.ones(1)).isfinite().all()
     assert isinstance(MixedOp(C, 1).candidate("none"), Zero)
     assert isinstance(MixedOp(C, 1).candidate("skip_connect"), Identity)
+
+
+# An edge by its plan
+
+
+def make_edge(stride: int = 1, primitives: tuple[str, ...] = tuple(OPS)) -> MixedOp:
+    torch.manual_seed(0)
+    edge = MixedOp(C, stride, primitives).double()
+    for module in edge.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # Statistics of their own, so that evaluation mode tells one BatchNorm from another.
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return edge
+
+
+def results(edge: MixedOp, size: tuple[int, int, int], fused: bool) -> list[Tensor]:
+    """Output, gradients and buffers of a copy of ``edge``, and how often it ran as a cell."""
+    edge = copy.deepcopy(edge)
+    edge.fused = fused
+    torch.manual_seed(1)
+    batch, height, width = size
+    x = torch.randn(batch, C, height, width, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(len(edge.ops), dtype=torch.float64, requires_grad=True)
+    reset_dispatch_report()
+    y = edge(x, weights)
+    cells = sum(count for decision, count in dispatch_report().items() if decision.op == "cell")
+    gradients = torch.autograd.grad(y, [x, weights, *edge.parameters()], torch.randn_like(y))
+    return [torch.tensor(cells), y, *gradients, *edge.buffers()]
+
+
+def assert_equals_reference(edge: MixedOp, size: tuple[int, int, int] = (5, 7, 6), cells: int = 1) -> None:
+    (fused_cells, *fused), (reference_cells, *reference) = (results(edge, size, f) for f in (True, False))
+    assert (fused_cells, reference_cells) == (cells, 0)
+    for actual, expected in zip(fused, reference, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(5, 7, 6), (1, 3, 5), (2, 9, 12)])
+def test_a_fused_edge_is_the_same(stride: int, training: bool, size: tuple[int, int, int]) -> None:
+    assert_equals_reference(make_edge(stride).train(training), size)
+
+
+@pytest.mark.parametrize("primitives", [("skip_connect",), ("none", "max_pool_3x3"), ("conv_7x1_1x7",)])
+def test_a_fused_edge_of_few_operations_is_the_same(primitives: tuple[str, ...]) -> None:
+    assert_equals_reference(make_edge(primitives=primitives))
+
+
+def hook_one_operation(edge: MixedOp) -> None:
+    edge.candidate("dil_conv_3x3").register_forward_hook(lambda module, args, output: 3 * output)
+
+
+def freeze_one_operation(edge: MixedOp) -> None:
+    edge.candidate("sep_conv_3x3").eval()
+
+
+@pytest.mark.parametrize("change", [hook_one_operation, freeze_one_operation])
+def test_an_edge_of_hooks_or_mixed_modes_runs_operation_by_operation(
+    change: Callable[[MixedOp], None],
+) -> None:
+    edge = make_edge()
+    edge.plan  # noqa: B018  (the one that must not be used any longer)
+    change(edge)
+    assert_equals_reference(edge, cells=0)
+
+
+def test_a_fused_edge_follows_the_exchange_of_an_operation() -> None:
+    edge = make_edge()
+    edge.plan  # noqa: B018
+    edge.ops[edge.primitives.index("sep_conv_5x5")] = Zero(1)
+    assert_equals_reference(edge)
+
+
+def test_copies_and_pickles_of_an_edge_make_their_own_plan() -> None:
+    edge = make_edge()
+    names, x, weights = list(edge.state_dict()), torch.randn(2, C, 5, 5).double(), torch.ones(len(OPS))
+    edge.eval()(x, weights.double())
+    for twin in (copy.deepcopy(edge), pickle.loads(pickle.dumps(edge))):
+        assert list(twin.state_dict()) == names
+        nn.init.zeros_(twin.candidate("sep_conv_3x3").op[0].depthwise.weight)
+        twin.fused, reference = True, copy.deepcopy(twin)
+        reference.fused = False
+        torch.testing.assert_close(twin(x, weights.double()), reference(x, weights.double()))
+
+
+def test_an_edge_is_freed_without_the_garbage_collector() -> None:
+    edge = make_edge()
+    edge(torch.randn(2, C, 5, 5).double(), torch.ones(len(OPS)).double())
+    freed = weakref.ref(edge)
+    gc.disable()
+    try:
+        del edge
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_a_compiled_edge_runs_operation_by_operation() -> None:
+    edge = make_edge().eval()
+    x, weights = torch.randn(2, C, 5, 5).double(), torch.rand(len(OPS)).double()
+    expected = edge(x, weights)
+    torch._dynamo.reset()
+    edge.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(edge(x, weights), expected)
+
+
+def test_on_a_gpu_without_kernels_for_it_an_edge_runs_operation_by_operation() -> None:
+    edge = MixedOp(C, 1, ("skip_connect", "max_pool_3x3"))
+    with FakeTensorMode():
+        x, weights = torch.empty(2, C, 5, 5, device="cuda"), torch.empty(1, 2, device="cuda")
+    assert not functional.cell_is_fused(edge.plan, [x], weights)
+    assert functional.cell_is_fused(edge.plan, [torch.empty(2, C, 5, 5)], torch.empty(1, 2))
+
+
+def test_mixed_op_refuses_weights_of_another_number() -> None:
+    with pytest.raises(UserError, match=r"weights must have shape \[8\], not \[7\]"):
+        MixedOp(C, 1)(torch.randn(2, C, 4, 4), torch.ones(7))
 
 
 def test_mixed_op_refuses_a_repeated_op() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from neuroexapt.backend import dispatch_report, reset_dispatch_report
 from neuroexapt.core.supernet import Supernet, reduction_layers
 from neuroexapt.errors import UserError
 from neuroexapt.spaces import DARTS
@@ -56,6 +57,17 @@ def test_takes_odd_and_small_pictures(size: tuple[int, int]) -> None:
     logits.sum().backward()
     assert logits.shape == (4, 3)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in supernet.parameters())
+
+
+def test_the_reference_execution_reaches_the_edges() -> None:
+    supernet = DARTS.supernet(in_channels=1, num_classes=3, channels=2, layers=3)
+    x = torch.randn(4, 1, 8, 8)
+    for execution, fused in (("reference", 0), ("fused", 3)):
+        supernet.set_execution(execution)
+        reset_dispatch_report()
+        supernet(x)
+        cells = [count for decision, count in dispatch_report().items() if decision.op == "cell"]
+        assert sum(cells) == fused
 
 
 def test_weights_and_alphas_are_apart_and_complete() -> None:

@@ -3,18 +3,20 @@
 import copy
 import gc
 import itertools
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from neuroexapt.core.cells import CellTopology, SearchCell
-from neuroexapt.core.operations import OPS, PRIMITIVES
+from neuroexapt.core.operations import OPS, PRIMITIVES, DilConv, MixedOp, Pool, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
 from tests.cuda_ops import torch_kernels
 
 TOLERANCE = 1e-10
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def make_cell(
@@ -22,11 +24,22 @@ def make_cell(
 ) -> SearchCell:
     torch.manual_seed(0)
     cell = SearchCell(CellTopology(nodes), primitives, channels, channels, channels, reduction, False)
-    for module in cell.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    return cell.double()
+    cell.fused = False  # for the reference; the plan does not ask
+    return with_statistics(cell)
+
+
+def make_edge(primitives=PRIMITIVES, stride: int = 1, channels: int = 4) -> MixedOp:
+    torch.manual_seed(0)
+    return with_statistics(MixedOp(channels, stride, primitives))
+
+
+def with_statistics(module: Module) -> Module:
+    """In fp64, with running statistics that tell one BatchNorm from another."""
+    for bn in module.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            bn.running_mean.normal_()
+            bn.running_var.uniform_(0.5, 2)
+    return module.double()
 
 
 def make_inputs(cell: SearchCell, size=(3, 7, 6), channels: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,20 +64,37 @@ def run_fused(cell: SearchCell, s0: Tensor, s1: Tensor, weights: Tensor) -> Tens
     return fused.run(plan_cell(cell), [s0, s1], weights, torch_kernels)
 
 
-def results(function, cell: SearchCell, inputs, wants_weights=True, wants_alpha=True) -> dict[str, Tensor]:
-    """Output, gradients and buffers after one pass."""
-    cell = copy.deepcopy(cell)
+def make_edge_inputs(edge: MixedOp, size=(3, 7, 6), channels: int = 4) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    batch, height, width = size
+    x = torch.randn(batch, channels, height, width, dtype=torch.double)
+    return x, torch.softmax(torch.randn(len(edge.ops), dtype=torch.double), -1)
+
+
+def run_edge_reference(edge: MixedOp, x: Tensor, weights: Tensor) -> Tensor:
+    edge.fused = False
+    return edge(x, weights)
+
+
+def run_edge_fused(edge: MixedOp, x: Tensor, weights: Tensor) -> Tensor:
+    return fused.run(edge.plan, [x], weights[None], torch_kernels)
+
+
+def results(function, module: nn.Module, inputs, wants_weights=True, wants_alpha=True) -> dict[str, Tensor]:
+    """Output, gradients and buffers after one pass; ``inputs``: states and mixing weights."""
+    module = copy.deepcopy(module)
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    leaves[2].requires_grad_(wants_alpha)
-    for parameter in cell.parameters():
+    leaves[-1].requires_grad_(wants_alpha)
+    for parameter in module.parameters():
         parameter.requires_grad_(wants_weights)
-    y = function(cell, *leaves)
+    y = function(module, *leaves)
     torch.manual_seed(2)
     # Some of the gradient from outside the nodes' sum, as from the next cells.
     (y * torch.randn_like(y)).sum().backward()
-    named = dict(zip(("s0", "s1", "alpha"), (leaf.grad for leaf in leaves), strict=True)) | {"y": y.detach()}
-    named |= {f"grad of {name}": p.grad for name, p in cell.edges.named_parameters()}
-    return named | {f"buffer {name}": b for name, b in cell.edges.named_buffers()}
+    edges = module.edges if isinstance(module, SearchCell) else module
+    named = {f"grad of input {i}": leaf.grad for i, leaf in enumerate(leaves)} | {"y": y.detach()}
+    named |= {f"grad of {name}": p.grad for name, p in edges.named_parameters()}
+    return named | {f"buffer {name}": b for name, b in edges.named_buffers()}
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -119,6 +149,47 @@ def test_edges_with_hooks_run_as_modules(reduction):
         cell.edges[row].register_forward_hook(lambda module, inputs, output: seen.append(output))
     assert_close(results(run_fused, cell, inputs), expected)
     assert len(seen) == 3
+
+
+@pytest.fixture
+def sixteen(monkeypatch):
+    """Operations of sizes that have kernels, and of others."""
+    more = {
+        "dil_conv_7x7": lambda channels, stride, affine: DilConv(channels, channels, 7, stride, 2, affine),
+        "avg_pool_5x5": lambda channels, stride, affine: Pool("avg", 5, stride),
+        "max_pool_5x5": lambda channels, stride, affine: Pool("max", 5, stride),
+        "max_pool_7x7": lambda channels, stride, affine: Pool("max", 7, stride),
+        "conv_1x1": lambda channels, stride, affine: ReLUConvBN(channels, channels, 1, stride, 0, affine),
+        "conv_3x3": lambda channels, stride, affine: ReLUConvBN(channels, channels, 3, stride, 1, affine),
+    }
+    for name, factory in more.items():
+        monkeypatch.setitem(OPS, name, factory)
+    return (*PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7", *more)
+
+
+@pytest.mark.parametrize("count", [4, 8, 12, 16])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_edge_by_itself(sixteen, count, stride, training):
+    edge = make_edge(sixteen[:count], stride).train(training)
+    inputs = make_edge_inputs(edge)
+    assert_close(results(run_edge_fused, edge, inputs), results(run_edge_reference, edge, inputs))
+
+
+@pytest.mark.parametrize("size", [(1, 2, 3), (2, 1, 5), (2, 9, 4)])
+@pytest.mark.parametrize("wants", [(True, False), (False, True)])
+def test_an_edge_of_odd_sizes(size, wants):
+    edge = make_edge(stride=2)
+    inputs = make_edge_inputs(edge, size)
+    assert_close(
+        results(run_edge_fused, edge, inputs, *wants), results(run_edge_reference, edge, inputs, *wants)
+    )
+
+
+def test_takes_edges_of_sixteen_operations(sixteen):
+    edge = make_edge(sixteen, channels=16).float()
+    x, weights = (tensor.float() for tensor in make_edge_inputs(edge, channels=16))
+    assert fused.supports(edge.plan, [x], weights[None]).ok
 
 
 def test_operations_that_do_not_end_in_a_batch_norm(monkeypatch):
@@ -182,7 +253,7 @@ def test_can_be_differentiated_once():
         ({"size": (0, 8, 8)}, "an empty batch"),
         ({"size": (1, 1, 1)}, "a single value"),
         ({"size": (1, 1, 1025)}, "1025 wide"),
-        ({"primitives": ("sep_conv_7x7",)}, "kernel size 7"),
+        ({"primitives": ("sep_conv_7x7",)}, ""),
         ({"nodes": 17}, "17 nodes"),
     ],
 )
