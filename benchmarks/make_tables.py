@@ -12,9 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "TRITON_CUDA_OPTIMIZATION_SUITE.md"
 RESULTS = Path(__file__).parent / "results"
-# From the unit of the files to the one shown.
-SHOWN_UNITS = {"ms": ("µs", 1e3), "bytes": ("MiB", 2**-20), "GB/s": ("GB/s", 1.0)}
-OURS = ("ext", "fused", "triton")
+# From the unit of the files to the one shown; others are shown as they are.
+SHOWN_UNITS = {"ms": ("µs", 1e3), "bytes": ("MiB", 2**-20)}
+# Tables in which anything takes so long show milliseconds.
+LONG_MS = 100.0
+OURS = ("ext-graph", "ext", "fused", "triton")
+BASELINES = ("eager", "stack", "compile", "compile-graph", "floor")
 
 
 def render(document: str, results: Path = RESULTS) -> str:
@@ -42,7 +45,9 @@ def _tables(results: Path, benchmark: str, metric: str, cases: str) -> str:
 
 def _table(figures: list[dict]) -> str:
     last = figures[-1]
-    unit, factor = SHOWN_UNITS[last["unit"]]
+    unit, factor = SHOWN_UNITS.get(last["unit"], (last["unit"], 1.0))
+    if last["unit"] == "ms" and max(figure["median"] for figure in figures) >= LONG_MS:
+        unit, factor = "ms", 1.0
     implementations = list(dict.fromkeys(figure["implementation"] for figure in figures))
     implementations.sort(key=lambda name: (name == "floor", name in OURS))
     rows: dict[tuple[str, str], dict[str, float]] = {}
@@ -60,7 +65,7 @@ def _table(figures: list[dict]) -> str:
         ]
         for (case, dtype), row in rows.items()
     ]
-    spread = max((f["p80"] - f["p20"]) / f["median"] for f in figures)
+    spread = max((f["p80"] - f["p20"]) / f["median"] for f in figures if f["median"])
     versions = f"torch {last['torch']}, triton {last['triton']}, CUDA {last['cuda']}"
     return "\n".join(
         [
@@ -78,7 +83,7 @@ def _table(figures: list[dict]) -> str:
 def _ratios(implementations: list[str]) -> list[tuple[str, str]]:
     """Everything that our best implementation is held to, over that implementation."""
     best = next((name for name in OURS if name in implementations), None)
-    baselines = [name for name in ("eager", "stack", "compile", "floor") if name in implementations]
+    baselines = [name for name in BASELINES if name in implementations]
     return [(name, best) for name in baselines if best]
 
 
@@ -89,7 +94,11 @@ def _ratio(row: dict[str, float], numerator: str, denominator: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    if value is None:
+        return ""
+    if 0 < value < 0.05:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value < 1 else f"{value:.1f}"
 
 
 def _line(cells: list[str]) -> str:

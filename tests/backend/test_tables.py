@@ -61,3 +61,23 @@ def test_a_table_without_results_says_so(tmp_path, marker):
     (tmp_path / "sums.jsonl").write_text(json.dumps(FIGURE | {"implementation": "ext", "median": 1.0}))
     rendered = make_tables.render(f"<!-- table: {marker} -->\n<!-- end -->", tmp_path)
     assert rendered == f"<!-- table: {marker} -->\nNot measured yet.\n<!-- end -->"
+
+
+@pytest.mark.parametrize(
+    ("unit", "medians", "shown"),
+    [
+        ("ms", (20.0, 400.0), "| small | float32 | 400 | 20.0 | 20.00 |"),
+        ("ms", (2.0, 40.0), "| small | float32 | 40,000 | 2,000 | 20.00 |"),
+        ("relative", (2e-4, 4e-4), "| small | float32 | 4.0e-04 | 2.0e-04 | 2.00 |"),
+        ("share", (0.25, 0.0), "| small | float32 | 0.00 | 0.25 | 0.00 |"),
+    ],
+)
+def test_units_and_digits_suit_what_is_shown(tmp_path, unit, medians, shown):
+    lines = [
+        json.dumps(FIGURE | {"implementation": name, "median": median, "unit": unit})
+        for name, median in zip(("ext-graph", "eager"), medians, strict=True)
+    ]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    rendered = make_tables.render("<!-- table: sums device_ms -->\n<!-- end -->", tmp_path)
+    assert "| case | dtype | eager | ext-graph | eager / ext-graph |" in rendered
+    assert shown in rendered
