@@ -112,6 +112,14 @@ def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
     return dispatch("relu_conv_bn", x, op)
 
 
+def factorized_reduce(x: Tensor, op: nn.Module) -> Tensor:
+    """``op(x)`` of a ``FactorizedReduce``; in training mode its running statistics are updated.
+
+    ``x``: [B, C, H, W] → [B, C_out, ⌈H / 2⌉, ⌈W / 2⌉].
+    """
+    return dispatch("factorized_reduce", x, op)
+
+
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``node_j = Σ_{i<j} MixedOp_ij(state_i, weights_ij)`` by plan; the output joins all nodes.
 

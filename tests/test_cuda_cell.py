@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.dispatch import explain
 from neuroexapt.backend.registry import use_backend
+from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import batch_norm, cell_kernels
 from neuroexapt.cuda_ops import cell as fused
@@ -234,20 +235,23 @@ def test_batch_norm_alone(shape):
 
 
 @gpu
-@pytest.mark.parametrize("shape", [(64, 64, 32, 32), (64, 256, 8, 8), (3, 48, 7, 12), (1, 16, 1, 4)])
+@pytest.mark.parametrize("shape", [(64, 64, 32, 32), (64, 256, 8, 8), (3, 48, 7, 12), (1, 16, 1, 8)])
+@pytest.mark.parametrize("kind", ["relu_conv_bn", "factorized_reduce"])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
-def test_convolution_and_batch_norm(shape, wants):
-    op = nn.Sequential(
-        nn.ReLU(), nn.Conv2d(shape[1], 32, 1, bias=False), nn.BatchNorm2d(32, affine=False)
-    ).cuda()
-    x, expected_op = randn(*shape), copy.deepcopy(op).double()
-    assert batch_norm.supports_relu_conv_bn(x, op).ok
-    expected_x = exact(x).requires_grad_(wants[0])
-    y, expected = batch_norm.relu_conv_bn(x.requires_grad_(wants[0]), op), expected_op(expected_x)
+@pytest.mark.usefixtures("ieee")
+def test_convolutions_and_batch_norm(shape, kind, wants):
+    conv = ReLUConvBN(shape[1], 32, 1, affine=False).op
+    op = (conv if kind == "relu_conv_bn" else FactorizedReduce(shape[1], 32, affine=False)).cuda()
+    x, expected_op = randn(*shape).requires_grad_(wants[0]), copy.deepcopy(op).double()
+    for parameter in (*op.parameters(), *expected_op.parameters()):
+        parameter.requires_grad_(wants[1])
+    assert getattr(batch_norm, f"supports_{kind}")(x, op).ok
+    expected_x = exact(x.detach()).requires_grad_(wants[0])
+    y, expected = getattr(batch_norm, kind)(x, op), expected_op(expected_x)
     assert_close(y, expected)
-    g, pairs = randn(*y.shape), [(x, expected_x), (op[1].weight, expected_op[1].weight)]
-    for want, (leaf, expected_leaf) in zip(wants, pairs, strict=True):
-        if want:
+    g, weights = randn(*y.shape), zip(op.parameters(), expected_op.parameters(), strict=True)
+    for leaf, expected_leaf in ((x, expected_x), *weights):
+        if leaf.requires_grad:
             (got,) = torch.autograd.grad(y, leaf, g, retain_graph=True)
             (right,) = torch.autograd.grad(expected, expected_leaf, exact(g), retain_graph=True)
             assert_close(got, right, 2e-5)

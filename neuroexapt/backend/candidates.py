@@ -21,6 +21,7 @@ MODULES = {
     ("weighted_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
     ("batch_norm", "ext"): "neuroexapt.cuda_ops.batch_norm",
     ("relu_conv_bn", "ext"): "neuroexapt.cuda_ops.batch_norm",
+    ("factorized_reduce", "ext"): "neuroexapt.cuda_ops.batch_norm",
     ("cell", "ext"): "neuroexapt.cuda_ops.cell",
     ("sepconv", "ext"): "neuroexapt.cuda_ops.sepconv",
     ("sepconv", "triton"): "neuroexapt.kernels.sepconv_triton",
@@ -99,5 +100,6 @@ for _op in (
     "global_avg_pool",
     "batch_norm",
     "relu_conv_bn",
+    "factorized_reduce",
 ):
     registry.register_impl(_op, "torch", getattr(reference, _op), lambda *args, **kwargs: Support(True))

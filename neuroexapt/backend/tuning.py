@@ -23,6 +23,7 @@ _LATER = {
     "sepconv": 2**24,
     "batch_norm": 2**24,
     "relu_conv_bn": 2**24,
+    "factorized_reduce": 2**24,
     "avg_pool": 2**24,
     "max_pool": 2**26,
     "global_avg_pool": 2**26,

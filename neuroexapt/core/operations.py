@@ -80,7 +80,7 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(channels_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.batch_norm(self.convolve(x), self.bn)
+        return functional.factorized_reduce(x, self)
 
     def convolve(self, x: Tensor) -> Tensor:
         """All but the batch normalisation."""

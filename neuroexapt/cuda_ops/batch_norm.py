@@ -1,7 +1,7 @@
-"""``batch_norm`` and ``relu_conv_bn`` on the kernels of the fused cell, for what is outside of cells' edges.
+"""BatchNorms outside of cells' edges, and what comes before them, on the kernels of the fused cell.
 
-PyTorch gives every channel of a BatchNorm one block: 16 blocks for a GPU of 132 multiprocessors. Of the 1x1
-convolution neither relu(x) nor the gradient of what it leaves are ever stored.
+PyTorch gives every channel of a BatchNorm one block: 16 blocks for a GPU of 132 multiprocessors. Of 1x1
+convolutions neither relu(x) nor the gradient of what they leave are ever stored.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from neuroexapt.backend import Support, register_impl
+from neuroexapt.core.operations import FactorizedReduce
 from neuroexapt.core.plan import splits_off
 from neuroexapt.cuda_ops import cell_kernels
-from neuroexapt.cuda_ops.cell_kernels import Summand
+from neuroexapt.cuda_ops.cell_kernels import ReduceGrad, Summand
 from neuroexapt.cuda_ops.sepconv import takes_pointwise
 
 
@@ -39,15 +40,35 @@ def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
 def supports_relu_conv_bn(x: Tensor, op: nn.Sequential) -> Support:
     """Whether the kernels take these arguments."""
     conv: Any = op[1]
-    bn = op[2]
-    reason = next(_refusals_of_conv(conv), "") or next(_refusals(x, bn), "")
+    if (conv.kernel_size, conv.stride, conv.padding, conv.groups) != ((1, 1), (1, 1), (0, 0), 1):
+        return Support(False, "only 1x1 convolutions of stride 1")
+    if conv.bias is not None:
+        return Support(False, "the convolution has a bias")
+    reason = next(_refusals(x, op[2], conv), "")
     return Support(False, reason) if reason else takes_pointwise(x, conv.weight)
 
 
-def _refusals(x: Tensor, bn: nn.Module) -> Iterator[str]:
-    """What stands in the way of a BatchNorm."""
-    if x.dtype != torch.float32:
+def factorized_reduce(x: Tensor, op: FactorizedReduce) -> Tensor:
+    """What ``functional.factorized_reduce`` computes, products and sums in fp32."""
+    with torch.cuda.device_of(x):
+        return run_factorized_reduce(x, op, cell_kernels)
+
+
+def supports_factorized_reduce(x: Tensor, op: FactorizedReduce) -> Support:
+    """Whether the kernels take these arguments."""
+    reason = next(_refusals(x, op.bn, op.conv_1, op.conv_2), "")
+    if x.numel() <= 4 * x.shape[1]:
+        reason = reason or "too few pixels"
+    return Support(not reason, reason)
+
+
+def _refusals(x: Tensor, bn: nn.Module, *convs: nn.Module) -> Iterator[str]:
+    """What stands in the way of a BatchNorm, also after convolutions."""
+    weights = (weight for conv in convs for weight in conv.parameters())
+    if any(tensor.dtype != torch.float32 for tensor in (x, *weights)):
         yield "only fp32"
+    if convs and torch.is_autocast_enabled("cuda"):
+        yield "autocast is on"
     if not x.is_contiguous():
         yield "x is not contiguous"
     if not splits_off(bn):
@@ -56,22 +77,10 @@ def _refusals(x: Tensor, bn: nn.Module) -> Iterator[str]:
         yield "PyTorch does as well in evaluation mode"
     if x.numel() <= x.shape[1]:
         yield "no two values per channel"
-    if _has_hooks(bn):
+    if any(map(_has_hooks, (bn, *convs))):
         yield "hooks want the module itself"
     if torch.compiler.is_compiling():
         yield "torch.compile does not see through it"
-
-
-def _refusals_of_conv(conv: nn.Conv2d) -> Iterator[str]:
-    """What stands in the way of a convolution before the BatchNorm."""
-    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
-        yield "only 1x1 convolutions of stride 1"
-    if conv.bias is not None:
-        yield "the convolution has a bias"
-    if _has_hooks(conv):
-        yield "hooks want the module itself"
-    if torch.is_autocast_enabled("cuda"):
-        yield "autocast is on"
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -94,6 +103,11 @@ def run_relu_conv_bn(x: Tensor, op: nn.Sequential, kernels: Any) -> Tensor:
     """As ``run``."""
     _, conv, bn = op
     return _ReLUConvBN.apply(kernels, bn, x, conv.weight)
+
+
+def run_factorized_reduce(x: Tensor, op: FactorizedReduce, kernels: Any) -> Tensor:
+    """As ``run``."""
+    return _FactorizedReduce.apply(kernels, op.bn, x, op.conv_1.weight, op.conv_2.weight)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -140,5 +154,34 @@ class _ReLUConvBN(torch.autograd.Function):
         return None, None, *ctx.kernels.backward_multiply(x, weight, z, g, coef, ctx.needs_input_grad[2:])
 
 
+class _FactorizedReduce(torch.autograd.Function):
+    """Two halves of channels, each a convolution of a grid of its own, normalised."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, bn: nn.BatchNorm2d, x: Tensor, *weights: Tensor) -> Tensor:
+        grids, (z,), moments = kernels.reduce(x, [weights])
+        (stats,) = kernels.statistics([bn], moments, True)
+        y = torch.empty_like(z)
+        kernels.add_up([Summand(z, stats, None)], None, y)
+        ctx.kernels = kernels
+        ctx.save_for_backward(x, *weights, grids, z, stats)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights, grids, z, stats = ctx.saved_tensors
+        g = g.contiguous()
+        wants_weights = any(ctx.needs_input_grad[3:])
+        (coef,) = ctx.kernels.backward_add_up([Summand(z, stats, None)], None, g, None, True)
+        grad = ReduceGrad(tuple(weights), z, g, coef)
+        dx, partials = ctx.kernels.backward_reduce(x, grids, [grad], wants_weights)
+        if not wants_weights:
+            return None, None, dx, None, None
+        first, second = partials
+        return None, None, dx, *ctx.kernels.reduce_partials([*first, *second], weights)
+
+
 register_impl("batch_norm", "ext", batch_norm, supports)
 register_impl("relu_conv_bn", "ext", relu_conv_bn, supports_relu_conv_bn)
+register_impl("factorized_reduce", "ext", factorized_reduce, supports_factorized_reduce)

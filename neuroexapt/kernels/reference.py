@@ -5,6 +5,7 @@ H, W height and width, K kernel size or number of candidates.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,3 +73,8 @@ def batch_norm(x: Tensor, bn: nn.Module) -> Tensor:
 def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
     """``op(x)``."""
     return op(x)
+
+
+def factorized_reduce(x: Tensor, op: Any) -> Tensor:
+    """``op(x)``."""
+    return op.bn(op.convolve(x))

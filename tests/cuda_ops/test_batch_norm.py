@@ -1,4 +1,4 @@
-"""``batch_norm`` and ``relu_conv_bn`` of the CUDA tier against modules: fp64, kernels in plain PyTorch."""
+"""BatchNorms and what comes before them on the CUDA tier, in fp64 with kernels in plain PyTorch."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuroexapt.core.operations import ReLUConvBN
+from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
 from neuroexapt.cuda_ops import batch_norm as ext
 from tests.cuda_ops import torch_kernels
 
@@ -34,20 +34,26 @@ def test_matches_the_module():
 
 
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
-def test_a_convolution_before_it_matches_the_modules(wants):
+@pytest.mark.parametrize(
+    ("run", "expected_op"),
+    [
+        (ext.run_relu_conv_bn, ReLUConvBN(6, 4, 1, affine=False).double().op),
+        (ext.run_factorized_reduce, FactorizedReduce(6, 4, affine=False).double()),
+    ],
+)
+def test_convolutions_before_it_match_the_modules(run, expected_op, wants):
     torch.manual_seed(0)
-    expected_op = ReLUConvBN(6, 4, 1, affine=False).double().op
-    op, x, g = copy.deepcopy(expected_op), randn(3, 6, 5, 2), randn(3, 4, 5, 2)
-    leaf = x.clone().requires_grad_(wants[0])
-    for layer in (op, expected_op):
-        layer[1].weight.requires_grad_(wants[1])
-    y, expected = ext.run_relu_conv_bn(leaf, op, torch_kernels), expected_op(leaf)
+    op, x = copy.deepcopy(expected_op), randn(3, 6, 5, 2).requires_grad_(wants[0])
+    for parameter in (*op.parameters(), *expected_op.parameters()):
+        parameter.requires_grad_(wants[1])
+    y, expected = run(x, op, torch_kernels), expected_op(x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    leaves = [(leaf, leaf), (op[1].weight, expected_op[1].weight)]
-    leaves = [pair for pair, want in zip(leaves, wants, strict=True) if want]
-    actual = torch.autograd.grad(y, [got for got, _ in leaves], g)
-    wanted = torch.autograd.grad(expected, [right for _, right in leaves], g)
-    torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+    g = randn(*y.shape)
+    for got, right in ((x, x), *zip(op.parameters(), expected_op.parameters(), strict=True)):
+        if got.requires_grad:
+            (actual,) = torch.autograd.grad(y, got, g, retain_graph=True)
+            (wanted,) = torch.autograd.grad(expected, right, g, retain_graph=True)
+            torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(op.state_dict(), expected_op.state_dict(), rtol=1e-12, atol=1e-12)
 
 
@@ -90,5 +96,19 @@ def test_says_which_convolutions_it_takes(change, reason):
     bn = nn.BatchNorm2d(options["out_channels"], affine=False)
     op = nn.Sequential(nn.ReLU(), nn.Conv2d(**options), bn)
     support = ext.supports_relu_conv_bn(torch.zeros(2, 16, 4, 4), op)
+    assert support.ok == (not reason)
+    assert reason in support.reason
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.zeros(2, 16, 4, 4), ""),
+        (torch.zeros(2, 16, 4, 4).double(), "only fp32"),
+        (torch.zeros(1, 16, 2, 2), "too few pixels"),
+    ],
+)
+def test_says_which_reductions_it_takes(x, reason):
+    support = ext.supports_factorized_reduce(x, FactorizedReduce(16, 16, affine=False))
     assert support.ok == (not reason)
     assert reason in support.reason
