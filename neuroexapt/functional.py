@@ -133,7 +133,7 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     Returns:
         [B, nodes · C, ⌈H / stride⌉, ⌈W / stride⌉].
     """
-    return dispatch("cell", plan, states, weights)
+    return dispatch("cell", _plan_for(states[0], plan), states, weights)
 
 
 def cell_is_fused(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> bool:
@@ -142,7 +142,13 @@ def cell_is_fused(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> 
     In plain PyTorch a plan was measured to pay off on the CPU only; on a GPU that has no kernels for it,
     the edge's operations may still have their own.
     """
-    return states[0].device.type == "cpu" or explain("cell", plan, states, weights).impl != "torch"
+    x = states[0]
+    return x.device.type == "cpu" or explain("cell", _plan_for(x, plan), states, weights).impl != "torch"
+
+
+def _plan_for(x: Tensor, plan: CellPlan) -> CellPlan:
+    """In plain PyTorch, what is merged can be of any size."""
+    return plan.for_kernels if x.is_cuda else plan
 
 
 def _operands(xs: Sequence[Tensor], scores: Tensor, name: str) -> list[Tensor]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 EPS, MOMENTUM = 1e-5, 0.1
 """Of every BatchNorm that is split off; an operation with another kind runs as a module."""
 CONV_SIZES, DILATIONS, POOL_SIZE = (3, 5), (1, 2), 3
-"""What kernels know; convolutions and pools of other sizes run as modules, too."""
+"""Of the convolutions and pools that kernels know."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -71,6 +72,14 @@ class ConvTerm(Term):
     def dilation(self) -> int:
         return self.blocks[0].dilation
 
+    @property
+    def is_known(self) -> bool:
+        """Whether there are kernels for it."""
+        return all(
+            block.depthwise.kernel_size[0] in CONV_SIZES and block.dilation in DILATIONS
+            for block in self.blocks
+        )
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PoolTerm(Term):
@@ -78,6 +87,11 @@ class PoolTerm(Term):
 
     pool: Pool
     bn: nn.BatchNorm2d
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there are kernels for it."""
+        return self.pool.kernel_size == POOL_SIZE
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -141,6 +155,22 @@ class CellPlan:
     def fits(self, edges: Iterable[nn.Module], training: bool) -> bool:
         """Whether ``edges`` are still as they were planned: same operations, hooks and compiled edges."""
         return all(state.holds(edge, training) for state, edge in zip(self._edges, edges, strict=True))
+
+    @cached_property
+    def for_kernels(self) -> CellPlan:
+        """This plan with everything that kernels do not know as a module, to which they leave it."""
+        terms = {term: self._for_kernels(term) for node in self.nodes for term in node.terms}
+        nodes = [replace(node, terms=tuple(terms[term] for term in node.terms)) for node in self.nodes]
+        edges = [edge for node in self.nodes for edge in node.edges]
+        states = [_state_group(group.state, group.stride, terms.values(), edges) for group in self.states]
+        return replace(self, states=tuple(states), nodes=tuple(nodes))
+
+    def _for_kernels(self, term: Term) -> Term:
+        if not isinstance(term, ConvTerm | PoolTerm) or term.is_known:
+            return term
+        op = self._edges[term.edge].ops[term.column]
+        place = {item.name: getattr(term, item.name) for item in fields(Term)}
+        return ModuleTerm(**place, module=op, body=_split(op)[0])
 
 
 class _EdgeState:
@@ -219,7 +249,9 @@ def _plan(edges: Iterable[nn.Module], places: Sequence[tuple[int, int, int]], tr
     )
 
 
-def _state_group(state: int, stride: int, terms: list[Term], whole_edges: list[WholeEdge]) -> StateGroup:
+def _state_group(
+    state: int, stride: int, terms: Iterable[Term], whole_edges: Iterable[WholeEdge]
+) -> StateGroup:
     leaving = [term for term in terms if term.source == state]
     return StateGroup(
         state,
@@ -246,12 +278,12 @@ def _term(op: nn.Module, edge: int, column: int, source: int, target: int, strid
     if type(op) is Identity:
         return IdentityTerm(**place, bn=None)
     blocks = _conv_blocks(op)
-    if blocks and all(_is_known(block) for block in blocks):
+    if blocks and all(splits_off(block.bn) for block in blocks):
         return ConvTerm(**place, bn=blocks[-1].bn, blocks=blocks)
     body, bn = _split(op)
     if not splits_off(bn):
         return ModuleTerm(**place, bn=None, module=op, body=op)
-    if type(body) is Pool and body.kernel_size == POOL_SIZE:
+    if type(body) is Pool:
         return PoolTerm(**place, bn=bn, pool=body)
     return ModuleTerm(**place, bn=bn, module=op, body=body)
 
@@ -260,11 +292,6 @@ def _conv_blocks(op: nn.Module) -> tuple[SepConvBlock, ...]:
     blocks = tuple(op.op) if type(op) is SepConv else (op,)
     are_plain = all(type(block) in (SepConvBlock, DilConv) for block in blocks)
     return cast(tuple[SepConvBlock, ...], blocks) if are_plain else ()
-
-
-def _is_known(block: SepConvBlock) -> bool:
-    size = block.depthwise.kernel_size[0]
-    return size in CONV_SIZES and block.dilation in DILATIONS and splits_off(block.bn)
 
 
 def _split(op: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Module | None]:

@@ -223,6 +223,20 @@ def test_one_convolution_for_all_of_a_kind(more_operations: tuple[str, ...]) -> 
     assert convolutions == inputs + 2 * states
 
 
+@pytest.mark.parametrize("reduction", [False, True])
+def test_what_kernels_do_not_know_becomes_modules(
+    layout: Layout, more_operations: tuple[str, ...], reduction: bool
+) -> None:
+    primitives = ("none", "sep_conv_3x3", "sep_conv_7x7", "dil_conv_3x3", "avg_pool_3x3", "max_pool_5x5")
+    cell = make_cell(primitives=primitives, reduction=reduction)
+    *states, weights = make_call(cell)
+    plan = cell.plan.for_kernels
+    assert {term.kernel_size for state in plan.states for term in state.convs} == {3}
+    assert {term.pool.kernel_size for state in plan.states for term in state.pools} == {3}
+    assert [len(node.terms) for node in plan.nodes] == [len(node.terms) for node in cell.plan.nodes]
+    torch.testing.assert_close(merged.cell(plan, states, weights), merged.cell(cell.plan, states, weights))
+
+
 # Edges that run whole
 
 

@@ -77,7 +77,7 @@ def run_edge_reference(edge: MixedOp, x: Tensor, weights: Tensor) -> Tensor:
 
 
 def run_edge_fused(edge: MixedOp, x: Tensor, weights: Tensor) -> Tensor:
-    return fused.run(edge.plan, [x], weights[None], torch_kernels)
+    return fused.run(edge.plan.for_kernels, [x], weights[None], torch_kernels)
 
 
 def results(function, module: nn.Module, inputs, wants_weights=True, wants_alpha=True) -> dict[str, Tensor]:
@@ -189,7 +189,8 @@ def test_an_edge_of_odd_sizes(size, wants):
 def test_takes_edges_of_sixteen_operations(sixteen):
     edge = make_edge(sixteen, channels=16).float()
     x, weights = (tensor.float() for tensor in make_edge_inputs(edge, channels=16))
-    assert fused.supports(edge.plan, [x], weights[None]).ok
+    assert not fused.supports(edge.plan, [x], weights[None]).ok
+    assert fused.supports(edge.plan.for_kernels, [x], weights[None]).ok
 
 
 def test_operations_that_do_not_end_in_a_batch_norm(monkeypatch):
@@ -253,7 +254,7 @@ def test_can_be_differentiated_once():
         ({"size": (0, 8, 8)}, "an empty batch"),
         ({"size": (1, 1, 1)}, "a single value"),
         ({"size": (1, 1, 1025)}, "1025 wide"),
-        ({"primitives": ("sep_conv_7x7",)}, ""),
+        ({"primitives": ("sep_conv_7x7",)}, "kernel size 7"),
         ({"nodes": 17}, "17 nodes"),
     ],
 )
