@@ -99,11 +99,6 @@ def global_avg_pool(x: Tensor) -> Tensor:
     return dispatch("global_avg_pool", x)
 
 
-def batch_norm(x: Tensor, bn: nn.Module) -> Tensor:
-    """``bn(x)`` of a BatchNorm; in training mode its running statistics are updated. ``x``: [B, C, H, W]."""
-    return dispatch("batch_norm", x, bn)
-
-
 def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
     """``op(x)`` of relu, convolution and BatchNorm; in training mode its running statistics are updated.
 

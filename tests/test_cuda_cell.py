@@ -9,16 +9,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuroexapt.backend.dispatch import explain
+from neuroexapt.backend.dispatch import dispatch_report, explain, reset_dispatch_report
 from neuroexapt.backend.registry import use_backend
 from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
-from neuroexapt.cuda_ops import batch_norm, cell_kernels
 from neuroexapt.cuda_ops import cell as fused
+from neuroexapt.cuda_ops import cell_kernels, preprocess
 from neuroexapt.cuda_ops.build import SOURCES
 from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, ReduceGrad, Summand
 from tests.cuda_ops import torch_kernels
-from tests.cuda_ops.test_cell import make_cell, make_inputs, results, run_reference
+from tests.cuda_ops.test_cell import (
+    make_cell,
+    make_edge,
+    make_edge_inputs,
+    make_inputs,
+    results,
+    run_edge_reference,
+    run_reference,
+    sixteen_operations,
+)
 
 gpu = pytest.mark.gpu
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
@@ -219,35 +228,19 @@ def test_gradient_of_a_state(shape, stride, kinds, ties):
 
 
 @gpu
-@pytest.mark.parametrize("shape", [(64, 16, 32, 32), (3, 32, 7, 9)])
-def test_batch_norm_alone(shape):
-    (bn,), x, g = batch_norms(shape[1], 1), 5 * randn(*shape) + 10, randn(*shape)
-    assert batch_norm.supports(x, bn).ok
-    expected_bn, leaf, expected_leaf = copy.deepcopy(bn).double(), x.clone(), exact(x)
-    y, expected = (
-        batch_norm.batch_norm(leaf.requires_grad_(), bn),
-        expected_bn(expected_leaf.requires_grad_()),
-    )
-    assert_close(y, expected)
-    assert_close(*torch.autograd.grad(y, leaf, g), *torch.autograd.grad(expected, expected_leaf, exact(g)))
-    for got, wanted in zip(bn.buffers(), expected_bn.buffers(), strict=True):
-        assert_close(got, wanted.double())
-
-
-@gpu
 @pytest.mark.parametrize("shape", [(64, 64, 32, 32), (64, 256, 8, 8), (3, 48, 7, 12), (1, 16, 1, 8)])
 @pytest.mark.parametrize("kind", ["relu_conv_bn", "factorized_reduce"])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 @pytest.mark.usefixtures("ieee")
-def test_convolutions_and_batch_norm(shape, kind, wants):
+def test_preprocessing(shape, kind, wants):
     conv = ReLUConvBN(shape[1], 32, 1, affine=False).op
     op = (conv if kind == "relu_conv_bn" else FactorizedReduce(shape[1], 32, affine=False)).cuda()
     x, expected_op = randn(*shape).requires_grad_(wants[0]), copy.deepcopy(op).double()
     for parameter in (*op.parameters(), *expected_op.parameters()):
         parameter.requires_grad_(wants[1])
-    assert getattr(batch_norm, f"supports_{kind}")(x, op).ok
+    assert getattr(preprocess, f"supports_{kind}")(x, op).ok
     expected_x = exact(x.detach()).requires_grad_(wants[0])
-    y, expected = getattr(batch_norm, kind)(x, op), expected_op(expected_x)
+    y, expected = getattr(preprocess, kind)(x, op), expected_op(expected_x)
     assert_close(y, expected)
     g, weights = randn(*y.shape), zip(op.parameters(), expected_op.parameters(), strict=True)
     for leaf, expected_leaf in ((x, expected_x), *weights):
@@ -411,17 +404,26 @@ def run_fused(cell, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
     return fused.cell(plan, [s0, s1], weights)
 
 
+def run_edge(edge, x: Tensor, weights: Tensor) -> Tensor:
+    """An edge in use by itself."""
+    with use_backend("cuda:ext"):
+        reset_dispatch_report()
+        y = edge(x, weights)
+    assert ("cell", "ext") in {(decision.op, decision.impl) for decision in dispatch_report()}
+    return y
+
+
 def cell_on_gpu(channels: int, size: tuple[int, ...], reduction: bool = False):
     cell = make_cell(reduction, channels)
     return cell.cuda(), tuple(x.cuda() for x in make_inputs(cell, size, channels))
 
 
-def assert_as_good_as_eager(cell, inputs, *wants: bool) -> None:
+def assert_as_good_as_eager(module, inputs, *wants: bool, reference=run_reference, run=run_fused) -> None:
     """Against fp64, allowing for what PyTorch's own fp32 shows: signs of activations that flip."""
-    expected = results(run_reference, cell, inputs, *wants)
-    cell, inputs = cell.float(), exact_to_fp32(inputs)
-    eager = results(run_reference, cell, inputs, *wants)
-    actual = results(run_fused, cell, inputs, *wants)
+    expected = results(reference, module, inputs, *wants)
+    module, inputs = module.float(), exact_to_fp32(inputs)
+    eager = results(reference, module, inputs, *wants)
+    actual = results(run, module, inputs, *wants)
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         assert (actual[name] is None) == (wanted is None), name
@@ -454,6 +456,18 @@ def test_matches_the_modules(channels, reduction, training, wants):
 def test_of_odd_sizes(size, reduction):
     cell, inputs = cell_on_gpu(16, size, reduction)
     assert_as_good_as_eager(cell, inputs)
+
+
+@gpu
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("count", [4, 8, 12, 16])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("channels", "size"), [(16, (4, 16, 16)), (32, (3, 9, 7)), (64, (2, 8, 8))])
+def test_an_edge_by_itself(monkeypatch, count, stride, training, channels, size):
+    edge = make_edge(sixteen_operations(monkeypatch)[:count], stride, channels).cuda().train(training)
+    inputs = tuple(x.cuda() for x in make_edge_inputs(edge, size, channels))
+    assert_as_good_as_eager(edge, inputs, reference=run_edge_reference, run=run_edge)
 
 
 @gpu

@@ -21,7 +21,6 @@ _DEFAULT_MIN_ELEMENTS = 1024
 # device time decides. What has a BatchNorm was not measured so and is taken for one of the former.
 _LATER = {
     "sepconv": 2**24,
-    "batch_norm": 2**24,
     "relu_conv_bn": 2**24,
     "factorized_reduce": 2**24,
     "avg_pool": 2**24,

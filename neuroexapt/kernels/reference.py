@@ -65,11 +65,6 @@ def global_avg_pool(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, 1)
 
 
-def batch_norm(x: Tensor, bn: nn.Module) -> Tensor:
-    """``bn(x)``."""
-    return bn(x)
-
-
 def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
     """``op(x)``."""
     return op(x)

@@ -1,7 +1,7 @@
-"""BatchNorms outside of cells' edges, and what comes before them, on the kernels of the fused cell.
+"""What brings a cell's inputs to its width, on the kernels of the fused cell: 1x1 convolutions and BatchNorm.
 
-PyTorch gives every channel of a BatchNorm one block: 16 blocks for a GPU of 132 multiprocessors. Of 1x1
-convolutions neither relu(x) nor the gradient of what they leave are ever stored.
+Neither relu(x) nor the gradient of what a convolution leaves are ever stored. PyTorch gives every channel of
+a BatchNorm one block: 16 blocks for a GPU of 132 multiprocessors.
 """
 
 from collections.abc import Iterator
@@ -19,18 +19,6 @@ from neuroexapt.cuda_ops.cell_kernels import ReduceGrad, Summand
 from neuroexapt.cuda_ops.sepconv import takes_pointwise
 
 
-def batch_norm(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
-    """What ``functional.batch_norm`` computes, in training mode; deterministic."""
-    with torch.cuda.device_of(x):
-        return run(x, bn, cell_kernels)
-
-
-def supports(x: Tensor, bn: nn.Module) -> Support:
-    """Whether the kernels take these arguments."""
-    reason = next(_refusals(x, bn), "")
-    return Support(not reason, reason)
-
-
 def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
     """What ``functional.relu_conv_bn`` computes for a 1x1 convolution, products and sums in fp32."""
     with torch.cuda.device_of(x):
@@ -44,7 +32,7 @@ def supports_relu_conv_bn(x: Tensor, op: nn.Sequential) -> Support:
         return Support(False, "only 1x1 convolutions of stride 1")
     if conv.bias is not None:
         return Support(False, "the convolution has a bias")
-    reason = next(_refusals(x, op[2], conv), "")
+    reason = next(_refusals(x, op, op[2]), "")
     return Support(False, reason) if reason else takes_pointwise(x, conv.weight)
 
 
@@ -56,18 +44,17 @@ def factorized_reduce(x: Tensor, op: FactorizedReduce) -> Tensor:
 
 def supports_factorized_reduce(x: Tensor, op: FactorizedReduce) -> Support:
     """Whether the kernels take these arguments."""
-    reason = next(_refusals(x, op.bn, op.conv_1, op.conv_2), "")
+    reason = next(_refusals(x, op, op.bn), "")
     if x.numel() <= 4 * x.shape[1]:
         reason = reason or "too few pixels"
     return Support(not reason, reason)
 
 
-def _refusals(x: Tensor, bn: nn.Module, *convs: nn.Module) -> Iterator[str]:
-    """What stands in the way of a BatchNorm, also after convolutions."""
-    weights = (weight for conv in convs for weight in conv.parameters())
-    if any(tensor.dtype != torch.float32 for tensor in (x, *weights)):
+def _refusals(x: Tensor, op: nn.Module, bn: nn.Module) -> Iterator[str]:
+    """What stands in the way."""
+    if any(tensor.dtype != torch.float32 for tensor in (x, *op.parameters())):
         yield "only fp32"
-    if convs and torch.is_autocast_enabled("cuda"):
+    if torch.is_autocast_enabled("cuda"):
         yield "autocast is on"
     if not x.is_contiguous():
         yield "x is not contiguous"
@@ -77,8 +64,8 @@ def _refusals(x: Tensor, bn: nn.Module, *convs: nn.Module) -> Iterator[str]:
         yield "PyTorch does as well in evaluation mode"
     if x.numel() <= x.shape[1]:
         yield "no two values per channel"
-    if any(map(_has_hooks, (bn, *convs))):
-        yield "hooks want the module itself"
+    if any(map(_has_hooks, op.modules())):
+        yield "hooks want the modules"
     if torch.compiler.is_compiling():
         yield "torch.compile does not see through it"
 
@@ -94,42 +81,15 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def run(x: Tensor, bn: nn.BatchNorm2d, kernels: Any) -> Tensor:
-    """It by the functions of ``kernels``: those of ``cell_kernels``, or others that do the same."""
-    return _BatchNorm.apply(kernels, bn, x)
-
-
 def run_relu_conv_bn(x: Tensor, op: nn.Sequential, kernels: Any) -> Tensor:
-    """As ``run``."""
+    """It by the functions of ``kernels``: those of ``cell_kernels``, or others that do the same."""
     _, conv, bn = op
     return _ReLUConvBN.apply(kernels, bn, x, conv.weight)
 
 
 def run_factorized_reduce(x: Tensor, op: FactorizedReduce, kernels: Any) -> Tensor:
-    """As ``run``."""
+    """As ``run_relu_conv_bn``."""
     return _FactorizedReduce.apply(kernels, op.bn, x, op.conv_1.weight, op.conv_2.weight)
-
-
-class _BatchNorm(torch.autograd.Function):
-    """A node that a single term enters, with weight 1."""
-
-    @staticmethod
-    def forward(ctx: Any, kernels: Any, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        (stats,) = kernels.statistics([bn], kernels.plane_moments([x]), True)
-        y = torch.empty_like(x)
-        kernels.add_up([Summand(x, stats, None)], None, y)
-        ctx.kernels = kernels
-        ctx.save_for_backward(x, stats)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor]:
-        x, stats = ctx.saved_tensors
-        g = g.contiguous()
-        coefs = ctx.kernels.backward_add_up([Summand(x, stats, None)], None, g, None, True)
-        (dx,) = ctx.kernels.affine_gradients([g], [x], coefs)
-        return None, None, dx
 
 
 class _ReLUConvBN(torch.autograd.Function):
@@ -182,6 +142,5 @@ class _FactorizedReduce(torch.autograd.Function):
         return None, None, dx, *ctx.kernels.reduce_partials([*first, *second], weights)
 
 
-register_impl("batch_norm", "ext", batch_norm, supports)
 register_impl("relu_conv_bn", "ext", relu_conv_bn, supports_relu_conv_bn)
 register_impl("factorized_reduce", "ext", factorized_reduce, supports_factorized_reduce)
