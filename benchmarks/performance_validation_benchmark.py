@@ -3,10 +3,10 @@
 ``python benchmarks/performance_validation_benchmark.py [--out FILE]`` takes about four minutes on one GPU.
 Each implementation is held to the definition in fp64, forward and in every gradient, before it is
 timed; one that fails is reported, not timed, and makes the exit code 1. ``float32`` has exact products,
-``tf32`` lets convolutions round to TF32, PyTorch's default. An edge runs through the dispatch as in a
-search, batch normalisations included: ``fused`` as shipped, ``triton`` and ``ext`` by name at any size. Its
-eager version, ``sum(w * op(x))``, is the same module on PyTorch's own kernels. It is not compiled, which
-takes up to a minute an edge.
+``tf32`` lets convolutions round to TF32, PyTorch's default. An edge runs as in a network of its own, batch
+normalisations included: ``fused`` as shipped, ``triton`` operation by operation on Triton kernels, ``ext`` as
+a cell in CUDA C++; what these do not know runs in PyTorch. Its eager version, ``sum(w * op(x))``, is the same
+module operation by operation on PyTorch's own kernels. It is not compiled, which takes up to a minute.
 The floor is the bytes that must move over the bandwidth of a copy measured in the same run.
 """
 
@@ -142,6 +142,7 @@ def edge_case(count: int, channels: int, size: int) -> Case:
     edge = MixedOp(channels, 1, EDGES[count]).cuda()
     parameters = dict(edge.named_parameters())
     exact_edge = copy.deepcopy(edge).double()
+    exact_edge.fused = False
 
     def definition(x: Tensor, weights: Tensor, *values: Tensor) -> Tensor:
         named = dict(zip(parameters, values, strict=True))

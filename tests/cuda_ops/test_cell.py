@@ -153,6 +153,10 @@ def test_edges_with_hooks_run_as_modules(reduction):
 
 @pytest.fixture
 def sixteen(monkeypatch):
+    return sixteen_operations(monkeypatch)
+
+
+def sixteen_operations(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """Operations of sizes that have kernels, and of others."""
     more = {
         "dil_conv_7x7": lambda channels, stride, affine: DilConv(channels, channels, 7, stride, 2, affine),
