@@ -8,9 +8,10 @@ import itertools
 import torch
 
 from neuroexapt.core.cells import CellTopology, SearchCell
-from neuroexapt.core.operations import PRIMITIVES
+from neuroexapt.core.operations import PRIMITIVES, FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as cell_ext
+from neuroexapt.cuda_ops import preprocess
 from neuroexapt.cuda_ops import sepconv as sepconv_ext
 from neuroexapt.cuda_ops import softmax_sum as softmax_sum_ext
 from neuroexapt.kernels import pool_triton, sepconv_triton, softmax_sum_triton
@@ -57,8 +58,16 @@ def call_cells() -> None:
         backward(cell_ext.cell(plan_cell(cell), states, tensor(5, len(PRIMITIVES))))
 
 
+def call_preprocessing() -> None:
+    conv, reduction = ReLUConvBN(48, 32, 1, affine=False), FactorizedReduce(48, 32, affine=False)
+    for height, width in ((7, 12), (1, 24), (18, 40)):
+        backward(preprocess.relu_conv_bn(tensor(3, 48, height, width), conv.cuda().op))
+        backward(preprocess.factorized_reduce(tensor(3, 48, height, width), reduction.cuda()))
+
+
 if __name__ == "__main__":
     call_cells()
+    call_preprocessing()
     call_separable_convolutions()
     call_pools()
     call_sums()
