@@ -22,8 +22,9 @@ def normed_sum(z: Tensor, scale: Tensor | None, summands: int = 1) -> tuple[Tens
         y [B, C, …], and mean and unbiased variance, both [K · C].
     """
     values = z[:, 0].numel()
-    # One value a channel is PyTorch's to refuse.
-    if z.device.type == "cpu" and z.shape[0] == 1 and values > 1:
+    # One value a channel is PyTorch's to refuse; narrow types want wider sums.
+    in_rows = z.shape[0] == 1 and values > 1
+    if in_rows and z.device.type == "cpu" and z.dtype in (torch.float32, torch.float64):
         y, mean, variance = _NormedSum.apply(z.view(summands, -1, values), scale)
         return y.view(1, -1, *z.shape[2:]), mean, variance
     mean, variance = z.new_zeros(2, z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))

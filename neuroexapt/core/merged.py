@@ -121,19 +121,17 @@ class Schedule:
     def __init__(self, bundles: Sequence[Bundle]) -> None:
         self.bundles = bundles
         self._sizes = [len(bundle.terms) for bundle in bundles]
-        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._places: dict[torch.device, Tensor] = {}
 
     def mixing_weights(self, weights: Tensor) -> Sequence[Tensor]:
         """From [E, K] those of each bundle's terms, in order."""
         if weights.device not in self._places:
-            terms = [term for bundle in self.bundles for term in bundle.terms]
+            candidates = weights.shape[1]
+            terms = chain.from_iterable(bundle.terms for bundle in self.bundles)
+            places = [candidates * term.edge + term.column for term in terms]
             with torch.inference_mode(False):
-                rows = torch.tensor([term.edge for term in terms], dtype=torch.long, device=weights.device)
-                columns = torch.tensor(
-                    [term.column for term in terms], dtype=torch.long, device=weights.device
-                )
-            self._places[weights.device] = rows, columns
-        return weights[self._places[weights.device]].split(self._sizes)
+                self._places[weights.device] = torch.tensor(places, dtype=torch.long, device=weights.device)
+        return weights.flatten().index_select(0, self._places[weights.device]).split(self._sizes)
 
 
 _schedules: weakref.WeakKeyDictionary[StateGroup, dict[Merging, Schedule]] = weakref.WeakKeyDictionary()
@@ -236,7 +234,7 @@ class _Departure:
     def _modules(self, bundle: Bundle, weights: Tensor) -> Tensor:
         (term,) = bundle.terms
         z = self.layout.enter(term.body(self.state))
-        return self._shares(z, bundle, weights) if bundle.bns else (weights * z).unsqueeze(1)
+        return self._shares(z, bundle, weights) if bundle.bns else (weights[0] * z).unsqueeze(1)
 
     def _shares(self, z: Tensor, bundle: Bundle, weights: Tensor) -> Tensor:
         """``Σ_k w_kt · BN_kt(z_kt)`` for each target t; ``z``: the terms' outputs in order."""
@@ -261,7 +259,7 @@ def _mix(xs: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``Σ_k weights[k, t] · xs[k]`` for each t, [·, T, C, …], as one product; keeps the memory format."""
     channels_last = xs[0].dim() == 4 and xs[0].is_contiguous(memory_format=torch.channels_last)
     stacked = torch.stack([x.movedim(1, -1) if channels_last else x for x in xs])
-    y = (weights.T @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).transpose(0, 1)
+    y = (weights.T.to(stacked.dtype) @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).transpose(0, 1)
     return y.movedim(-1, 2) if channels_last else y
 
 
