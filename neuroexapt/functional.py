@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from neuroexapt.backend.dispatch import dispatch, explain
@@ -134,11 +135,15 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
 def cell_is_fused(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> bool:
     """Whether ``cell`` gains from the plan of a single edge.
 
-    In plain PyTorch a plan was measured to pay off on the CPU only; on a GPU that has no kernels for it,
-    the edge's operations may still have their own.
+    In plain PyTorch a plan was measured to pay off on the CPU, in fp32 and fp64. On a GPU that has no kernels
+    for it, the edge's operations may still have their own.
     """
     x = states[0]
-    return x.device.type == "cpu" or explain("cell", _plan_for(x, plan), states, weights).impl != "torch"
+    if x.device != weights.device or x.dtype != weights.dtype:
+        return False
+    if x.device.type == "cpu":
+        return x.dtype in (torch.float32, torch.float64)
+    return explain("cell", _plan_for(x, plan), states, weights).impl != "torch"
 
 
 def _plan_for(x: Tensor, plan: CellPlan) -> CellPlan:

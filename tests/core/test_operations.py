@@ -266,6 +266,15 @@ def test_on_a_gpu_without_kernels_for_it_an_edge_runs_operation_by_operation() -
     assert functional.cell_is_fused(edge.plan, [torch.empty(2, C, 5, 5)], torch.empty(1, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_edge_of_half_precision_runs_operation_by_operation(dtype: torch.dtype) -> None:
+    edge = make_edge().bfloat16()
+    x, weights = torch.randn(4, C, 8, 8).bfloat16(), torch.rand(len(OPS)).to(dtype)
+    reset_dispatch_report()
+    assert edge(x, weights).dtype == torch.bfloat16
+    assert "cell" not in {decision.op for decision in dispatch_report()}
+
+
 def test_mixed_op_refuses_weights_of_another_number() -> None:
     with pytest.raises(UserError, match=r"weights must have shape \[8\], not \[7\]"):
         MixedOp(C, 1)(torch.randn(2, C, 4, 4), torch.ones(7))
