@@ -7,7 +7,7 @@ state.
 
 import functools
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -60,7 +60,7 @@ def _leave(
     schedule = _schedule(group, departure.layout.merging)
     shares: dict[tuple[int, ...], list[Tensor]] = {}
     for bundle, bundle_weights in zip(schedule.bundles, schedule.mixing_weights(weights), strict=True):
-        shares.setdefault(bundle.targets, []).append(departure.run(bundle, bundle_weights))
+        shares.setdefault(bundle.targets, []).append(bundle.run(departure, bundle, bundle_weights))
     for targets, members in shares.items():
         yield from zip(targets, map(departure.layout.leave, _sum(members).unbind(1)), strict=True)
 
@@ -105,11 +105,16 @@ def _running_statistics(bns: Sequence[nn.BatchNorm2d]) -> tuple[list[Tensor], li
 
 
 class Bundle:
-    """Terms of one family that lead to the same nodes: ``kinds[k][t]`` enters node ``targets[t]``."""
+    """Terms that run together and lead to the same nodes: ``kinds[k][t]`` enters node ``targets[t]``.
 
-    def __init__(self, family: str, kinds: Sequence[Sequence[Any]]) -> None:
-        self.family = family
-        self.kinds = kinds  # terms of the one class that the family is made of
+    ``run`` is the method of ``_Departure`` for terms of their class.
+    """
+
+    def __init__(
+        self, run: "Callable[[_Departure, Bundle, Tensor], Tensor]", kinds: Sequence[Sequence[Any]]
+    ) -> None:
+        self.run = run
+        self.kinds = kinds
         self.targets: tuple[int, ...] = tuple(term.target for term in kinds[0])
         self.terms = list(chain.from_iterable(kinds))
         self.bns: list[nn.BatchNorm2d] = [term.bn for term in self.terms if term.bn is not None]
@@ -145,38 +150,42 @@ def _schedule(group: StateGroup, merging: Merging) -> Schedule:
 
 
 def _make_bundles(group: StateGroup, merging: Merging) -> list[Bundle]:
-    kinds: dict[tuple[Hashable, ...], list[Term]] = {}
+    kinds: dict[tuple[Any, ...], list[Term]] = {}
     for term in chain(group.convs, group.pools, group.identities, group.modules):
         kinds.setdefault(_kind(term, merging), []).append(term)
-    bundles: dict[tuple[Hashable, ...], list[list[Term]]] = {}
+    bundles: dict[tuple[Any, ...], list[list[Term]]] = {}
     for (*bundle, _), terms in kinds.items():
         bundles.setdefault((*bundle, *(term.target for term in terms)), []).append(terms)
-    return [Bundle(str(family), terms) for (family, *_), terms in bundles.items()]
+    return [Bundle(run, terms) for (run, *_), terms in bundles.items()]
 
 
-def _kind(term: Term, merging: Merging) -> tuple[Hashable, ...]:
-    """Family, what else all terms of a bundle have in common, and what those of a kind have."""
+def _kind(term: Term, merging: Merging) -> tuple[Any, Hashable, Hashable]:
+    """How a term runs, what else it has in common with those of its bundle, and with those of its kind."""
     if isinstance(term, ConvTerm):
         sizes = tuple(block.depthwise.kernel_size for block in term.blocks)
         dilations = tuple(block.dilation for block in term.blocks)
         if merging is Merging.FAMILIES:
-            return "convs", dilations, sizes
-        return "convs", (dilations, sizes), id(term) if merging is Merging.NONE else None
+            return _Departure.convs, dilations, sizes
+        return _Departure.convs, (dilations, sizes), id(term) if merging is Merging.NONE else None
     if isinstance(term, PoolTerm):
-        return "pools", None, (term.pool.kind, term.pool.kernel_size)
+        return _Departure.pools, None, (term.pool.kind, term.pool.kernel_size)
     if isinstance(term, IdentityTerm):
-        return "identities", None, None
+        return _Departure.identities, None, None
     assert isinstance(term, ModuleTerm)
     if type(term.module) is FactorizedReduce and term.bn is not None:
-        return "reductions", None, None
+        return _Departure.reductions, None, None
     if type(term.module) is ReLUConvBN and term.bn is not None:
         conv = term.module.op[1]
-        return "dense_convs", (conv.kernel_size, conv.stride, conv.padding), None
-    return "modules", id(term), None
+        return _Departure.dense_convs, (conv.kernel_size, conv.stride, conv.padding), None
+    return _Departure.one_module, id(term), None
 
 
 class _Departure:
-    """One state on its way to its nodes: what several bundles need of it is computed once."""
+    """One state on its way to its nodes: what several bundles need of it is computed once.
+
+    Each public method takes a bundle and the weights of its terms, and returns what the bundle adds to its T
+    targets, [·, T, C, …].
+    """
 
     def __init__(self, state: Tensor, statistics: RunningStatistics) -> None:
         self.state = state
@@ -185,11 +194,7 @@ class _Departure:
         self.active = F.relu(self.x)
         self.statistics = statistics
 
-    def run(self, bundle: Bundle, weights: Tensor) -> Tensor:
-        """[·, T, C, …]: what a bundle adds to each of its T targets; ``weights``: those of its terms."""
-        return getattr(self, f"_{bundle.family}")(bundle, weights)
-
-    def _convs(self, bundle: Bundle, weights: Tensor) -> Tensor:
+    def convs(self, bundle: Bundle, weights: Tensor) -> Tensor:
         first, *second = zip(*(term.blocks for term in bundle.terms), strict=True)
         z = self.layout.convolve_one(self.active, first)
         for blocks in second:
@@ -197,7 +202,7 @@ class _Departure:
             z = self.layout.convolve_each(F.relu_(x), blocks)
         return self._shares(z, bundle, weights)
 
-    def _pools(self, bundle: Bundle, weights: Tensor) -> Tensor:
+    def pools(self, bundle: Bundle, weights: Tensor) -> Tensor:
         pooled = [self.layout.pool(self.x, terms[0].pool) for terms in bundle.kinds]
         if not bundle.bns[0].training:
             # Now every BatchNorm has statistics of its own.
@@ -210,13 +215,13 @@ class _Departure:
             normed.append(y)
         return _mix(normed, weights.view(len(bundle.kinds), -1))
 
-    def _identities(self, bundle: Bundle, weights: Tensor) -> Tensor:
+    def identities(self, bundle: Bundle, weights: Tensor) -> Tensor:
         return _mix([self.x], weights.view(1, -1))
 
-    def _reductions(self, bundle: Bundle, weights: Tensor) -> Tensor:
+    def reductions(self, bundle: Bundle, weights: Tensor) -> Tensor:
         """All factorized reductions: their first halves as one convolution, their second halves as one."""
         ops = [term.module for term in bundle.terms]
-        x = F.relu(self.state)
+        x = self.layout.leave(self.active)
         halves = [
             F.conv2d(x, torch.cat([op.conv_1.weight for op in ops]), stride=2),
             F.conv2d(shift_by_one(x), torch.cat([op.conv_2.weight for op in ops]), stride=2),
@@ -225,13 +230,13 @@ class _Departure:
         z = torch.cat([half.unflatten(1, (len(ops), -1)) for half in halves], dim=2).flatten(1, 2)
         return self._shares(self.layout.enter(z), bundle, weights)
 
-    def _dense_convs(self, bundle: Bundle, weights: Tensor) -> Tensor:
+    def dense_convs(self, bundle: Bundle, weights: Tensor) -> Tensor:
         convs = [term.module.op[1] for term in bundle.terms]
         merged = torch.cat([conv.weight for conv in convs])
-        z = F.conv2d(F.relu(self.state), merged, None, convs[0].stride, convs[0].padding)
+        z = F.conv2d(self.layout.leave(self.active), merged, None, convs[0].stride, convs[0].padding)
         return self._shares(self.layout.enter(z), bundle, weights)
 
-    def _modules(self, bundle: Bundle, weights: Tensor) -> Tensor:
+    def one_module(self, bundle: Bundle, weights: Tensor) -> Tensor:
         (term,) = bundle.terms
         z = self.layout.enter(term.body(self.state))
         return self._shares(z, bundle, weights) if bundle.bns else (weights[0] * z).unsqueeze(1)
