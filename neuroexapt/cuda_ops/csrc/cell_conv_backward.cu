@@ -94,14 +94,8 @@ __device__ inline float4 affine(float4 coef, float4 g, float4 z) {
   return make_float4(one(g.x, z.x), one(g.y, z.y), one(g.z, z.z), one(g.w, z.w));
 }
 
-// Of eight output channels, those two that lane q contracts.
-struct PhaseOneStep {
-  float4 g[2], z[2], coef[2];
-  float2 weights[2];  // to this lane's two input channels
-};
-
 // Phase one. A warp computes e of sixteen channels on eight strips of four pixels.
-template <int C, bool kWeights, bool kExact>
+template <int C, int Pad, bool kWeights, bool kExact>
 __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job, const Place<C>& at,
                           const Shape& shape) {
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, width = shape.width;
@@ -115,8 +109,7 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
   const auto contracted = [&](int step, int half) { return step / 2 * 16 + 4 * q + step % 2 * 2 + half; };
 
   // The strips of the tile with its halo that lie inside the picture.
-  const int pad = job.kernel_size / 2 * job.dilation;
-  const int top = max(0, at.y0 - pad), bottom = min(shape.height, at.y0 + Tile<C>::kRows + pad);
+  const int top = max(0, at.y0 - Pad), bottom = min(shape.height, at.y0 + Tile<C>::kRows + Pad);
   // Columns only where the picture goes on beside the tile, and then as many as keep `across` a power of two.
   const bool wide = width > Tile<C>::kWidth;
   const int left = at.x0 - (wide ? kHalo : 0), right = at.x0 + Tile<C>::kWidth + (wide ? kHalo : 0);
@@ -132,31 +125,32 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
     const int y = own.x, x = own.y;
     const bool inside = own.z;
     float sums[4][4] = {};
-    // All that a step reads is on its way while the step before is multiplied.
-    PhaseOneStep next;
+    // The next channels are on their way while these are multiplied.
+    float4 next_g[2], next_z[2];
     const auto load = [&](int step) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int channel = contracted(step, half), offset = channel * plane + y * width;
-        next.weights[half] = __ldg(reinterpret_cast<const float2*>(weights + channel * C + g * (C / 8) + 2 * m));
-        next.coef[half] = __ldg(coef + channel);
-        if (!inside) continue;
-        next.g[half] = aligned ? load4(gradient + offset + x) : load_row4(gradient + offset, x, width, false);
-        next.z[half] = aligned ? load4(z + offset + x) : load_row4(z + offset, x, width, false);
+        const int offset = contracted(step, half) * plane + y * width;
+        if (aligned) {
+          next_g[half] = load4(gradient + offset + x), next_z[half] = load4(z + offset + x);
+        } else {
+          next_g[half] = load_row4(gradient + offset, x, width, false);
+          next_z[half] = load_row4(z + offset, x, width, false);
+        }
       }
     };
-    load(0);
+    if (inside) load(0);
 #pragma unroll 1
     for (int step = 0; step < C / 8; ++step) {
-      const PhaseOneStep now = next;
-      if (step + 1 < C / 8) load(step + 1);
+      const float4 g_now[2] = {next_g[0], next_g[1]}, z_now[2] = {next_z[0], next_z[1]};
+      if (inside && step + 1 < C / 8) load(step + 1);
       Fragment<2, kExact> b[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int channel = contracted(step, half);
         float4 dz = make_float4(0.f, 0.f, 0.f, 0.f);
         if (inside) {
-          dz = affine(now.coef[half], now.g[half], now.z[half]);
+          dz = affine(__ldg(coef + channel), g_now[half], z_now[half]);
           if (!aligned) {
             if (x + 1 >= width) dz.y = 0.f;
             if (x + 2 >= width) dz.z = 0.f;
@@ -170,9 +164,11 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
         }
         b[0].set(half, dz.x), b[1].set(half, dz.y), b[2].set(half, dz.z), b[3].set(half, dz.w);
       }
+      const float* row = weights + contracted(step, 0) * C + g * (C / 8) + 2 * m;
+      const float2 first = __ldg(reinterpret_cast<const float2*>(row));
+      const float2 second = __ldg(reinterpret_cast<const float2*>(row + C));
       Fragment<4, kExact> a;
-      a.set(0, now.weights[0].x), a.set(1, now.weights[0].y);
-      a.set(2, now.weights[1].x), a.set(3, now.weights[1].y);
+      a.set(0, first.x), a.set(1, first.y), a.set(2, second.x), a.set(3, second.y);
 #pragma unroll
       for (int t = 0; t < 4; ++t) multiply<kExact>(sums[t], a, b[t]);
     }
@@ -328,9 +324,9 @@ __device__ void differentiate(float (&dx)[Block<C, kWeights>::kPasses][8], const
 }
 
 // The block's weight gradients, summed over the warps that share channels.
-template <int C>
+template <int C, int K, bool kWeights>
 __device__ void store_weight_partials(const GradJob& job, const float* partial, int slots) {
-  using B = Block<C, true>;
+  using B = Block<C, kWeights>;
   const auto sum_over_warps = [&](int slot, int offset) {
     float sum = 0.f;
 #pragma unroll
@@ -344,35 +340,23 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
     const int out = gradient_slot(i / C), slot = channel_slot<C>(i % C);
     pointwise[i] = sum_over_warps(slot, out * 8 + slot % 8);
   }
-  const int taps = job.kernel_size * job.kernel_size;
-  float* depthwise = reinterpret_cast<float*>(job.depthwise_partial) + int64_t(blockIdx.x) * C * taps;
-  for (int i = threadIdx.x; i < C * taps; i += B::kThreads) {
-    const int slot = channel_slot<C>(i / taps);
-    depthwise[i] = sum_over_warps(slot, 8 * C + slot % 8 * kTapsPitch + i % taps);
+  float* depthwise = reinterpret_cast<float*>(job.depthwise_partial) + int64_t(blockIdx.x) * C * K * K;
+  for (int i = threadIdx.x; i < C * K * K; i += B::kThreads) {
+    const int slot = channel_slot<C>(i / (K * K));
+    depthwise[i] = sum_over_warps(slot, 8 * C + slot % 8 * kTapsPitch + i % (K * K));
   }
 }
 
-// Both phases for one convolution; kFirst: of a stage that has dilated ones, too.
-template <int C, bool kFirst, bool kWeights, bool kExact>
+template <int C, int K, int D, bool kWeights, bool kExact>
 __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memory<C, kWeights>& memory,
                         const GradJob& job, const Place<C>& at, const Shape& shape) {
-  load_taps<C, Block<C, kWeights>::kThreads>(memory.taps, reinterpret_cast<const float*>(job.depthwise),
-                                             job.kernel_size, channel_slot<C>);
-  compute_e<C, kWeights, kExact>(memory, job, at, shape);
+  load_taps<C, Block<C, kWeights>::kThreads>(memory.taps, reinterpret_cast<const float*>(job.depthwise), K,
+                                             channel_slot<C>);
+  compute_e<C, D*(K / 2), kWeights, kExact>(memory, job, at, shape);
   __syncthreads();
-  const bool small = job.kernel_size == 3;
-  if (kFirst && job.dilation == 2) {
-    if constexpr (kFirst) {
-      if (small) differentiate<C, 3, 2, kWeights, kExact>(dx, memory, at, shape);
-      else differentiate<C, 5, 2, kWeights, kExact>(dx, memory, at, shape);
-    }
-  } else if (small) {
-    differentiate<C, 3, 1, kWeights, kExact>(dx, memory, at, shape);
-  } else {
-    differentiate<C, 5, 1, kWeights, kExact>(dx, memory, at, shape);
-  }
+  differentiate<C, K, D, kWeights, kExact>(dx, memory, at, shape);
   __syncthreads();
-  if constexpr (kWeights) store_weight_partials<C>(job, memory.partial, memory.slots(shape, at.pad));
+  if constexpr (kWeights) store_weight_partials<C, K, kWeights>(job, memory.partial, memory.slots(shape, at.pad));
 }
 
 // Clears e and dz, whose pixels outside the picture stay zero, and loads x where weight gradients need it.
@@ -444,7 +428,12 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
     Place<C> at = place;
     at.y0 += zero;
     const Memory<C, kWeights> memory(shape, kFirstPad, shared + zero);
-    process<C, true, kWeights, kExact>(dx, memory, job, at, shape);
+    switch (job.kernel_size * 2 + job.dilation) {
+      case 7: process<C, 3, 1, kWeights, kExact>(dx, memory, job, at, shape); break;
+      case 8: process<C, 3, 2, kWeights, kExact>(dx, memory, job, at, shape); break;
+      case 11: process<C, 5, 1, kWeights, kExact>(dx, memory, job, at, shape); break;
+      default: process<C, 5, 2, kWeights, kExact>(dx, memory, job, at, shape); break;
+    }
   }
   const GradJob& job = launch.jobs[0];
   const Source source(job.x, job.x_batch_stride, job.stats, shape, place.picture);
@@ -466,7 +455,8 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   const Memory<C, kWeights> memory(shape, kSecondPad, shared);
   prepare<C, kWeights>(memory, job, at, shape);
   float dx[B::kPasses][8] = {};
-  process<C, false, kWeights, kExact>(dx, memory, job, at, shape);
+  if (job.kernel_size == 5) process<C, 5, 1, kWeights, kExact>(dx, memory, job, at, shape);
+  else process<C, 3, 1, kWeights, kExact>(dx, memory, job, at, shape);
 
   const Source source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
