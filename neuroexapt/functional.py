@@ -135,14 +135,15 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
 def cell_is_fused(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> bool:
     """Whether ``cell`` gains from the plan of a single edge.
 
-    In plain PyTorch a plan was measured to pay off on the CPU, in fp32 and fp64. On a GPU that has no kernels
-    for it, the edge's operations may still have their own.
+    In plain PyTorch it was measured to on the CPU, where states are small planes in large batches: 1.4 to 2.9
+    times as fast, others 0.8 to 1.1. On a GPU without kernels for the plan, operations may have their own.
     """
     x = states[0]
     if x.device != weights.device or x.dtype != weights.dtype:
         return False
     if x.device.type == "cpu":
-        return x.dtype in (torch.float32, torch.float64)
+        are_small = len(x) >= 16 and x.shape[-2:].numel() <= 64
+        return are_small and x.dtype in (torch.float32, torch.float64)
     return explain("cell", _plan_for(x, plan), states, weights).impl != "torch"
 
 

@@ -181,7 +181,7 @@ def results(edge: MixedOp, size: tuple[int, int, int], fused: bool) -> list[Tens
     return [torch.tensor(cells), y, *gradients, *edge.buffers()]
 
 
-def assert_equals_reference(edge: MixedOp, size: tuple[int, int, int] = (5, 7, 6), cells: int = 1) -> None:
+def assert_equals_reference(edge: MixedOp, size: tuple[int, int, int] = (16, 7, 6), cells: int = 1) -> None:
     (fused_cells, *fused), (reference_cells, *reference) = (results(edge, size, f) for f in (True, False))
     assert (fused_cells, reference_cells) == (cells, 0)
     for actual, expected in zip(fused, reference, strict=True):
@@ -190,9 +190,14 @@ def assert_equals_reference(edge: MixedOp, size: tuple[int, int, int] = (5, 7, 6
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(5, 7, 6), (1, 3, 5), (2, 9, 12)])
+@pytest.mark.parametrize("size", [(16, 7, 6), (33, 1, 5), (64, 8, 8)])
 def test_a_fused_edge_is_the_same(stride: int, training: bool, size: tuple[int, int, int]) -> None:
     assert_equals_reference(make_edge(stride).train(training), size)
+
+
+@pytest.mark.parametrize("size", [(15, 8, 8), (16, 8, 9), (1, 3, 3)])
+def test_on_the_cpu_edges_that_would_lose_run_operation_by_operation(size: tuple[int, int, int]) -> None:
+    assert_equals_reference(make_edge(), size, cells=0)
 
 
 @pytest.mark.parametrize("primitives", [("skip_connect",), ("none", "max_pool_3x3"), ("conv_7x1_1x7",)])
@@ -227,7 +232,7 @@ def test_a_fused_edge_follows_the_exchange_of_an_operation() -> None:
 
 def test_copies_and_pickles_of_an_edge_make_their_own_plan() -> None:
     edge = make_edge()
-    names, x, weights = list(edge.state_dict()), torch.randn(2, C, 5, 5).double(), torch.ones(len(OPS))
+    names, x, weights = list(edge.state_dict()), torch.randn(16, C, 5, 5).double(), torch.ones(len(OPS))
     edge.eval()(x, weights.double())
     for twin in (copy.deepcopy(edge), pickle.loads(pickle.dumps(edge))):
         assert list(twin.state_dict()) == names
@@ -239,7 +244,7 @@ def test_copies_and_pickles_of_an_edge_make_their_own_plan() -> None:
 
 def test_an_edge_is_freed_without_the_garbage_collector() -> None:
     edge = make_edge()
-    edge(torch.randn(2, C, 5, 5).double(), torch.ones(len(OPS)).double())
+    edge(torch.randn(16, C, 5, 5).double(), torch.ones(len(OPS)).double())
     freed = weakref.ref(edge)
     gc.disable()
     try:
@@ -251,7 +256,7 @@ def test_an_edge_is_freed_without_the_garbage_collector() -> None:
 
 def test_a_compiled_edge_runs_operation_by_operation() -> None:
     edge = make_edge().eval()
-    x, weights = torch.randn(2, C, 5, 5).double(), torch.rand(len(OPS)).double()
+    x, weights = torch.randn(16, C, 5, 5).double(), torch.rand(len(OPS)).double()
     expected = edge(x, weights)
     torch._dynamo.reset()
     edge.compile(backend="eager", fullgraph=True)
@@ -261,15 +266,15 @@ def test_a_compiled_edge_runs_operation_by_operation() -> None:
 def test_on_a_gpu_without_kernels_for_it_an_edge_runs_operation_by_operation() -> None:
     edge = MixedOp(C, 1, ("skip_connect", "max_pool_3x3"))
     with FakeTensorMode():
-        x, weights = torch.empty(2, C, 5, 5, device="cuda"), torch.empty(1, 2, device="cuda")
+        x, weights = torch.empty(16, C, 5, 5, device="cuda"), torch.empty(1, 2, device="cuda")
     assert not functional.cell_is_fused(edge.plan, [x], weights)
-    assert functional.cell_is_fused(edge.plan, [torch.empty(2, C, 5, 5)], torch.empty(1, 2))
+    assert functional.cell_is_fused(edge.plan, [torch.empty(16, C, 5, 5)], torch.empty(1, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_an_edge_of_half_precision_runs_operation_by_operation(dtype: torch.dtype) -> None:
     edge = make_edge().bfloat16()
-    x, weights = torch.randn(4, C, 8, 8).bfloat16(), torch.rand(len(OPS)).to(dtype)
+    x, weights = torch.randn(16, C, 8, 8).bfloat16(), torch.rand(len(OPS)).to(dtype)
     reset_dispatch_report()
     assert edge(x, weights).dtype == torch.bfloat16
     assert "cell" not in {decision.op for decision in dispatch_report()}

@@ -61,7 +61,7 @@ def test_takes_odd_and_small_pictures(size: tuple[int, int]) -> None:
 
 def test_the_reference_execution_reaches_the_edges() -> None:
     supernet = DARTS.supernet(in_channels=1, num_classes=3, channels=2, layers=3)
-    x = torch.randn(4, 1, 8, 8)
+    x = torch.randn(16, 1, 8, 8)
     for execution, fused in (("reference", 0), ("fused", 3)):
         supernet.set_execution(execution)
         reset_dispatch_report()
