@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.engine.config import SearchConfig
 
-COMPARED = {"module-by-module": IMPLEMENTATIONS["eager"], "plan": IMPLEMENTATIONS["plan"]}
+COMPARED = {name: IMPLEMENTATIONS[name] for name in ("eager", "plan")}
 CPU = torch.device("cpu")
 TOLERANCE = 1e-10
 WARM_UP_STEPS = 2
