@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 SHOWN_UNITS = {"ms": ("µs", 1e3), "bytes": ("MiB", 2**-20)}
 # Tables in which anything takes so long show milliseconds.
 LONG_MS = 100.0
-OURS = ("ext-graph", "ext", "fused", "triton")
+OURS = ("ext-graph", "ext", "fused", "triton", "plan")
 BASELINES = ("eager", "stack", "compile", "compile-graph", "floor")
 
 
@@ -69,8 +69,8 @@ def _table(figures: list[dict]) -> str:
     versions = f"torch {last['torch']}, triton {last['triton']}, CUDA {last['cuda']}"
     return "\n".join(
         [
-            f"{last['device']}, {versions}, commit {last['commit']}, {last['date']}. Medians in {unit}; "
-            f"p20 to p80 span at most {spread:.0%} of them.",
+            f"{last['device']}, {versions}, commit {last['commit']}, {last['date']}. "
+            f"Medians{f' in {unit}' if unit else ''}; p20 to p80 span at most {spread:.0%} of them.",
             "",
             _line(header),
             _line(["---"] * 2 + ["---:"] * (len(header) - 2)),

@@ -56,6 +56,18 @@ def test_a_table_shows_the_cases_that_its_marker_names(tmp_path):
     assert "| small |" not in rendered
 
 
+def test_the_plan_is_held_to_eager_pytorch_and_counts_have_no_unit(tmp_path):
+    medians = [("eager", 30.0), ("plan", 10.0)]
+    lines = [
+        json.dumps(FIGURE | {"implementation": name, "median": median, "metric": "ops", "unit": ""})
+        for name, median in medians
+    ]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    rendered = make_tables.render("<!-- table: sums ops -->\n<!-- end -->", tmp_path)
+    assert "| case | dtype | eager | plan | eager / plan |" in rendered
+    assert "Medians; p20" in rendered
+
+
 @pytest.mark.parametrize("marker", ["sums step_ms", "others device_ms", "sums device_ms large"])
 def test_a_table_without_results_says_so(tmp_path, marker):
     (tmp_path / "sums.jsonl").write_text(json.dumps(FIGURE | {"implementation": "ext", "median": 1.0}))
