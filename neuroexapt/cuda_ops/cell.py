@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.core.operations import FactorizedReduce, SepConvBlock
 from neuroexapt.core.plan import (
+    POOL_SIZE,
     CellPlan,
     ConvTerm,
     IdentityTerm,
@@ -59,9 +60,13 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
     """What stands in the way."""
     convs = [term for state in plan.states for term in state.convs]
     pools = [term for state in plan.states for term in state.pools]
-    tensors = (*states, weights, *(weight for term in convs for weight in _weights(term.blocks)))
+    tensors = (*states, weights, *_own_tensors(plan))
     if any(tensor.dtype != torch.float32 for tensor in tensors):
         yield "only fp32"
+    if any(tensor.device != weights.device for tensor in tensors):
+        yield "tensors on several devices"
+    if any(state.shape != states[0].shape for state in states):
+        yield "states of several shapes"
     if torch.is_autocast_enabled("cuda"):
         yield "autocast is on"
     channels, height, width = states[0].shape[1:]
@@ -74,10 +79,10 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
     if states[0].shape[0] * -(-height // 2) * -(-width // 2) == 1:
         yield "a single value per channel"
     for conv in convs:
-        if conv.kernel_size not in (3, 5) or conv.dilation not in (1, 2):
+        if not conv.is_known:
             yield f"kernel size {conv.kernel_size}, dilation {conv.dilation}"
-    if any(pool.pool.kernel_size != cell_kernels.WINDOW for pool in pools):
-        yield f"pools other than of size {cell_kernels.WINDOW}"
+    if not all(pool.is_known for pool in pools):
+        yield f"pools other than of size {POOL_SIZE}"
     if len({(pool.edge, pool.pool.kind) for pool in pools}) < len(pools):
         yield "an edge with two pools of a kind"
     if any(len(state.convs) > cell_kernels.MAX_CONVS for state in plan.states):
@@ -91,6 +96,15 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield "too many terms enter one node"
     if len(plan.nodes) > cell_kernels.MAX_EDGES:
         yield f"{len(plan.nodes)} nodes"
+
+
+def _own_tensors(plan: CellPlan) -> Iterator[Tensor]:
+    """What the kernels read besides their arguments: weights and running statistics."""
+    for group in plan.states:
+        yield from _Flow(group).weights
+    for node in plan.nodes:
+        bns = (term.bn for term in node.terms if term.bn is not None)
+        yield from (bn.running_mean for bn in bns if bn.running_mean is not None)
 
 
 def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any) -> Tensor:

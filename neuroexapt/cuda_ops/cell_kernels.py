@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroexapt.core.operations import shift_by_one
-from neuroexapt.core.plan import EPS, MOMENTUM
+from neuroexapt.core.plan import EPS, MOMENTUM, POOL_SIZE
 from neuroexapt.cuda_ops import sepconv
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.kernels import reference
@@ -24,8 +24,6 @@ MAX_CONVS, MAX_EDGES, MAX_ADDENDS, MAX_WIDTH = 32, 16, 64, 1024
 """Of one state: convolutions and edges that leave it, parts of its gradient, columns of its pictures."""
 MAX_TERMS = 96
 """Of one node."""
-WINDOW = 3
-"""Of the pools."""
 
 
 class Conv(NamedTuple):
@@ -439,7 +437,7 @@ def _shape(x: Tensor) -> Any:
 
 def _pool_shape(x: Tensor, stride: int) -> Any:
     height, width = x.shape[2:]
-    return extension().PoolShape(*x.shape, -(-height // stride), -(-width // stride), WINDOW, stride)
+    return extension().PoolShape(*x.shape, -(-height // stride), -(-width // stride), POOL_SIZE, stride)
 
 
 def _strided(x: Tensor) -> tuple[int, int]:

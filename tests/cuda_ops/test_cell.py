@@ -272,5 +272,24 @@ def test_says_which_cells_it_takes(change, reason):
     assert reason in support.reason
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2, "edges"])
+def test_takes_no_tensors_on_several_devices(moved):
+    cell = make_cell(channels=16, nodes=1).float()
+    *states, weights = arguments = [x.float() for x in make_inputs(cell, channels=16)]
+    assert fused.supports(plan_cell(cell), states, weights).ok
+    if moved == "edges":
+        cell.edges.to("meta")
+    else:
+        arguments[moved] = arguments[moved].to("meta")
+    *states, weights = arguments
+    assert "several devices" in fused.supports(plan_cell(cell), states, weights).reason
+
+
+def test_takes_no_states_of_several_shapes():
+    cell = make_cell(channels=16, nodes=1).float()
+    s0, s1, weights = (x.float() for x in make_inputs(cell, channels=16))
+    assert "several shapes" in fused.supports(plan_cell(cell), [s0, s1[:, :, 1:]], weights).reason
+
+
 def _count_tensors() -> int:
     return sum(type(thing) in (Tensor, nn.Parameter) for thing in gc.get_objects())
