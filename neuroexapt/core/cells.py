@@ -12,6 +12,7 @@ from neuroexapt import functional
 from neuroexapt.core import merged  # noqa: F401  (registers the plan's PyTorch tier)
 from neuroexapt.core.operations import FactorizedReduce, MixedOp, ReLUConvBN
 from neuroexapt.core.plan import CellPlan, plan_cell
+from neuroexapt.core.recompute import recomputed
 
 INPUTS = 2
 """States 0 and 1 of every cell: the outputs of the two cells before."""
@@ -70,9 +71,11 @@ class SearchCell(nn.Module):
     ``s0``, ``s1``: [B, C0, H0, W0], [B, C1, H, W]; ``weights``: [E, K], a row an edge of ``topology.edges``
     → [B, nodes · C, H', W'], halved in a reduction cell.
 
-    ``fused`` cells run by their plan, others one module after the other; switch whenever you like.
+    ``fused`` cells run by their plan, others one module after the other; those that ``recompute`` keep only
+    ``s0``, ``s1`` and ``weights`` for their backward pass. Switch both whenever you like.
     """
 
+    recompute = False
     _fused = True
 
     def __init__(
@@ -122,6 +125,11 @@ class SearchCell(nn.Module):
         return {**super().__getstate__(), "_plan": None}
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(self, self._run, s0, s1, weights)
+        return self._run(s0, s1, weights)
+
+    def _run(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
         states = self.inputs(s0, s1)
         if self.fused and not torch.compiler.is_compiling():
             return functional.cell(self.plan, states, weights)

@@ -101,17 +101,6 @@ class BilevelStep:
         _apply(self.weight_optimizer, self.weights, found.gradients, self.grad_clip)
         return found.loss, accuracy(found.logits, train.labels)
 
-    @contextmanager
-    def running_statistics_kept(self) -> Iterator[None]:
-        """Whatever runs inside leaves the buffers of the search network as they were."""
-        buffers = list(self.supernet.buffers())
-        saved = [torch.empty_like(buffer) for buffer in buffers]
-        copy_tensors(saved, buffers)
-        try:
-            yield
-        finally:
-            copy_tensors(buffers, saved)
-
 
 @contextmanager
 def _required_alone(wanted: Sequence[nn.Parameter], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -125,18 +114,6 @@ def _required_alone(wanted: Sequence[nn.Parameter], parameters: Sequence[nn.Para
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
-
-
-@torch.no_grad()
-def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each of ``sources`` into its target, all of a dtype in a few launches."""
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-    for target, source in zip(targets, sources, strict=True):
-        pair = by_dtype.setdefault(target.dtype, ([], []))
-        pair[0].append(target)
-        pair[1].append(source)
-    for target_list, source_list in by_dtype.values():
-        torch._foreach_copy_(target_list, source_list)
 
 
 def _apply(

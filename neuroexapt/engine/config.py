@@ -90,6 +90,7 @@ class SearchConfig(RunConfig):
         "fused",
         "fused, reference (module by module), compile (torch.compile an edge) or fastest (measured once)",
     )
+    recompute: bool = setting(False, "compute cells again in backward passes: far less memory, longer steps")
     train_epochs: int = setting(10, "epochs of the derived network with the inherited weights; 0: none")
     control: bool = setting(True, "also train the derived network from scratch, as long, to compare")
 

@@ -61,6 +61,7 @@ class SearchPhase(Phase):
         self.bilevel_step = BilevelStep(
             supernet, self.strategy, self.weight_optimizer, self.arch_optimizer, grad_clip=config.grad_clip
         )
+        supernet.set_recompute(config.recompute)
         self._set_execution("reference")
 
     def prepare_execution(self, say: Callable[[str], None]) -> None:
@@ -95,6 +96,7 @@ class SearchPhase(Phase):
         return (
             f"{get_device_name(self.device)}, torch {torch.__version__}, {config.space}, {config.strategy}, "
             f"{config.layers} layers, {config.init_channels} channels, batch {tuple(batch[0].shape)}"
+            f"{', recompute' if config.recompute else ''}"
         )
 
     def metric_names(self, epoch: int) -> Sequence[str]:

@@ -1,0 +1,47 @@
+"""Copying many tensors at once, and keeping a module's buffers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each of ``sources`` into its target, all of a dtype in a few launches."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        pair = by_dtype.setdefault(target.dtype, ([], []))
+        pair[0].append(target)
+        pair[1].append(source)
+    for target_list, source_list in by_dtype.values():
+        torch._foreach_copy_(target_list, source_list)
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever runs inside leaves the buffers of ``module``, such as running statistics, as they were.
+
+    It sees copies: buffers that were put back would count as changed since autograd saved them.
+    """
+    found = [
+        (part._buffers, name, buffer)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    places = [(buffers, name) for buffers, name, _ in found]
+    kept = [buffer for *_, buffer in found]
+    copies = [torch.empty_like(buffer) for buffer in kept]
+    copy_tensors(copies, kept)
+    _put(places, copies)
+    try:
+        yield
+    finally:
+        _put(places, kept)
+
+
+def _put(places: Sequence[tuple[dict[str, Tensor | None], str]], tensors: Sequence[Tensor]) -> None:
+    for (buffers, name), tensor in zip(places, tensors, strict=True):
+        buffers[name] = tensor
