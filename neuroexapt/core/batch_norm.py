@@ -16,18 +16,20 @@ def normed_sum(z: Tensor, scale: Tensor | None, summands: int = 1) -> tuple[Tens
 
     Args:
         z: [B, K · C, …], the K ``summands`` side by side.
-        scale: [K · C], 1 where None.
+        scale: [K · C] of any dtype, 1 where None.
 
     Returns:
         y [B, C, …], and mean and unbiased variance, both [K · C].
     """
     values = z[:, 0].numel()
+    statistics_dtype = torch.promote_types(z.dtype, torch.float32)
+    scale = None if scale is None else scale.to(statistics_dtype)
     # One value a channel is PyTorch's to refuse; narrow types want wider sums.
     in_rows = z.shape[0] == 1 and values > 1
     if in_rows and z.device.type == "cpu" and z.dtype in (torch.float32, torch.float64):
         y, mean, variance = _NormedSum.apply(z.view(summands, -1, values), scale)
         return y.view(1, -1, *z.shape[2:]), mean, variance
-    mean, variance = z.new_zeros(2, z.shape[1], dtype=torch.promote_types(z.dtype, torch.float32))
+    mean, variance = z.new_zeros(2, z.shape[1], dtype=statistics_dtype)
     # With momentum 1 the running statistics become the batch's own.
     y = F.batch_norm(z, mean, variance, scale, None, True, 1.0, EPS)
     return sum_chunks(y, summands), mean, variance

@@ -250,13 +250,14 @@ class _Departure:
         self, z: Tensor, bns: Sequence[nn.BatchNorm2d], weights: Tensor | None = None, summands: int = 1
     ) -> Tensor:
         """``Σ_k w_k · BN_k(z_k)``; each of ``bns`` in turn takes its channels of ``z``."""
-        scale = weights if weights is None else weights.repeat_interleave(z.shape[1] // len(bns))
+        scale = None if weights is None else weights.repeat_interleave(z.shape[1] // len(bns))
         if bns[0].training:
             y, mean, variance = normed_sum(z, scale, summands)
             self.statistics.record(bns, mean, variance)
             return y
-        means, variances, _ = _running_statistics(bns)
-        y = F.batch_norm(z, torch.cat(means), torch.cat(variances), scale, None, False, MOMENTUM, EPS)
+        mean, variance = map(torch.cat, _running_statistics(bns)[:2])
+        scale = None if scale is None else scale.to(mean.dtype)
+        y = F.batch_norm(z, mean, variance, scale, None, False, MOMENTUM, EPS)
         return sum_chunks(y, summands)
 
 

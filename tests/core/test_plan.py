@@ -403,6 +403,16 @@ def test_runs_in_bfloat16(layout: Layout, autocast: bool, more_operations: tuple
     assert (fused["y"].dtype == torch.bfloat16) or autocast
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_takes_bfloat16_mixing_weights(layout: Layout, training: bool, dtype: torch.dtype) -> None:
+    cell = make_cell(reduction=True, training=training, dtype=dtype)
+    s0, s1, weights = make_call(cell)
+    call = s0, s1, weights.bfloat16()
+    fused, expected = (results(cell, call, fused)["y"] for fused in (True, False))
+    assert (fused - expected).norm() / expected.norm() < 0.02
+
+
 def test_takes_an_empty_batch_in_evaluation_mode() -> None:
     cell = make_cell(training=False)
     assert cell(*make_call(cell, batch=0)).shape == (0, 8, 7, 6)
