@@ -171,6 +171,14 @@ def test_says_which_calls_it_takes(change, reason):
     assert reason in support.reason
 
 
+@pytest.mark.parametrize("moved", [1, 2])
+def test_takes_no_weights_on_another_device(moved):
+    tensors = inputs(1, 16, 16, 8, 8, 3, "cpu")
+    assert ext.supports(*tensors).ok
+    tensors[moved] = tensors[moved].to("meta")
+    assert "several devices" in ext.supports(*tensors).reason
+
+
 @pytest.mark.parametrize(
     ("height", "blocks_a_row", "rows"), [(32, 64, 8), (8, 64, 2), (32, 1, 1), (7, 512, 7)]
 )

@@ -54,6 +54,8 @@ def _refusals(x: Tensor, op: nn.Module, bn: nn.Module) -> Iterator[str]:
     """What stands in the way."""
     if any(tensor.dtype != torch.float32 for tensor in (x, *op.parameters())):
         yield "only fp32"
+    if any(tensor.device != x.device for tensor in (*op.parameters(), *bn.buffers())):
+        yield "tensors on several devices"
     if torch.is_autocast_enabled("cuda"):
         yield "autocast is on"
     if not x.is_contiguous():

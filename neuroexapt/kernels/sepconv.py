@@ -151,6 +151,8 @@ def supports_if(takes: Callable[[Call, set[torch.dtype]], Support]) -> Callable[
     """A check of ``sepconv``'s arguments from one of the call and its tensors' dtypes under autocast."""
 
     def supports(*tensors: Any, stride: int = 1, dilation: int = 1, relu: bool = True) -> Support:
+        if any(tensor.device != tensors[0].device for tensor in tensors):
+            return Support(False, "operands on several devices")
         dtype = _autocast_dtype(tensors[0].device.type)
         dtypes = {tensor.dtype for tensor in tensors} if dtype is None else {dtype}
         return takes(Call._make((*tensors, stride, dilation, relu)), dtypes)

@@ -63,6 +63,13 @@ def test_says_which_inputs_and_batch_norms_it_takes(x, bn, reason):
     assert reason in support.reason
 
 
+@pytest.mark.parametrize("moved", [1, 2])
+def test_takes_no_modules_on_another_device(moved):
+    op = nn.Sequential(nn.ReLU(), nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16, affine=False))
+    op[moved].to("meta")
+    assert "several devices" in ext.supports_relu_conv_bn(torch.zeros(2, 16, 4, 4), op).reason
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
