@@ -58,6 +58,7 @@ def supports(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Suppo
 
 def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
     """What stands in the way."""
+    flows = [_Flow(group) for group in plan.states]
     convs = [term for state in plan.states for term in state.convs]
     pools = [term for state in plan.states for term in state.pools]
     tensors = (*states, weights, *_own_tensors(plan))
@@ -85,7 +86,7 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield f"pools other than of size {POOL_SIZE}"
     if len({(pool.edge, pool.pool.kind) for pool in pools}) < len(pools):
         yield "an edge with two pools of a kind"
-    if any(len(state.convs) > cell_kernels.MAX_CONVS for state in plan.states):
+    if any(max(len(flow.first), 2 * len(flow.reductions)) > cell_kernels.MAX_CONVS for flow in flows):
         yield "too many convolutions leave one state"
     if any(
         len(state.convs) + len(state.modules) + len(state.edges) >= cell_kernels.MAX_ADDENDS
@@ -204,6 +205,52 @@ class _Flow:
         return _pairs(weights)[len(self.first) + len(self.second) :]
 
 
+class _Outputs:
+    """``z`` of all that leaves a state, and ``stats`` of what has a BatchNorm, as they come about."""
+
+    def __init__(self, pass_: _Pass) -> None:
+        self.z: dict[Any, Tensor] = {}
+        self.stats: dict[Any, Tensor] = {}
+        self.pass_ = pass_
+        self._moments: dict[Any, Tensor] = {}
+
+    def put(self, members: Sequence[Any], zs: Sequence[Tensor], moments: Sequence[Tensor]) -> None:
+        self.z.update(zip(members, zs, strict=True))
+        self._moments.update(zip(members, moments, strict=True))
+
+    def normalise(self, block: int) -> None:
+        """Make ``stats`` of all moments since the last time, in one launch."""
+        if not self._moments:
+            return
+        bns = [_batch_norm(member, block) for member in self._moments]
+        stats = self.pass_.kernels.statistics(bns, list(self._moments.values()), self.pass_.training)
+        self.stats.update(zip(self._moments, stats, strict=True))
+        self._moments.clear()
+
+
+def _compute_first(
+    outputs: _Outputs, flow: _Flow, x: Tensor, outside: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Tensor | None:
+    """Put all but ``flow.second`` and the identities into ``outputs``; returns the reductions' grids."""
+    pass_, kernels, grids = outputs.pass_, outputs.pass_.kernels, None
+    outputs.z.update(zip(flow.outside, map(_planes, outside), strict=True))
+    if flow.first:
+        outputs.put(flow.first, *kernels.convolve(flow.convs(x, weights), pass_.exact))
+    if flow.reductions:
+        grids, *reduced = kernels.reduce(x, flow.halves(weights))
+        outputs.put(flow.reductions, *reduced)
+    normalised = [member for member in flow.outside if _batch_norm(member, 0) is not None]
+    if normalised:
+        zs = [outputs.z[member] for member in normalised]
+        outputs.put(normalised, zs, kernels.plane_moments(zs))
+    pools = flow.group.pools
+    if pools:
+        pooled = kernels.pool(x, flow.group.stride, {term.pool.kind for term in pools})
+        outputs.put(pools, *([of_kind[term.pool.kind] for term in pools] for of_kind in pooled))
+    outputs.normalise(0)
+    return grids
+
+
 class _ShareWeights(torch.autograd.Function):
     """The mixing weights for every node; the nodes write their gradients into one tensor."""
 
@@ -242,43 +289,16 @@ class _LeaveState(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, pass_: _Pass, flow: _Flow, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        kernels = pass_.kernels
         outside, weights = tensors[: len(flow.outside)], tensors[len(flow.outside) :]
-        z: dict[Any, Tensor] = dict(zip(flow.outside, map(_planes, outside), strict=True))
-        moments: dict[Any, Tensor] = {}
-
-        def put(members: Sequence[Any], zs: Sequence[Tensor], partial_moments: Sequence[Tensor]) -> None:
-            z.update(zip(members, zs, strict=True))
-            moments.update(zip(members, partial_moments, strict=True))
-
-        def statistics(members: Sequence[Any], block: int) -> dict[Any, Tensor]:
-            bns = [_batch_norm(member, block) for member in members]
-            if not members:
-                return {}
-            partial_moments = [moments[member] for member in members]
-            return dict(zip(members, kernels.statistics(bns, partial_moments, pass_.training), strict=True))
-
-        if flow.first:
-            put(flow.first, *kernels.convolve(flow.convs(x, weights), pass_.exact))
-        grids = None
-        if flow.reductions:
-            grids, *reduced = kernels.reduce(x, flow.halves(weights))
-            put(flow.reductions, *reduced)
-        normalised = [member for member in flow.outside if _batch_norm(member, 0) is not None]
-        if normalised:
-            zs = [z[member] for member in normalised]
-            put(normalised, zs, kernels.plane_moments(zs))
-        pools = flow.group.pools
-        if pools:
-            pooled, pool_moments = kernels.pool(x, flow.group.stride, {term.pool.kind for term in pools})
-            put(pools, *([of[term.pool.kind] for term in pools] for of in (pooled, pool_moments)))
-        stats = statistics([*flow.first, *flow.reductions, *normalised, *pools], 0)
+        outputs = _Outputs(pass_)
+        grids = _compute_first(outputs, flow, x, outside, weights)
+        z, stats = outputs.z, outputs.stats
         first_z, first_stats = dict(z), dict(stats)
         if flow.second:
             inputs, input_stats = [z[term] for term in flow.second], [stats[term] for term in flow.second]
             convs = flow.second_convs(inputs, input_stats, weights)
-            put(flow.second, *kernels.convolve(convs, pass_.exact))
-            stats.update(statistics(flow.second, 1))
+            outputs.put(flow.second, *pass_.kernels.convolve(convs, pass_.exact))
+            outputs.normalise(1)
         z.update((term, x.detach()) for term in flow.group.identities)
 
         for member, output in z.items():
