@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
+from neuroexapt.core.hooks import hooks_of
 from neuroexapt.core.operations import (
     DilConv,
     FactorizedConv,
@@ -182,12 +183,7 @@ class _EdgeState:
         self.ops = list(edge.ops._modules.values()) if type(edge) is MixedOp else []
         modules = list(edge.modules())
         self._inner = modules[1:]
-        # PyTorch never replaces these dictionaries, it fills them.
-        self._hooks = [
-            hooks
-            for m in modules
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
+        self._hooks = [hooks for module in modules for hooks in hooks_of(module)]
         self.runs_whole = self._must_run_whole(edge, training)
 
     def holds(self, edge: nn.Module, training: bool) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from neuroexapt.backend import Support, register_impl
+from neuroexapt.core.hooks import hooks_of
 from neuroexapt.core.operations import FactorizedReduce
 from neuroexapt.core.plan import splits_off
 from neuroexapt.cuda_ops import cell_kernels
@@ -66,21 +67,10 @@ def _refusals(x: Tensor, op: nn.Module, bn: nn.Module) -> Iterator[str]:
         yield "PyTorch does as well in evaluation mode"
     if x.numel() <= x.shape[1]:
         yield "no two values per channel"
-    if any(map(_has_hooks, op.modules())):
+    if any(any(hooks_of(module)) for module in op.modules()):
         yield "hooks want the modules"
     if torch.compiler.is_compiling():
         yield "torch.compile does not see through it"
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
 
 
 def run_relu_conv_bn(x: Tensor, op: nn.Sequential, kernels: Any) -> Tensor:

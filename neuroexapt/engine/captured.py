@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.candidates import free_launches
 from neuroexapt.backend.capture import try_to_capture
+from neuroexapt.core.hooks import hooks_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ class CapturedStep:
     The first such call runs the step as it is: a step like any other and at once the warm-up, which compiles
     kernels, fills caches and creates the states of optimizers. The second call captures, which computes
     nothing, and replays; so there is no state to put back. A step that cannot be captured goes on as it is,
-    and ``reason`` says why: it waits for the device, or hooks on ``network`` want to be called.
+    and ``reason`` says why: it waits for the device, or hooks on ``network`` want to be called. Hooks that
+    come after the capture are not.
     """
 
     def __init__(self, step: Step, network: nn.Module | None = None) -> None:
@@ -92,8 +94,8 @@ def _capture(step: Step, inputs: tuple[Tensor, ...], stream: torch.cuda.Stream, 
 
 def _hooks_of(network: nn.Module) -> str:
     """Which module has hooks, empty if none does."""
-    for name, m in network.named_modules():
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+    for name, module in network.named_modules():
+        if any(hooks_of(module)):
             return f"a graph would not call the hooks of {name or 'the network'}"
     return ""
 
