@@ -13,6 +13,7 @@ from neuroexapt.core import merged  # noqa: F401  (registers the plan's PyTorch 
 from neuroexapt.core.operations import FactorizedReduce, MixedOp, ReLUConvBN
 from neuroexapt.core.plan import CellPlan, plan_cell
 from neuroexapt.core.recompute import recomputed
+from neuroexapt.errors import UserError
 
 INPUTS = 2
 """States 0 and 1 of every cell: the outputs of the two cells before."""
@@ -73,6 +74,9 @@ class SearchCell(nn.Module):
 
     ``fused`` cells run by their plan, others one module after the other; those that ``recompute`` keep only
     ``s0``, ``s1`` and ``weights`` for their backward pass. Switch both whenever you like.
+
+    Raises:
+        UserError: ``weights`` is not [E, K].
     """
 
     recompute = False
@@ -96,6 +100,7 @@ class SearchCell(nn.Module):
             MixedOp(channels, edge_stride(source, reduction), primitives) for source, _ in topology.edges
         )
         self.channels_out = topology.nodes * channels
+        self._weights_shape = (len(topology.edges), len(primitives))
         self._plan: CellPlan | None = None
 
     def stride(self, source: int) -> int:
@@ -125,6 +130,8 @@ class SearchCell(nn.Module):
         return {**super().__getstate__(), "_plan": None}
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+        if weights.shape != self._weights_shape:
+            raise UserError(f"weights must have shape {[*self._weights_shape]}, not {[*weights.shape]}")
         if self.recompute and torch.is_grad_enabled():
             return recomputed(self, self._run, s0, s1, weights)
         return self._run(s0, s1, weights)

@@ -438,6 +438,16 @@ def test_an_unknown_execution_is_refused() -> None:
         make_supernet().set_execution("fastest")
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("shape", [(4, 8), (6, 8), (5, 7), (5,)])
+def test_refuses_weights_of_another_shape(fused: bool, shape: tuple[int, ...]) -> None:
+    cell = make_cell()
+    cell.fused = fused
+    s0, s1, _ = make_call(cell)
+    with pytest.raises(UserError, match=r"\[5, 8\], not \["):
+        cell(s0, s1, torch.zeros(shape, dtype=s0.dtype))
+
+
 def test_batches_of_one_value_a_channel_fail_as_module_by_module() -> None:
     cell = make_cell(reduction=True)
     call = make_call(cell, batch=1, height=2, width=2)
