@@ -251,6 +251,47 @@ def _compute_first(
     return grids
 
 
+class _Saved:
+    """What ``_LeaveState`` keeps for its backward pass, in the order of ``tensors``.
+
+    ``source``, which its methods take: what the gradient of each z starts from, and its coefficients.
+    """
+
+    def __init__(self, flow: _Flow, tensors: Sequence[Tensor]) -> None:
+        saved = iter(tensors)
+        self._flow = flow
+        self.x, self.mixing, self.grids = next(saved), next(saved), next(saved)
+        self.weights = [next(saved) for _ in flow.weights]
+        self.first_z: dict[Any, Tensor] = {
+            member: next(saved) for member in (*flow.first, *flow.reductions, *flow.outside)
+        }
+        self._first_stats = [next(saved) for _ in flow.second]
+        self._second_z = list(saved)
+
+    def second_grads(self, source: dict[Any, Any]) -> list[ConvGrad]:
+        terms = self._flow.second
+        inputs = [self.first_z[term] for term in terms]
+        convs = self._flow.second_convs(inputs, self._first_stats, self.weights)
+        return [
+            ConvGrad(conv, z, *source[term])
+            for term, conv, z in zip(terms, convs, self._second_z, strict=True)
+        ]
+
+    def first_grads(self, source: dict[Any, Any]) -> list[ConvGrad]:
+        convs = self._flow.convs(self.x, self.weights)
+        return [
+            ConvGrad(conv, self.first_z[term], *source[term])
+            for term, conv in zip(self._flow.first, convs, strict=True)
+        ]
+
+    def reduce_grads(self, source: dict[Any, Any]) -> list[ReduceGrad]:
+        halves = self._flow.halves(self.weights)
+        return [
+            ReduceGrad(pair, self.first_z[term], *source[term])
+            for term, pair in zip(self._flow.reductions, halves, strict=True)
+        ]
+
+
 class _ShareWeights(torch.autograd.Function):
     """The mixing weights for every node; the nodes write their gradients into one tensor."""
 
@@ -319,51 +360,39 @@ class _LeaveState(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor | None, *gs: Tensor) -> tuple[Tensor | None, ...]:
         pass_, flow, kernels = ctx.pass_, ctx.flow, ctx.pass_.kernels
-        saved = iter(ctx.saved_tensors)
-        x, mixing, grids = next(saved), next(saved), next(saved)
-        weights = [next(saved) for _ in flow.weights]
-        first_z = {member: next(saved) for member in (*flow.first, *flow.reductions, *flow.outside)}
-        first_stats = [next(saved) for _ in flow.second]
-        second_z = list(saved)
+        saved = _Saved(flow, ctx.saved_tensors)
         wants_weights = any(ctx.needs_input_grad[3 + len(flow.outside) :])
         g = dict(zip(flow.targets, map(_planes, gs), strict=True))
         # What the gradient of each z starts from, and its coefficients: of the last z, then of the first.
-        source = {member: (g[member.target], pass_.coefs.pop(member, None)) for member in first_z}
+        source = {member: (g[member.target], pass_.coefs.pop(member, None)) for member in saved.first_z}
         partials: list[Any] = []
 
         if flow.second:
-            inputs = [first_z[term] for term in flow.second]
-            convs = flow.second_convs(inputs, first_stats, weights)
-            grads = [
-                ConvGrad(conv, z, *source[term])
-                for term, conv, z in zip(flow.second, convs, second_z, strict=True)
-            ]
             us, coefs, second_partials = kernels.backward_second(
-                grads, pass_.exact, pass_.training, wants_weights
+                saved.second_grads(source), pass_.exact, pass_.training, wants_weights
             )
             source.update(zip(flow.second, zip(us, coefs, strict=True), strict=True))
             partials.append(second_partials)
         addends = [] if grad_x is None else [_planes(grad_x)]
         if flow.first:
-            grads = [
-                ConvGrad(conv, first_z[term], *source[term])
-                for term, conv in zip(flow.first, flow.convs(x, weights), strict=True)
-            ]
-            dxs, first_partials = kernels.backward_first(grads, pass_.exact, wants_weights)
+            dxs, first_partials = kernels.backward_first(
+                saved.first_grads(source), pass_.exact, wants_weights
+            )
             addends += dxs
             partials.insert(0, first_partials)
         if flow.reductions:
-            halves = zip(flow.reductions, flow.halves(weights), strict=True)
-            reductions = [ReduceGrad(pair, first_z[term], *source[term]) for term, pair in halves]
-            dx, reduce_partials = kernels.backward_reduce(x, grids, reductions, wants_weights)
+            dx, reduce_partials = kernels.backward_reduce(
+                saved.x, saved.grids, saved.reduce_grads(source), wants_weights
+            )
             addends.append(dx)
             partials.append(reduce_partials)
 
         dx = None
         pool_grads = _pool_grads(flow.group, g, pass_.coefs)
         if ctx.needs_input_grad[2] and (pool_grads or addends):
-            dx = kernels.state_gradient(x, flow.group.stride, pool_grads, mixing, addends)
-        grad_outside = _outside_gradients(kernels, flow.outside, first_z, source)
+            dx = kernels.state_gradient(saved.x, flow.group.stride, pool_grads, saved.mixing, addends)
+        grad_outside = _outside_gradients(kernels, flow.outside, saved.first_z, source)
+        weights = saved.weights
         grad_weights = (
             _weight_gradients(kernels, partials, weights) if wants_weights else [None] * len(weights)
         )
