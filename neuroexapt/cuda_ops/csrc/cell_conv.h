@@ -15,12 +15,9 @@ namespace cell_conv {
 using Address = std::uintptr_t;
 
 struct Shape {
-  int batch, channels, height, width;
+  int batch, channels, height, width;  // channels: 16, 32 or 64
   bool exact;  // products of fp32 grade (three TF32 products each) or of TF32 grade
 };
-
-// Channels that the stages are written for.
-constexpr bool supports_channels(int channels) { return channels == 16 || channels == 32 || channels == 64; }
 
 int forward_parts(const Shape& shape);
 int backward_parts(const Shape& shape);

@@ -188,7 +188,7 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job,
   }
 }
 
-// Adds to dx what a row of e contributes: the tap that reads it from Offset rows below.
+// Adds to dx what a row of e contributes by `w`, a row of taps.
 template <int K, int D>
 __device__ void gather_row(float (&dx)[8], const float (&window)[16], const float (&w)[K]) {
 #pragma unroll

@@ -27,7 +27,6 @@ struct Shape {
 constexpr int kMaxTerms = 96;    // of a node
 constexpr int kMaxEdges = 16;    // that leave a state
 constexpr int kMaxAddends = 64;  // of a state's gradient
-constexpr int kMaxWidth = 1024;  // of a state's pictures
 
 int parts(const Shape& shape);  // of every sum over pictures
 
