@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from neuroexapt.backend.registry import Support, register_impl
 from neuroexapt.core.batch_norm import normed_sum, sum_chunks
 from neuroexapt.core.layouts import Merging, choose_layout
-from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN, shift_by_one
+from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN, two_grids
 from neuroexapt.core.plan import (
     EPS,
     MOMENTUM,
@@ -221,10 +221,10 @@ class _Departure:
     def reductions(self, bundle: Bundle, weights: Tensor) -> Tensor:
         """All factorized reductions: their first halves as one convolution, their second halves as one."""
         ops = [term.module for term in bundle.terms]
-        x = self.layout.leave(self.active)
+        first, second = two_grids(self.layout.leave(self.active))
         halves = [
-            F.conv2d(x, torch.cat([op.conv_1.weight for op in ops]), stride=2),
-            F.conv2d(shift_by_one(x), torch.cat([op.conv_2.weight for op in ops]), stride=2),
+            F.conv2d(first, torch.cat([op.conv_1.weight for op in ops])),
+            F.conv2d(second, torch.cat([op.conv_2.weight for op in ops])),
         ]
         # [B, T, 2, C / 2, H, W], the order in which each reduction joins its own
         z = torch.cat([half.unflatten(1, (len(ops), -1)) for half in halves], dim=2).flatten(1, 2)

@@ -106,6 +106,18 @@ def test_factorized_reduce_refuses_odd_widths() -> None:
         FactorizedReduce(4, 5)
 
 
+def test_factorized_reduce_trains_on_large_channels_last_pictures() -> None:
+    # Where it was two convolutions of stride 2, PyTorch crashed here.
+    torch.manual_seed(0)
+    op = FactorizedReduce(4, 4)
+    exact = copy.deepcopy(op).double()
+    x = torch.randn(16, 4, 64, 64)
+    op.convolve(x.to(memory_format=torch.channels_last)).square().sum().backward()
+    exact.convolve(x.double()).square().sum().backward()
+    for conv, expected in ((op.conv_1, exact.conv_1), (op.conv_2, exact.conv_2)):
+        assert torch.allclose(conv.weight.grad.double(), expected.weight.grad, rtol=1e-4)
+
+
 def test_mixed_op_is_the_weighted_sum_of_its_ops() -> None:
     torch.manual_seed(0)
     mixed = MixedOp(C, 1).double()
