@@ -266,7 +266,7 @@ def test_compiles_for_hopper_with_few_spills(source, tmp_path):
     run = subprocess.run([*command, SOURCES / source], check=True, capture_output=True, text=True)
     spills = [int(stores) for stores in re.findall(r"(\d+) bytes spill stores", run.stderr)]
     assert len(spills) >= 6
-    # The walk over a state's convolutions keeps the input gradient in registers meanwhile. At 32 channels, with
-    # weight gradients and products of fp32 grade, that takes 524 bytes more than there are.
+    # The walk over a state's convolutions keeps the input gradient in registers meanwhile. At 32 channels,
+    # with weight gradients and products of fp32 grade, that takes 524 bytes more than there are.
     assert sorted(spills)[-2] <= 400
     assert max(spills) <= 524
