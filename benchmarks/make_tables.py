@@ -17,7 +17,7 @@ SHOWN_UNITS = {"ms": ("µs", 1e3), "bytes": ("MiB", 2**-20)}
 # Tables in which anything takes so long show milliseconds.
 LONG_MS = 100.0
 OURS = ("ext-graph", "ext", "fused", "triton", "plan")
-BASELINES = ("eager", "stack", "compile", "compile-graph", "floor")
+BASELINES = ("eager", "eager-graph", "stack", "compile", "compile-graph", "floor")
 
 
 def render(document: str, results: Path = RESULTS) -> str:
