@@ -5,9 +5,13 @@
 #include <stdexcept>
 
 #include "cell_conv.h"
+#include "launch.cuh"
 
 namespace cell_conv {
 namespace {
+
+using launching::check;
+using launching::launch;
 
 constexpr int kHalo = 4;  // columns beside a tile: what a 5 x 5 of dilation 2 reads; rows are as many as needed
 constexpr int kTapsPitch = 28;
@@ -263,18 +267,6 @@ __device__ void multiply(float (&sums)[4], const Fragment<4, kExact>& a, const F
 __device__ inline float sum_over_quad(float v) {  // of the four lanes that share g
   v += __shfl_xor_sync(~0u, v, 1);
   return v + __shfl_xor_sync(~0u, v, 2);
-}
-
-inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-}
-
-template <typename Launch>
-void launch(void (*kernel)(Launch), dim3 grid, dim3 threads, int shared_bytes, Address stream,
-            const Launch& parameters) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<grid, threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(parameters);
-  check(cudaGetLastError());
 }
 
 // Calls f with the channels as a compile-time constant.

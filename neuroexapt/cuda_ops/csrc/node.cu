@@ -10,8 +10,12 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "launch.cuh"
+
 namespace node {
 namespace {
+
+using launching::launch;
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 128;
@@ -634,20 +638,6 @@ __global__ void __launch_bounds__(kStateThreads, 4) state_kernel(const __grid_co
     }
     dx.store(launch.dx + int64_t(picture) * shape.channels * plane_pixels + pixel);
   }
-}
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-}
-
-template <typename Launch>
-void launch(void (*kernel)(Launch), dim3 grid, dim3 threads, int shared_bytes, Address stream,
-            const Launch& parameters) {
-  if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  }
-  kernel<<<grid, threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(parameters);
-  check(cudaGetLastError());
 }
 
 bool wide(Address data) { return data % 16 == 0; }

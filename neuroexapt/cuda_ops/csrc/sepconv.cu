@@ -18,8 +18,13 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "launch.cuh"
+
 namespace sepconv {
 namespace {
+
+using launching::check;
+using launching::launch;
 
 constexpr int kThreads = 256;
 constexpr int kChannels = 16;                    // that a block of the backward pass owns
@@ -496,18 +501,6 @@ __global__ void __launch_bounds__(kReduceColumns * kReduceSplits)
   output(pointwise ? job.pointwise_grad : job.depthwise_grad)[i] = sum;
 }
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-}
-
-template <typename Job>
-void launch(void (*kernel)(Launch<Job>), dim3 grid, int shared_bytes, Address stream,
-            const Launch<Job>& parameters) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<grid, kThreads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(parameters);
-  check(cudaGetLastError());
-}
-
 template <typename Job>
 Launch<Job> parameters_of(const Shape& shape, const std::vector<Job>& jobs, int rows) {
   if (jobs.size() > kMaxJobs) throw std::invalid_argument("too many convolutions in one launch");
@@ -540,7 +533,8 @@ void specialise(const Shape& shape, F f) {
 void forward(const Shape& shape, const std::vector<Job>& jobs, int rows, int shared_bytes, Address stream) {
   const Launch<Job> parameters = parameters_of(shape, jobs, rows);
   specialise(shape, [&](auto variant) {
-    launch(variant.kForward, dim3(shape.batch * (shape.OH / rows), jobs.size()), shared_bytes, stream, parameters);
+    launch(variant.kForward, dim3(shape.batch * (shape.OH / rows), jobs.size()), kThreads, shared_bytes, stream,
+           parameters);
   });
 }
 
@@ -548,7 +542,8 @@ void backward(const Shape& shape, const std::vector<GradJob>& jobs, int rows, in
   const Launch<GradJob> parameters = parameters_of(shape, jobs, rows);
   const int tiles = shape.batch * (shape.OH / rows);
   specialise(shape, [&](auto variant) {
-    launch(variant.kBackward, dim3(tiles, shape.C / kChannels, jobs.size()), shared_bytes, stream, parameters);
+    launch(variant.kBackward, dim3(tiles, shape.C / kChannels, jobs.size()), kThreads, shared_bytes, stream,
+           parameters);
   });
   const int pointwise_size = jobs[0].pointwise_grad ? shape.O * shape.C : 0;
   const int depthwise_size = jobs[0].depthwise_grad ? shape.C * shape.K * shape.K : 0;

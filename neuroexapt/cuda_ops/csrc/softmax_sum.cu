@@ -11,10 +11,13 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <stdexcept>
 #include <type_traits>
 
+#include "launch.cuh"
+
 namespace {
+
+using launching::check;
 
 constexpr int kWarp = 32;
 constexpr int kForwardThreads = 128;
@@ -316,10 +319,6 @@ __global__ void __launch_bounds__(kReduceThreads)
     for (int j = 0; j < K; ++j) mean += weights[j] * dots[j];
     grad_scores[k] = is_logits ? weights[k] * (dots[k] - mean) : dots[k];
   }
-}
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
 bool aligned(const std::vector<Address>& addresses) {
