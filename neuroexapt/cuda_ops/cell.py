@@ -61,7 +61,7 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
     flows = [_Flow(group) for group in plan.states]
     convs = [term for state in plan.states for term in state.convs]
     pools = [term for state in plan.states for term in state.pools]
-    tensors = (*states, weights, *_own_tensors(plan))
+    tensors = (*states, weights, *_own_tensors(plan, flows))
     if any(tensor.dtype != torch.float32 for tensor in tensors):
         yield "only fp32"
     if any(tensor.device != weights.device for tensor in tensors):
@@ -99,10 +99,10 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield f"{len(plan.nodes)} nodes"
 
 
-def _own_tensors(plan: CellPlan) -> Iterator[Tensor]:
+def _own_tensors(plan: CellPlan, flows: "Sequence[_Flow]") -> Iterator[Tensor]:
     """What the kernels read besides their arguments: weights and running statistics."""
-    for group in plan.states:
-        yield from _Flow(group).weights
+    for flow in flows:
+        yield from flow.weights
     for node in plan.nodes:
         bns = (term.bn for term in node.terms if term.bn is not None)
         yield from (bn.running_mean for bn in bns if bn.running_mean is not None)

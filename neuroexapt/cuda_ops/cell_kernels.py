@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from neuroexapt.core.operations import shift_by_one
 from neuroexapt.core.plan import EPS, MOMENTUM, POOL_SIZE
 from neuroexapt.cuda_ops import sepconv
+from neuroexapt.cuda_ops.arguments import addresses, current_stream, strided
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.kernels import reference
 from neuroexapt.kernels.sepconv import Call
@@ -89,14 +90,14 @@ def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Ten
     moments = _empty(convs[0].x, len(convs), kernels.cell_conv_forward_parts(shape), zs[0].shape[1], 3)
     jobs = [
         kernels.ConvJob(
-            *_strided(conv.x),
-            *_addresses(conv.stats, conv.depthwise, conv.pointwise, z, m),
+            *strided(conv.x),
+            *addresses(conv.stats, conv.depthwise, conv.pointwise, z, m),
             conv.depthwise.shape[-1],
             conv.dilation,
         )
         for conv, z, m in zip(convs, zs, moments, strict=True)
     ]
-    kernels.cell_conv_forward(shape, jobs, _stream())
+    kernels.cell_conv_forward(shape, jobs, current_stream())
     return zs, moments
 
 
@@ -111,12 +112,12 @@ def backward_second(
     sums = _empty(grads[0].z, len(grads), parts, channels, 2)
     coefs = _empty(grads[0].z, len(grads), channels, 4)
     partials = _partials(grads, parts, wants_weights)
-    kernels.cell_conv_backward_second(shape, _grad_jobs(grads, us, sums, partials), _stream())
+    kernels.cell_conv_backward_second(shape, _grad_jobs(grads, us, sums, partials), current_stream())
     jobs = [
-        kernels.ConvCoefJob(*_addresses(sum_, grad.conv.stats, coef))
+        kernels.ConvCoefJob(*addresses(sum_, grad.conv.stats, coef))
         for sum_, grad, coef in zip(sums, grads, coefs, strict=True)
     ]
-    kernels.cell_conv_first_coefficients(shape, training, jobs, _stream())
+    kernels.cell_conv_first_coefficients(shape, training, jobs, current_stream())
     return us, coefs, partials
 
 
@@ -130,7 +131,7 @@ def backward_first(
     dxs = _empty_like(grads[0].z, kernels.cell_conv_dx_splits(shape, len(grads)))
     partials = _partials(grads, kernels.cell_conv_backward_parts(shape), wants_weights)
     jobs = _grad_jobs(grads, [dxs[0]] * len(grads), [None] * len(grads), partials)
-    kernels.cell_conv_backward_first(shape, jobs, _stream())
+    kernels.cell_conv_backward_first(shape, jobs, current_stream())
     return dxs, partials
 
 
@@ -195,10 +196,10 @@ def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> li
     kernels = extension()
     gradients = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     jobs = [
-        kernels.ConvReduceJob(*_addresses(partial, gradient), gradient.numel(), partial.shape[0])
+        kernels.ConvReduceJob(*addresses(partial, gradient), gradient.numel(), partial.shape[0])
         for partial, gradient in zip(partials, gradients, strict=True)
     ]
-    kernels.cell_conv_reduce(jobs, _stream())
+    kernels.cell_conv_reduce(jobs, current_stream())
     return gradients
 
 
@@ -206,8 +207,8 @@ def plane_moments(zs: Sequence[Tensor]) -> list[Tensor]:
     """``moments`` of tensors that no kernel of ours wrote."""
     kernels, shape = extension(), _shape(zs[0])
     moments = _empty(zs[0], len(zs), kernels.node_parts(shape), zs[0].shape[1], 3)
-    jobs = [kernels.MomentsJob(_tensor(z), *_addresses(m)) for z, m in zip(zs, moments, strict=True)]
-    kernels.node_moments(shape, jobs, _stream())
+    jobs = [kernels.MomentsJob(_tensor(z), *addresses(m)) for z, m in zip(zs, moments, strict=True)]
+    kernels.node_moments(shape, jobs, current_stream())
     return moments
 
 
@@ -220,7 +221,7 @@ def pool(x: Tensor, stride: int, kinds: set[str]) -> tuple[dict[str, Tensor], di
     moments = _empty(x, len(kinds), kernels.node_pool_parts(shape), channels, 3)
     moments_of = dict(zip(sorted(kinds), moments, strict=True))
     outputs = (zs.get("max"), moments_of.get("max"), zs.get("avg"), moments_of.get("avg"))
-    kernels.node_pool(shape, kernels.PoolJob(_tensor(x), *_addresses(*outputs)), _stream())
+    kernels.node_pool(shape, kernels.PoolJob(_tensor(x), *addresses(*outputs)), current_stream())
     return zs, moments_of
 
 
@@ -232,11 +233,11 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], trainin
         kernels.StatsJob(
             m.data_ptr() if training else 0,
             m.shape[0],
-            *_addresses(s, bn.running_mean, bn.running_var, bn.num_batches_tracked),
+            *addresses(s, bn.running_mean, bn.running_var, bn.num_batches_tracked),
         )
         for bn, m, s in zip(bns, moments, stats, strict=True)
     ]
-    kernels.node_finalize(channels, EPS, MOMENTUM, jobs, _stream())
+    kernels.node_finalize(channels, EPS, MOMENTUM, jobs, current_stream())
     return stats
 
 
@@ -244,10 +245,10 @@ def add_up(summands: Sequence[Summand], weights: Tensor | None, y: Tensor) -> No
     """y = the sum of ``summands``."""
     kernels = extension()
     terms = [
-        kernels.NodeTerm(_tensor(term.z), *_addresses(term.stats), _element(weights, term.entry))
+        kernels.NodeTerm(_tensor(term.z), *addresses(term.stats), _element(weights, term.entry))
         for term in summands
     ]
-    kernels.node_sum(_shape(y), terms, _tensor(y), _stream())
+    kernels.node_sum(_shape(y), terms, _tensor(y), current_stream())
 
 
 def backward_add_up(
@@ -261,18 +262,18 @@ def backward_add_up(
     kernels, shape = extension(), _shape(g)
     coefs = _empty(g, len(summands), g.shape[1], 4)
     dots = g.new_empty(1 + len(summands), g.shape[1], kernels.node_parts(shape))
-    terms = [kernels.NodeTerm(_tensor(term.z), *_addresses(term.stats), 0) for term in summands]
-    kernels.node_dots(shape, terms, _tensor(g), dots.data_ptr(), _stream())
+    terms = [kernels.NodeTerm(_tensor(term.z), *addresses(term.stats), 0) for term in summands]
+    kernels.node_dots(shape, terms, _tensor(g), dots.data_ptr(), current_stream())
     gradients = [
         kernels.NodeTermGradient(
-            *_addresses(term.stats),
+            *addresses(term.stats),
             _element(weights, term.entry),
             0 if grad_weights is None else _element(grad_weights, term.entry),
             coef.data_ptr(),
         )
         for term, coef in zip(summands, coefs, strict=True)
     ]
-    kernels.node_coefficients(shape, training, gradients, dots.data_ptr(), _stream())
+    kernels.node_coefficients(shape, training, gradients, dots.data_ptr(), current_stream())
     return coefs
 
 
@@ -281,10 +282,10 @@ def affine_gradients(gs: Sequence[Tensor], zs: Sequence[Tensor], coefs: Sequence
     kernels = extension()
     dzs = _empty_like(zs[0], len(zs))
     jobs = [
-        kernels.AffineJob(_tensor(g), _tensor(z), *_addresses(coef, dz))
+        kernels.AffineJob(_tensor(g), _tensor(z), *addresses(coef, dz))
         for g, z, coef, dz in zip(gs, zs, coefs, dzs, strict=True)
     ]
-    kernels.node_affine_gradient(_shape(zs[0]), jobs, _stream())
+    kernels.node_affine_gradient(_shape(zs[0]), jobs, current_stream())
     return dzs
 
 
@@ -297,13 +298,18 @@ def state_gradient(
     edges = [
         kernels.StateEdge(
             _tensor(grad.g),
-            *_addresses(grad.max_coef, grad.avg_coef),
+            *addresses(grad.max_coef, grad.avg_coef),
             _element(weights, grad.identity),
         )
         for grad in grads
     ]
     kernels.node_state_gradient(
-        _pool_shape(x, stride), _tensor(x), edges, list(map(_tensor, addends)), dx.data_ptr(), _stream()
+        _pool_shape(x, stride),
+        _tensor(x),
+        edges,
+        list(map(_tensor, addends)),
+        dx.data_ptr(),
+        current_stream(),
     )
     return dx
 
@@ -397,10 +403,10 @@ def _grad_jobs(
     none: list[Tensor | None] = [None] * len(grads)
     return [
         job(
-            *_strided(grad.g),
-            *_addresses(grad.z, grad.coef),
-            *_strided(grad.conv.x),
-            *_addresses(grad.conv.stats, grad.conv.depthwise, grad.conv.pointwise, dx, *partial),
+            *strided(grad.g),
+            *addresses(grad.z, grad.coef),
+            *strided(grad.conv.x),
+            *addresses(grad.conv.stats, grad.conv.depthwise, grad.conv.pointwise, dx, *partial),
             grad.conv.depthwise.shape[-1],
             grad.conv.dilation,
         )
@@ -440,12 +446,8 @@ def _pool_shape(x: Tensor, stride: int) -> Any:
     return extension().PoolShape(*x.shape, -(-height // stride), -(-width // stride), POOL_SIZE, stride)
 
 
-def _strided(x: Tensor) -> tuple[int, int]:
-    return x.data_ptr(), x.stride(0)
-
-
 def _tensor(x: Tensor) -> Any:
-    return extension().NodeTensor(*_strided(x))
+    return extension().NodeTensor(*strided(x))
 
 
 def _element(weights: Tensor | None, entry: tuple[int, int] | None) -> int:
@@ -453,11 +455,3 @@ def _element(weights: Tensor | None, entry: tuple[int, int] | None) -> int:
     if weights is None or entry is None:
         return 0
     return weights.data_ptr() + weights.element_size() * (entry[0] * weights.shape[1] + entry[1])
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream

@@ -4,7 +4,7 @@ Neither relu(x) nor the gradient of what a convolution leaves are ever stored. P
 a BatchNorm one block: 16 blocks for a GPU of 132 multiprocessors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,15 +84,29 @@ def run_factorized_reduce(x: Tensor, op: FactorizedReduce, kernels: Any) -> Tens
     return _FactorizedReduce.apply(kernels, op.bn, x, op.conv_1.weight, op.conv_2.weight)
 
 
+def _normalise(
+    kernels: Any, bn: nn.BatchNorm2d, z: Tensor, moments: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """y, and the ``stats`` that it was normalised by."""
+    (stats,) = kernels.statistics([bn], moments, True)
+    y = torch.empty_like(z)
+    kernels.add_up([Summand(z, stats, None)], None, y)
+    return y, stats
+
+
+def _backward_normalise(kernels: Any, z: Tensor, stats: Tensor, g: Tensor) -> Tensor:
+    """The ``coef`` by which z's gradient follows from g."""
+    (coef,) = kernels.backward_add_up([Summand(z, stats, None)], None, g, None, True)
+    return coef
+
+
 class _ReLUConvBN(torch.autograd.Function):
     """W · relu(x), normalised."""
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, bn: nn.BatchNorm2d, x: Tensor, weight: Tensor) -> Tensor:
         z = kernels.multiply(x, weight)
-        (stats,) = kernels.statistics([bn], kernels.plane_moments([z]), True)
-        y = torch.empty_like(z)
-        kernels.add_up([Summand(z, stats, None)], None, y)
+        y, stats = _normalise(kernels, bn, z, kernels.plane_moments([z]))
         ctx.kernels = kernels
         ctx.save_for_backward(x, weight, z, stats)
         return y
@@ -102,7 +116,7 @@ class _ReLUConvBN(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
         x, weight, z, stats = ctx.saved_tensors
         g = g.contiguous()
-        (coef,) = ctx.kernels.backward_add_up([Summand(z, stats, None)], None, g, None, True)
+        coef = _backward_normalise(ctx.kernels, z, stats, g)
         return None, None, *ctx.kernels.backward_multiply(x, weight, z, g, coef, ctx.needs_input_grad[2:])
 
 
@@ -112,9 +126,7 @@ class _FactorizedReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, bn: nn.BatchNorm2d, x: Tensor, *weights: Tensor) -> Tensor:
         grids, (z,), moments = kernels.reduce(x, [weights])
-        (stats,) = kernels.statistics([bn], moments, True)
-        y = torch.empty_like(z)
-        kernels.add_up([Summand(z, stats, None)], None, y)
+        y, stats = _normalise(kernels, bn, z, moments)
         ctx.kernels = kernels
         ctx.save_for_backward(x, *weights, grids, z, stats)
         return y
@@ -125,7 +137,7 @@ class _FactorizedReduce(torch.autograd.Function):
         x, *weights, grids, z, stats = ctx.saved_tensors
         g = g.contiguous()
         wants_weights = any(ctx.needs_input_grad[3:])
-        (coef,) = ctx.kernels.backward_add_up([Summand(z, stats, None)], None, g, None, True)
+        coef = _backward_normalise(ctx.kernels, z, stats, g)
         grad = ReduceGrad(tuple(weights), z, g, coef)
         dx, partials = ctx.kernels.backward_reduce(x, grids, [grad], wants_weights)
         if not wants_weights:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
+from neuroexapt.cuda_ops.arguments import addresses, current_stream, strided
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.kernels import sepconv as shared
 
@@ -107,9 +108,9 @@ def launch_forward(calls: Sequence[shared.Call], ys: Sequence[Tensor]) -> None:
     rows = _rows(ys[0].shape[2], len(calls) * ys[0].shape[0], floats)
     operands = [tuple(map(_dense, call[:3])) for call in calls]
     jobs = [
-        kernels.SepConvJob(*_addresses(*three, y), y.stride(0)) for three, y in zip(operands, ys, strict=True)
+        kernels.SepConvJob(*addresses(*three, y), y.stride(0)) for three, y in zip(operands, ys, strict=True)
     ]
-    kernels.sepconv_forward(_shape(calls[0], ys[0]), jobs, rows, 4 * floats(rows), _stream())
+    kernels.sepconv_forward(_shape(calls[0], ys[0]), jobs, rows, 4 * floats(rows), current_stream())
 
 
 def launch_backward(
@@ -121,10 +122,10 @@ def launch_backward(
     operands = [tuple(map(_dense, call[:3])) for call in calls]
     gs = [_dense_pictures(source.g) for source in sources]
     jobs = [
-        kernels.SepConvGradJob(*_strided(g), *_strided(source.z), *_addresses(source.coef, *three, *where))
+        kernels.SepConvGradJob(*strided(g), *strided(source.z), *addresses(source.coef, *three, *where))
         for g, source, three, where in zip(gs, sources, operands, results, strict=True)
     ]
-    kernels.sepconv_backward(_shape(calls[0], gs[0]), jobs, rows, 4 * floats(rows), _stream())
+    kernels.sepconv_backward(_shape(calls[0], gs[0]), jobs, rows, 4 * floats(rows), current_stream())
 
 
 def partials(
@@ -201,18 +202,6 @@ def _dense_pictures(x: Tensor) -> Tensor:
     if x[0].is_contiguous() and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _strided(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
 
 
 def _round_up_4(n: int) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from neuroexapt.backend import list_backends, register_impl
+from neuroexapt.cuda_ops.arguments import addresses, current_stream
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.kernels import softmax_sum as shared
 
@@ -13,7 +14,7 @@ from neuroexapt.kernels import softmax_sum as shared
 def _forward(xs: list[Tensor], scores: Tensor, y: Tensor, is_logits: bool) -> None:
     with torch.cuda.device(y.device):
         extension().softmax_sum_forward(
-            _addresses(xs), scores.data_ptr(), y.data_ptr(), *_size_and_dtype(y), is_logits, _stream()
+            addresses(*xs), scores.data_ptr(), y.data_ptr(), *_size_and_dtype(y), is_logits, current_stream()
         )
 
 
@@ -30,27 +31,19 @@ def _backward(
         partials = scores.new_empty(len(xs), kernels.MAX_SPLITS)
         kernels.softmax_sum_backward(
             grad_y.data_ptr(),
-            _addresses(xs),
+            addresses(*xs),
             scores.data_ptr(),
-            _addresses(grad_xs),
-            *_addresses([grad_scores]),
+            addresses(*grad_xs),
+            *addresses(grad_scores),
             partials.data_ptr(),
             *_size_and_dtype(grad_y),
             is_logits,
-            _stream(),
+            current_stream(),
         )
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _size_and_dtype(x: Tensor) -> tuple[int, object]:
     return x.numel(), getattr(extension().DType, str(x.dtype).removeprefix("torch."))
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
 
 
 softmax_sum, weighted_sum = shared.define_ops("ext", _forward, _backward)
