@@ -1,4 +1,4 @@
-"""Copying many tensors at once, and keeping a module's buffers."""
+"""Copying many tensors at once, and a module's buffers for a while."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +20,11 @@ def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Whatever runs inside leaves the buffers of ``module``, such as running statistics, as they were.
+def buffers_copied(module: nn.Module) -> Iterator[None]:
+    """Whatever runs inside sees and changes copies of the buffers of ``module``, its running statistics.
 
-    It sees copies: buffers that were put back would count as changed since autograd saved them.
+    Unlike buffers that are put back (``backend.kernel_graph.buffers_kept``), these never count as changed
+    since autograd saved them; but a graph that is captured inside goes on with the copies.
     """
     found = [
         (part._buffers, name, buffer)

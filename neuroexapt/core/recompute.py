@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from neuroexapt.core.buffers import buffers_kept
+from neuroexapt.core.buffers import buffers_copied
 
 
 def recomputed(module: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -23,6 +23,6 @@ def recomputed(module: nn.Module, function: Callable[..., Tensor], *inputs: Tens
     run = partial(contextvars.copy_context().run, function)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), buffers_kept(module)
+        return nullcontext(), buffers_copied(module)
 
     return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from neuroexapt.core.buffers import buffers_kept, copy_tensors
+from neuroexapt.core.buffers import buffers_copied, copy_tensors
 from neuroexapt.engine.bilevel import Batch, BilevelStep, Gradients, Strategy
 
 FINITE_DIFFERENCE_RADIUS = 1e-2
@@ -40,7 +40,7 @@ class SecondOrderDarts(Darts):
         direction = _sgd_direction(step, step.gradients(train, weights).gradients)
 
         copy_tensors(weights, torch._foreach_sub(saved, torch._foreach_mul(direction, eta)))
-        with buffers_kept(step.supernet):
+        with buffers_copied(step.supernet):
             unrolled = step.gradients(valid, [*alphas, *weights])
         at_unrolled, vector = unrolled.gradients[: len(alphas)], unrolled.gradients[len(alphas) :]
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuroexapt.core.buffers import buffers_kept
+from neuroexapt.core.buffers import buffers_copied
 from neuroexapt.core.recompute import recomputed
 from neuroexapt.core.supernet import Supernet
-from neuroexapt.engine.bilevel import Batch, BilevelStep
+from neuroexapt.engine.bilevel import Batch
 from neuroexapt.spaces import DARTS
-from neuroexapt.strategies import get_strategy
+from tests.core.bilevel_step import make_step
 
 
 def make_supernet() -> Supernet:
@@ -28,14 +28,7 @@ def make_batches() -> tuple[Batch, Batch]:
 
 
 def take_step(supernet: Supernet, strategy: str) -> None:
-    step = BilevelStep(
-        supernet,
-        get_strategy(strategy),
-        torch.optim.SGD(supernet.weights(), 0.1, momentum=0.9),
-        torch.optim.Adam(supernet.arch_parameters(), 0.01),
-        grad_clip=5.0,
-    )
-    step(*make_batches())
+    make_step(supernet, strategy)(*make_batches())
 
 
 @pytest.mark.parametrize("execution", ["fused", "reference"])
@@ -131,7 +124,7 @@ def test_runs_again_with_the_context_variables_of_the_first_run():
 def test_buffers_are_kept_though_their_module_changes_them():
     bn = nn.BatchNorm2d(2)
     before = copy.deepcopy(bn.state_dict())
-    with buffers_kept(bn):
+    with buffers_copied(bn):
         bn(torch.randn(2, 2, 3, 3))
         assert bn.num_batches_tracked == 1
     assert all(torch.equal(bn.state_dict()[name], value) for name, value in before.items())
