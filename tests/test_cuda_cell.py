@@ -2,8 +2,6 @@
 
 import copy
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -15,8 +13,8 @@ from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.cuda_ops import cell_kernels, preprocess
-from neuroexapt.cuda_ops.build import SOURCES
 from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, ReduceGrad, Summand
+from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
 from tests.cuda_ops.test_cell import (
     make_cell,
@@ -30,7 +28,6 @@ from tests.cuda_ops.test_cell import (
 )
 
 gpu = pytest.mark.gpu
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
 # Wide and narrow accesses, several planes a block and several blocks a plane.
@@ -527,9 +524,7 @@ def test_is_chosen_for_fp32():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_keeps_everything_in_registers(tmp_path, arch):
-    command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
-    command += [SOURCES / "node.cu", "-o", tmp_path / "node.cubin"]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    report = assembler_report("node.cu", arch, tmp_path)
     # Spills show there, and so do arrays that a loop left rolled indexes at run time.
     frames = [int(n) for n in re.findall(r"(\d+) bytes stack frame", report)]
     assert len(frames) == 16  # all but two for wide and narrow accesses, those of windows also for stride 2

@@ -1,8 +1,6 @@
 """The fused cell's convolution stages in CUDA C++ against fp64; without a GPU, their compilation."""
 
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
 
 import pytest
@@ -10,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuroexapt.cuda_ops.build import SOURCES, extension
+from neuroexapt.cuda_ops.build import extension
+from tests.cuda_compilation import assembler_report, needs_nvcc
 
 gpu = pytest.mark.gpu
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
 
 KINDS = ((3, 1), (5, 1), (3, 2), (5, 2))
 SHAPES = [  # batch, channels, height, width
@@ -262,9 +260,8 @@ def test_the_first_coefficients_differentiate_a_batch_norm():
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["cell_conv_forward.cu", "cell_conv_backward.cu"])
 def test_compiles_for_hopper_with_few_spills(source, tmp_path):
-    command = ["nvcc", "-std=c++17", "-cubin", "-arch=sm_90", "-Xptxas", "-v", "-o", tmp_path / "out.cubin"]
-    run = subprocess.run([*command, SOURCES / source], check=True, capture_output=True, text=True)
-    spills = [int(stores) for stores in re.findall(r"(\d+) bytes spill stores", run.stderr)]
+    report = assembler_report(source, 90, tmp_path)
+    spills = [int(stores) for stores in re.findall(r"(\d+) bytes spill stores", report)]
     assert len(spills) >= 6
     # The walk over a state's convolutions keeps the input gradient in registers meanwhile. At 32 channels,
     # with weight gradients and products of fp32 grade, 524 bytes have no room; compilations differ a little.

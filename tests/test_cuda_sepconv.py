@@ -2,8 +2,6 @@
 
 import itertools
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -12,13 +10,12 @@ from torch import Tensor
 from neuroexapt.backend.dispatch import explain
 from neuroexapt.backend.registry import use_backend
 from neuroexapt.cuda_ops import sepconv as ext
-from neuroexapt.cuda_ops.build import SOURCES
 from neuroexapt.kernels import reference
+from tests.cuda_compilation import assembler_report, needs_nvcc
 
 TOLERANCE = 2e-5
 NAMES = ("y", "dx", "depthwise_grad", "pointwise_grad")
 gpu = pytest.mark.gpu
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -194,9 +191,7 @@ def test_tiles_fit_in_shared_memory():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_keeps_everything_in_registers(tmp_path, arch):
-    command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
-    command += [SOURCES / "sepconv.cu", "-o", tmp_path / "sepconv.cubin"]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    report = assembler_report("sepconv.cu", arch, tmp_path)
     # Spills show there, and so do arrays that a loop left rolled indexes at run time.
     frames = [int(n) for n in re.findall(r"(\d+) bytes stack frame", report)]
     assert len(frames) == 19  # both ways: two kernel sizes, strides and dilations, 1x1; and one more

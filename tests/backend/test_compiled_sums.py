@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from neuroexapt.cuda_ops.build import SOURCES
-
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+from tests.cuda_compilation import assembler_report, needs_nvcc
 
 
 def resources(assembler_output: str) -> list[tuple[str, int, int]]:
@@ -25,14 +23,9 @@ def resources(assembler_output: str) -> list[tuple[str, int, int]]:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", [80, 90])
 def test_the_cuda_kernels_spill_nothing(architecture, tmp_path):
-    command = ["nvcc", "-std=c++17", "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
-    output = tmp_path / "softmax_sum.cubin"
-    done = subprocess.run(
-        [*command, SOURCES / "softmax_sum.cu", "-o", output], check=True, capture_output=True, text=True
-    )
-    kernels = resources(done.stderr)
+    kernels = resources(assembler_report("softmax_sum.cu", architecture, tmp_path))
     assert len(kernels) == 19  # 3 dtypes, wide or not: forward and two backwards; and one reduction
     assert [kernel for kernel in kernels if kernel[2]] == []
     # 64 leaves room for 2 blocks of 512 threads in a multiprocessor, which backward counts on.

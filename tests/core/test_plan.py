@@ -24,10 +24,10 @@ from neuroexapt.core.operations import (
 )
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.core.supernet import Supernet
-from neuroexapt.engine.bilevel import Batch, BilevelStep
+from neuroexapt.engine.bilevel import Batch
 from neuroexapt.errors import UserError
 from neuroexapt.spaces import DARTS
-from neuroexapt.strategies import get_strategy
+from tests.core.bilevel_step import make_step
 
 TWO_NODES = CellTopology(nodes=2)
 LAYOUTS = {
@@ -343,13 +343,7 @@ def batches(number: int) -> Iterator[tuple[Batch, Batch]]:
 def search(executions: list[str], strategy: str) -> dict[str, Tensor]:
     """The state after one bilevel step for each of ``executions``."""
     supernet = make_supernet()
-    step = BilevelStep(
-        supernet,
-        get_strategy(strategy),
-        torch.optim.SGD(supernet.weights(), 0.1, momentum=0.9),
-        torch.optim.Adam(supernet.arch_parameters(), 0.01),
-        grad_clip=5.0,
-    )
+    step = make_step(supernet, strategy)
     for execution, (train, valid) in zip(executions, batches(len(executions)), strict=True):
         supernet.set_execution(execution)
         step(train, valid)
