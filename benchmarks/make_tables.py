@@ -69,7 +69,7 @@ def _table(figures: list[dict]) -> str:
     versions = f"torch {last['torch']}, triton {last['triton']}, CUDA {last['cuda']}"
     return "\n".join(
         [
-            f"{last['device']}, {versions}, commit {last['commit']}, {last['date']}. "
+            f"{last['device']}, {versions}, commit {last['commit'][:7]}, {last['date']}. "
             f"Medians{f' in {unit}' if unit else ''}; p20 to p80 span at most {spread:.0%} of them.",
             "",
             _line(header),
