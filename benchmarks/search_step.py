@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from neuroexapt.backend import dispatch_report
-from neuroexapt.core.cells import INPUTS, SearchCell
+from neuroexapt.core.cells import SearchCell
 from neuroexapt.core.plan import ConvTerm
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.engine.bilevel import Batch, BilevelStep
@@ -300,8 +300,8 @@ def cell_planes(cell: SearchCell) -> tuple[int, int]:
         edges = len({term.edge for term in (*group.convs, *group.pools, *group.identities, *group.modules)})
         with_halves = len({term.edge for term in group.convs if _has_halves(term)})
         states = 3 + 2 * pooling
-        inputs += states if group.state < INPUTS else 0
-        nodes += states if group.state >= INPUTS else 0
+        inputs += states if group.state < cell.topology.inputs else 0
+        nodes += states if group.state >= cell.topology.inputs else 0
         nodes += 4 * singles + 10 * halves + edges + with_halves
     return inputs, nodes + 2 * len(cell.plan.nodes)
 

@@ -117,17 +117,17 @@ def factorized_reduce(x: Tensor, op: nn.Module) -> Tensor:
 
 
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``node_j = Σ_{i<j} MixedOp_ij(state_i, weights_ij)`` by plan; the output joins all nodes.
+    """``node_j = Σ_{i<j} MixedOp_ij(state_i, weights_ij)`` by plan; the output joins ``plan.outputs``.
 
     Running statistics of the plan's BatchNorms are updated in training mode.
 
     Args:
         plan: what ``neuroexapt.core.plan.plan_cell`` made of a search cell.
-        states: the cell's two inputs [B, C, H, W], of its own width.
+        states: the cell's inputs [B, C, H, W], of its own width.
         weights: [E, K], a row an edge, used as they are.
 
     Returns:
-        [B, nodes · C, ⌈H / stride⌉, ⌈W / stride⌉].
+        [B, len(plan.outputs) · C, ⌈H / stride⌉, ⌈W / stride⌉].
     """
     return dispatch("cell", _plan_for(states[0], plan), states, weights)
 

@@ -15,37 +15,46 @@ from neuroexapt.core.plan import CellPlan, plan_cell
 from neuroexapt.core.recompute import recomputed
 from neuroexapt.errors import UserError
 
-INPUTS = 2
-"""States 0 and 1 of every cell: the outputs of the two cells before."""
-
 
 @dataclass(frozen=True)
 class CellTopology:
-    """``nodes`` intermediate states, each fed by every earlier state."""
+    """``nodes`` states, each fed by every earlier state, after ``inputs`` that the cells before made.
+
+    The output joins all nodes; with ``last_node_only`` it is the last one.
+    """
 
     nodes: int = 4
+    inputs: int = 2
+    last_node_only: bool = False
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The nodes as states."""
+        return tuple(range(self.inputs, self.inputs + self.nodes))
 
     @property
     def edges(self) -> tuple[tuple[int, int], ...]:
         """``(source, target)`` of every edge in the order of the rows of α."""
-        targets = range(INPUTS, INPUTS + self.nodes)
-        return tuple((source, target) for target in targets for source in range(target))
+        return tuple((source, target) for target in self.targets for source in range(target))
 
     @property
     def concat(self) -> tuple[int, ...]:
-        return tuple(range(INPUTS, INPUTS + self.nodes))
+        """The states that the output joins."""
+        return self.targets[-1:] if self.last_node_only else self.targets
 
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        return ("c_{k-2}", "c_{k-1}", *(str(node) for node in range(self.nodes)))
-
-
-def edge_stride(source: int, reduction: bool) -> int:
-    """A reduction cell halves its resolution on the edges that leave its inputs."""
-    return 2 if reduction and source < INPUTS else 1
+    def stride(self, source: int, reduction: bool) -> int:
+        """Of the edges that leave state ``source``: a reduction cell halves the resolution of its inputs."""
+        return 2 if reduction and source < self.inputs else 1
 
 
-class CellInputs(nn.Module):
+class OneInput(nn.Module):
+    """The output of the cell before, as it is."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+
+class TwoInputs(nn.Module):
     """Bring the outputs of the two cells before to this cell's width and resolution.
 
     s0 is twice as large as s1 when the cell before was a reduction cell, so it is reduced here.
@@ -67,13 +76,14 @@ class CellInputs(nn.Module):
 
 
 class SearchCell(nn.Module):
-    """``node_j = Σ_{i<j} MixedOp_ij(state_i, weights_ij)``; the output joins all nodes.
+    """``node_j = Σ_{i<j} MixedOp_ij(state_i, weights_ij)``; the output joins the states ``topology.concat``.
 
-    ``s0``, ``s1``: [B, C0, H0, W0], [B, C1, H, W]; ``weights``: [E, K], a row an edge of ``topology.edges``
-    → [B, nodes · C, H', W'], halved in a reduction cell.
+    Takes what ``inputs`` makes the first states [B, C, H, W] of (one output of an earlier cell, or two), then
+    ``weights`` [E, K], a row an edge of ``topology.edges`` → [B, len(concat) · C, H', W'], halved in a
+    reduction cell. Pools are followed by a BatchNorm if ``norm_pools``.
 
     ``fused`` cells run by their plan, others one module after the other; those that ``recompute`` keep only
-    ``s0``, ``s1`` and ``weights`` for their backward pass. Switch both whenever you like.
+    their arguments for their backward pass. Switch both whenever you like.
 
     Raises:
         UserError: ``weights`` is not [E, K].
@@ -86,26 +96,27 @@ class SearchCell(nn.Module):
         self,
         topology: CellTopology,
         primitives: Sequence[str],
-        channels_s0: int,
-        channels_s1: int,
+        inputs: nn.Module,
         channels: int,
-        reduction: bool,
-        reduction_prev: bool,
+        *,
+        reduction: bool = False,
+        norm_pools: bool = True,
     ) -> None:
         super().__init__()
         self.topology = topology
         self.reduction = reduction
-        self.inputs = CellInputs(channels_s0, channels_s1, channels, reduction_prev, affine=False)
+        self.inputs = inputs
         self.edges = nn.ModuleList(
-            MixedOp(channels, edge_stride(source, reduction), primitives) for source, _ in topology.edges
+            MixedOp(channels, topology.stride(source, reduction), primitives, norm_pools)
+            for source, _ in topology.edges
         )
-        self.channels_out = topology.nodes * channels
+        self.channels_out = len(topology.concat) * channels
         self._weights_shape = (len(topology.edges), len(primitives))
         self._plan: CellPlan | None = None
 
     def stride(self, source: int) -> int:
         """Of every edge that leaves state ``source``."""
-        return edge_stride(source, self.reduction)
+        return self.topology.stride(source, self.reduction)
 
     @property
     def fused(self) -> bool:
@@ -129,24 +140,26 @@ class SearchCell(nn.Module):
         """Copies and pickles make plans of their own."""
         return {**super().__getstate__(), "_plan": None}
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, *arguments: Tensor) -> Tensor:
+        weights = arguments[-1]
         if weights.shape != self._weights_shape:
             raise UserError(f"weights must have shape {[*self._weights_shape]}, not {[*weights.shape]}")
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(self, self._run, s0, s1, weights)
-        return self._run(s0, s1, weights)
+            return recomputed(self, self._run, *arguments)
+        return self._run(*arguments)
 
-    def _run(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
-        states = self.inputs(s0, s1)
+    def _run(self, *arguments: Tensor) -> Tensor:
+        *outputs_before, weights = arguments
+        states = self.inputs(*outputs_before)
         if self.fused and not torch.compiler.is_compiling():
             return functional.cell(self.plan, states, weights)
         return self._run_edges(states, weights)
 
     def _run_edges(self, states: list[Tensor], weights: Tensor) -> Tensor:
         first = 0
-        for _ in range(self.topology.nodes):
+        for _ in self.topology.targets:
             rows = range(first, first + len(states))
             terms = [self.edges[row](state, weights[row]) for row, state in zip(rows, states, strict=True)]
             states.append(sum(terms[1:], start=terms[0]))
             first = rows.stop
-        return torch.cat(states[INPUTS:], dim=1)
+        return torch.cat([states[state] for state in self.topology.concat], dim=1)

@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from neuroexapt.core.cells import CellInputs, SearchCell, edge_stride
-from neuroexapt.core.genotypes import Genotype
+from neuroexapt.core.cells import SearchCell, TwoInputs
+from neuroexapt.core.genotypes import AnyGenotype, Genotype
 from neuroexapt.core.operations import Identity, MixedOp, make_op
 from neuroexapt.core.supernet import STEM_MULTIPLIER, Supernet, make_stem, reduction_layers
 from neuroexapt.errors import UserError
@@ -25,31 +25,35 @@ def drop_path(x: Tensor, drop_probability: float | Tensor) -> Tensor:
 
 
 class DerivedCell(nn.Module):
-    """The cell of a genotype: every node adds two operations; the output joins the states of ``concat``."""
+    """The cell of a genotype: every node adds its operations; the output joins the states of ``concat``.
+
+    ``inputs`` makes the first states of what earlier cells gave; the edges that leave those have
+    ``input_stride``.
+    """
 
     def __init__(
         self,
         edges: Sequence[tuple[int, int, str]],
         concat: Sequence[int],
-        channels_s0: int,
-        channels_s1: int,
+        inputs: nn.Module,
         channels: int,
-        reduction: bool,
-        reduction_prev: bool,
+        *,
+        input_stride: int = 1,
     ) -> None:
         super().__init__()
-        self.reduction = reduction
         self.concat = tuple(concat)
-        self.inputs = CellInputs(channels_s0, channels_s1, channels, reduction_prev, affine=True)
+        self.inputs = inputs
+        first_node = min(target for _, target, _ in edges)
         self.endpoints = tuple((source, target) for source, target, _ in edges)
         self.op_names = tuple(op for _, _, op in edges)
         self.edges = nn.ModuleList(
-            make_op(op, channels, edge_stride(source, reduction), affine=True) for source, _, op in edges
+            make_op(op, channels, input_stride if source < first_node else 1, affine=True)
+            for source, _, op in edges
         )
         self.channels_out = len(self.concat) * channels
 
-    def forward(self, s0: Tensor, s1: Tensor, drop_path_probability: float | Tensor | None) -> Tensor:
-        states = self.inputs(s0, s1)
+    def forward(self, *outputs_before: Tensor, drop_path_probability: float | Tensor | None) -> Tensor:
+        states = self.inputs(*outputs_before)
         for (source, target), op in zip(self.endpoints, self.edges, strict=True):
             h = op(states[source])
             if drop_path_probability is not None and not isinstance(op, Identity):
@@ -88,12 +92,40 @@ class AuxiliaryHead(nn.Module):
 
 
 class DerivedNetwork(nn.Module):
-    """The evaluation network of DARTS for one genotype.
+    """The network of one genotype; each space has one of its own.
 
     ``forward`` maps [B, in_channels, H, W] to logits [B, num_classes]. While training,
     ``drop_path_probability`` (None: off) drops operations, and ``forward_with_auxiliary`` also returns the
-    auxiliary head's logits.
+    auxiliary head's logits. ``cells`` may hold other blocks between the cells of the genotype.
     """
+
+    cells: nn.ModuleList
+
+    def __init__(self, genotype: AnyGenotype) -> None:
+        super().__init__()
+        self.genotype = genotype
+        self.drop_path_probability: float | Tensor | None = None
+        self.auxiliary_head: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)[0]
+
+    def forward_with_auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the classifier and, if the network has an auxiliary head, of that."""
+        logits, features = self._run(x)
+        return logits, self.auxiliary_head(features) if self.auxiliary_head is not None else None
+
+    def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and what the auxiliary head reads."""
+        raise NotImplementedError
+
+    @property
+    def _drop_path_now(self) -> float | Tensor | None:
+        return self.drop_path_probability if self.training else None
+
+
+class DartsNetwork(DerivedNetwork):
+    """The evaluation network of DARTS."""
 
     def __init__(
         self,
@@ -105,9 +137,7 @@ class DerivedNetwork(nn.Module):
         layers: int,
         auxiliary: bool = False,
     ) -> None:
-        super().__init__()
-        self.genotype = genotype
-        self.drop_path_probability: float | Tensor | None = None
+        super().__init__(genotype)
         self.stem = make_stem(in_channels, STEM_MULTIPLIER * channels)
 
         self.cells = nn.ModuleList()
@@ -122,11 +152,9 @@ class DerivedNetwork(nn.Module):
             cell = DerivedCell(
                 genotype.edges(name),
                 getattr(genotype, f"{name}_concat"),
-                channels_s0,
-                channels_s1,
+                TwoInputs(channels_s0, channels_s1, channels, reduction_prev, affine=True),
                 channels,
-                reduction,
-                reduction_prev,
+                input_stride=2 if reduction else 1,
             )
             self.cells.append(cell)
             channels_s0, channels_s1 = channels_s1, cell.channels_out
@@ -134,24 +162,16 @@ class DerivedNetwork(nn.Module):
             if layer == self.auxiliary_layer:
                 channels_auxiliary = channels_s1
 
-        self.auxiliary_head = AuxiliaryHead(channels_auxiliary, num_classes) if auxiliary else None
+        if auxiliary:
+            self.auxiliary_head = AuxiliaryHead(channels_auxiliary, num_classes)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels_s1, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x)[0]
-
-    def forward_with_auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of the classifier and, if the network has an auxiliary head, of that."""
-        logits, features = self._run(x)
-        return logits, self.auxiliary_head(features) if self.auxiliary_head is not None else None
-
     def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        drop = self.drop_path_probability if self.training else None
         s0 = s1 = self.stem(x)
         features = s1
         for layer, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, drop)
+            s0, s1 = s1, cell(s0, s1, drop_path_probability=self._drop_path_now)
             if layer == self.auxiliary_layer:
                 features = s1
         return self.classifier(self.global_pooling(s1).flatten(1)), features
@@ -171,26 +191,33 @@ def check_auxiliary_size(image_size: Sequence[int]) -> None:
 def inherit_weights(network: DerivedNetwork, supernet: Supernet) -> None:
     """Copy what the search network has learned into the derived network of the same width and depth.
 
-    Stem, cell inputs, the kept operations and the classifier are taken over, running statistics included.
-    The search network's BatchNorms have no scale and shift: the derived ones start at 1 and 0.
+    Everything but the operations that were not chosen is taken over, running statistics included. The search
+    cells' BatchNorms have no scale and shift: the derived ones start at 1 and 0. An auxiliary head starts
+    anew.
     """
-    pairs: list[tuple[nn.Module, nn.Module]] = [
-        (network.stem, supernet.stem),
-        (network.classifier, supernet.classifier),
-    ]
-    edge_index = {endpoints: i for i, endpoints in enumerate(supernet.topology.edges)}
+    searched = dict(supernet.named_children())
+    pairs = [(child, searched[name]) for name, child in network.named_children() if name in searched]
+    pairs = [(target, source) for target, source in pairs if target is not network.cells]
     for cell, search_cell in zip(network.cells, supernet.cells, strict=True):
-        assert isinstance(cell, DerivedCell)
-        assert isinstance(search_cell, SearchCell)
-        pairs.append((cell.inputs, search_cell.inputs))
-        for endpoints, name, op in zip(cell.endpoints, cell.op_names, cell.edges, strict=True):
-            mixed = search_cell.edges[edge_index[endpoints]]
-            assert isinstance(mixed, MixedOp)
-            if any(True for _ in op.parameters()):
-                pairs.append((op, mixed.candidate(name)))
+        if isinstance(cell, DerivedCell) and isinstance(search_cell, SearchCell):
+            pairs += _kept(cell, search_cell)
+        else:
+            pairs.append((cell, search_cell))
     for target, source in pairs:
         # Not strict: scale and shift exist in the target only.
         target.load_state_dict(source.state_dict(), strict=False)
+
+
+def _kept(cell: DerivedCell, search_cell: SearchCell) -> list[tuple[nn.Module, nn.Module]]:
+    """The modules of a cell, each with the one that it was in the search."""
+    pairs = [(cell.inputs, search_cell.inputs)]
+    edge_index = {endpoints: i for i, endpoints in enumerate(search_cell.topology.edges)}
+    for endpoints, name, op in zip(cell.endpoints, cell.op_names, cell.edges, strict=True):
+        mixed = search_cell.edges[edge_index[endpoints]]
+        assert isinstance(mixed, MixedOp)
+        if any(True for _ in op.parameters()):
+            pairs.append((op, mixed.candidate(name)))
+    return pairs
 
 
 def count_parameters(network: DerivedNetwork) -> int:

@@ -5,12 +5,38 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from neuroexapt.errors import UserError
 
 Edge = tuple[str, int]
 EDGES_PER_NODE = 2
+
+
+class ChosenCell(NamedTuple):
+    """A cell as a graph: ``(source, target, operation)`` of each edge, the states' names, what the output
+    joins.
+    """
+
+    edges: tuple[tuple[int, int, str], ...]
+    state_names: tuple[str, ...]
+    concat: tuple[int, ...]
+
+
+class AnyGenotype(Protocol):
+    """What every genotype can tell; ``str`` of it is its published notation."""
+
+    @property
+    def cells(self) -> dict[str, ChosenCell]:
+        """Its cells by type."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, which ``genotype_from_dict`` reads back."""
+
+
+def state_names(nodes: int) -> tuple[str, ...]:
+    """Of the states of a cell with ``nodes`` nodes, in the notation of DARTS."""
+    return ("c_{k-2}", "c_{k-1}", *(str(node) for node in range(nodes)))
 
 
 @dataclass(frozen=True)
@@ -40,6 +66,14 @@ class Genotype:
             (source, 2 + i // EDGES_PER_NODE, op) for i, (op, source) in enumerate(getattr(self, cell))
         )
 
+    @property
+    def cells(self) -> dict[str, ChosenCell]:
+        return {cell: self._chosen_cell(cell) for cell in ("normal", "reduce")}
+
+    def _chosen_cell(self, cell: str) -> ChosenCell:
+        edges = self.edges(cell)
+        return ChosenCell(edges, state_names(len(edges) // EDGES_PER_NODE), getattr(self, f"{cell}_concat"))
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "normal": [list(edge) for edge in self.normal],
@@ -63,15 +97,9 @@ class Genotype:
 
     @classmethod
     def from_text(cls, text: str) -> "Genotype":
-        """Read ``Genotype(normal=[('sep_conv_3x3', 1), …], normal_concat=range(2, 6), …)`` or JSON."""
-        text = text.strip()
-        if text.startswith("{"):
-            try:
-                return cls.from_dict(json.loads(text))
-            except json.JSONDecodeError as error:
-                raise UserError(f"the genotype is not valid JSON: {error}") from error
+        """Read ``Genotype(normal=[('sep_conv_3x3', 1), …], normal_concat=range(2, 6), …)``."""
         try:
-            call = ast.parse(text, mode="eval").body
+            call = ast.parse(text.strip(), mode="eval").body
             if not isinstance(call, ast.Call) or call.args:
                 raise ValueError
             fields = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
@@ -80,6 +108,86 @@ class Genotype:
                 "the genotype is neither JSON nor of the form Genotype(normal=[...], ...)"
             ) from error
         return cls.from_dict(fields)
+
+
+@dataclass(frozen=True)
+class CellGenotype:
+    """One cell in the notation of NAS-Bench-201: ``|op~0|+|op~0|op~1|+|op~0|op~1|op~2|``.
+
+    Every node adds one operation from each state before it, down to state 0, the cell's input; the last node
+    is the output. ``operations[n]`` are those of node n + 1 in the order of their sources.
+    """
+
+    operations: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        for node, operations in enumerate(self.operations, 1):
+            if len(operations) != node:
+                raise UserError(f"node {node} takes an operation from each of the {node} states before it")
+
+    @property
+    def edges(self) -> tuple[tuple[int, int, str], ...]:
+        """``(source, target, operation)`` of each edge, in the order of the rows of α."""
+        return tuple(
+            (source, target, op)
+            for target, operations in enumerate(self.operations, 1)
+            for source, op in enumerate(operations)
+        )
+
+    @property
+    def cells(self) -> dict[str, ChosenCell]:
+        last = len(self.operations)
+        return {"cell": ChosenCell(self.edges, tuple(map(str, range(last + 1))), (last,))}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"arch": str(self)}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "CellGenotype":
+        if not isinstance(fields, dict) or list(fields) != ["arch"] or not isinstance(fields["arch"], str):
+            raise UserError('a genotype of one cell is an object like {"arch": "|op~0|+|op~0|op~1|"}')
+        return cls.from_text(fields["arch"])
+
+    def __str__(self) -> str:
+        nodes = (
+            "".join(f"|{op}~{source}" for source, op in enumerate(operations)) + "|"
+            for operations in self.operations
+        )
+        return "+".join(nodes)
+
+    @classmethod
+    def from_text(cls, text: str) -> "CellGenotype":
+        """Read ``str`` of a genotype."""
+        nodes = []
+        for number, node in enumerate(text.strip().split("+"), 1):
+            entries = [entry.rpartition("~") for entry in node.removeprefix("|").removesuffix("|").split("|")]
+            sources = [source for _, _, source in entries]
+            if sources != [str(source) for source in range(number)] or not all(op for op, _, _ in entries):
+                raise UserError(
+                    f"the genotype {text.strip()!r} is not of the form |op~0|+|op~0|op~1|+…: node {number} "
+                    f"must name an operation for each state from 0 to {number - 1}"
+                )
+            nodes.append(tuple(op for op, _, _ in entries))
+        return cls(tuple(nodes))
+
+
+def genotype_from_dict(fields: Any) -> Genotype | CellGenotype:
+    """The genotype whose ``to_dict`` is ``fields``."""
+    kind = CellGenotype if isinstance(fields, dict) and "arch" in fields else Genotype
+    return kind.from_dict(fields)
+
+
+def genotype_from_text(text: str) -> Genotype | CellGenotype:
+    """Read ``str`` of a genotype, or its ``to_dict`` as JSON."""
+    text = text.strip()
+    if text.startswith("|"):
+        return CellGenotype.from_text(text)
+    if not text.startswith("{"):
+        return Genotype.from_text(text)
+    try:
+        return genotype_from_dict(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise UserError(f"the genotype is not valid JSON: {error}") from error
 
 
 def _literal(node: ast.expr) -> Any:
@@ -193,10 +301,10 @@ GENOTYPES: dict[str, Genotype] = {
 NASNet, AmoebaNet, DARTS_V1, DARTS_V2, PC_DARTS_cifar, PC_DARTS_image, PDARTS = GENOTYPES.values()
 
 
-def load_genotype(name_or_file: str) -> Genotype:
+def load_genotype(name_or_file: str) -> Genotype | CellGenotype:
     """A genotype by its published name (in any case, with ``-`` or ``_``), from a file, or by its text."""
-    if name_or_file.lstrip().startswith(("{", "Genotype(")):
-        return Genotype.from_text(name_or_file)
+    if name_or_file.lstrip().startswith(("{", "|", "Genotype(")):
+        return genotype_from_text(name_or_file)
     wanted = name_or_file.lower().replace("-", "_")
     aliases = {
         "darts": "darts_v2",
@@ -215,6 +323,6 @@ def load_genotype(name_or_file: str) -> Genotype:
             f"no genotype {name_or_file!r}: it is neither a file nor one of {', '.join(GENOTYPES)}"
         )
     try:
-        return Genotype.from_text(path.read_text())
+        return genotype_from_text(path.read_text())
     except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from error

@@ -35,7 +35,6 @@ from neuroexapt.core.plan import (
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     """What ``functional.cell`` defines."""
     states = list(states)
-    inputs = len(states)
     entering: dict[int, list[Tensor]] = {node.node: [] for node in plan.nodes}
     statistics = RunningStatistics()
     for group in plan.states:
@@ -47,7 +46,8 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     statistics.update_modules()
     channels_last = states[0].is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.cat([state.contiguous(memory_format=memory_format) for state in states[inputs:]], dim=1)
+    joined = [states[node].contiguous(memory_format=memory_format) for node in plan.outputs]
+    return torch.cat(joined, dim=1)
 
 
 def _leave(

@@ -229,6 +229,8 @@ OPS: dict[str, OpFactory] = {
     "sep_conv_7x7": lambda channels, stride, affine: SepConv(channels, channels, 7, stride, affine),
     "dil_conv_3x3": lambda channels, stride, affine: DilConv(channels, channels, 3, stride, 2, affine),
     "dil_conv_5x5": lambda channels, stride, affine: DilConv(channels, channels, 5, stride, 2, affine),
+    "nor_conv_1x1": lambda channels, stride, affine: ReLUConvBN(channels, channels, 1, stride, 0, affine),
+    "nor_conv_3x3": lambda channels, stride, affine: ReLUConvBN(channels, channels, 3, stride, 1, affine),
     "conv_7x1_1x7": lambda channels, stride, affine: FactorizedConv(channels, 7, stride, affine),
 }
 
@@ -246,7 +248,8 @@ class MixedOp(nn.Module):
     """``y = Σ_k weights[k] · op_k(x)`` over the candidate operations of one edge.
 
     ``x``: [B, C, H, W], ``weights``: [K] in the order of ``primitives``, already relaxed (softmax is the
-    strategy's business). Pools are followed by a BatchNorm without affine parameters, as published.
+    strategy's business). With ``norm_pools`` a BatchNorm without affine parameters follows each pool, as in
+    DARTS.
     ``none`` contributes exactly nothing, so an Inf or NaN in ``x`` does not spread through it.
 
     A ``fused`` edge runs as a search cell of its own, which can be differentiated once. Others run one
@@ -260,7 +263,9 @@ class MixedOp(nn.Module):
     fused = True
     _plan: CellPlan | None = None
 
-    def __init__(self, channels: int, stride: int, primitives: Sequence[str] = PRIMITIVES) -> None:
+    def __init__(
+        self, channels: int, stride: int, primitives: Sequence[str] = PRIMITIVES, norm_pools: bool = True
+    ) -> None:
         super().__init__()
         if len(set(primitives)) != len(primitives):
             raise UserError(f"an edge lists an operation twice: {', '.join(primitives)}")
@@ -269,7 +274,7 @@ class MixedOp(nn.Module):
         self.ops = nn.ModuleList()
         for name in primitives:
             op = make_op(name, channels, stride, affine=False)
-            if isinstance(op, Pool):
+            if norm_pools and isinstance(op, Pool):
                 op = nn.Sequential(op, nn.BatchNorm2d(channels, affine=False))
             self.ops.append(op)
 

@@ -144,13 +144,14 @@ class NodeGroup:
 @dataclass(frozen=True, eq=False)
 class CellPlan:
     """A cell's groups: one of ``states`` for each state but the last, which has no edges, one of ``nodes``
-    for each node.
+    for each node. Its output joins the nodes ``outputs``.
 
     All BatchNorms of all terms are in the same mode, training or evaluation.
     """
 
     states: tuple[StateGroup, ...]
     nodes: tuple[NodeGroup, ...]
+    outputs: tuple[int, ...]
     _edges: tuple[_EdgeState, ...]
 
     def fits(self, edges: Iterable[nn.Module], training: bool) -> bool:
@@ -208,15 +209,20 @@ class _EdgeState:
 def plan_cell(cell: SearchCell) -> CellPlan:
     """Sort the candidates of ``cell`` into groups."""
     places = [(source, target, cell.stride(source)) for source, target in cell.topology.edges]
-    return _plan(cell.edges, places, cell.training)
+    return _plan(cell.edges, places, cell.topology.concat, cell.training)
 
 
 def plan_edge(edge: MixedOp) -> CellPlan:
     """The plan of ``edge`` alone, from state 0 to node 1."""
-    return _plan([edge], [(0, 1, edge.stride)], edge.training)
+    return _plan([edge], [(0, 1, edge.stride)], (1,), edge.training)
 
 
-def _plan(edges: Iterable[nn.Module], places: Sequence[tuple[int, int, int]], training: bool) -> CellPlan:
+def _plan(
+    edges: Iterable[nn.Module],
+    places: Sequence[tuple[int, int, int]],
+    outputs: tuple[int, ...],
+    training: bool,
+) -> CellPlan:
     """``places``: source, target and stride of each of ``edges``."""
     edge_states: list[_EdgeState] = []
     terms: list[Term] = []
@@ -241,6 +247,7 @@ def _plan(edges: Iterable[nn.Module], places: Sequence[tuple[int, int, int]], tr
             )
             for node in nodes
         ),
+        outputs,
         tuple(edge_states),
     )
 

@@ -1,4 +1,4 @@
-"""The search network: a stack of search cells that share one α per cell type."""
+"""Search networks: stacks of search cells that share one α per cell type."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from neuroexapt.core.cells import CellTopology, SearchCell
+from neuroexapt.core.cells import CellTopology, SearchCell, TwoInputs
 from neuroexapt.errors import UserError
 
 STEM_MULTIPLIER = 3
@@ -28,57 +28,36 @@ def make_stem(in_channels: int, channels: int) -> nn.Sequential:
 
 
 class Supernet(nn.Module):
-    """The network of DARTS (Liu et al., ICLR 2019) with every candidate operation in place.
+    """A network with every candidate operation in place; each space has one of its own.
 
     ``forward(x, weights)`` maps [B, in_channels, H, W] to logits [B, num_classes]; ``weights`` holds one
-    [E, K] tensor of mixing weights for ``"normal"`` and one for ``"reduce"`` cells, by default the softmax of
-    ``alphas`` over K. Parameters come in the order stem, cells, classifier, α.
+    [E, K] tensor of mixing weights for each type of cell, by default the softmax of ``alphas`` over K.
+    Parameters come in the order of the network, then α. ``cells`` may hold other blocks between search cells.
     """
 
-    def __init__(
-        self,
-        topology: CellTopology,
-        primitives: Sequence[str],
-        *,
-        in_channels: int,
-        num_classes: int,
-        channels: int,
-        layers: int,
-    ) -> None:
+    cells: nn.ModuleList
+    alphas: nn.ParameterDict
+
+    def __init__(self, topology: CellTopology, primitives: Sequence[str]) -> None:
         super().__init__()
         self.topology = topology
         self.primitives = tuple(primitives)
-        self.stem = make_stem(in_channels, STEM_MULTIPLIER * channels)
 
-        self.cells = nn.ModuleList()
-        channels_s0 = channels_s1 = STEM_MULTIPLIER * channels
-        reduction_prev = False
-        for layer in range(layers):
-            reduction = layer in reduction_layers(layers)
-            channels = 2 * channels if reduction else channels
-            cell = SearchCell(
-                topology, primitives, channels_s0, channels_s1, channels, reduction, reduction_prev
-            )
-            self.cells.append(cell)
-            channels_s0, channels_s1 = channels_s1, cell.channels_out
-            reduction_prev = reduction
-
-        self.global_pooling = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels_s1, num_classes)
-        self.alphas = nn.ParameterDict(
-            {
-                cell: nn.Parameter(ALPHA_INIT_STD * torch.randn(len(topology.edges), len(self.primitives)))
-                for cell in ("normal", "reduce")
-            }
-        )
+    def _make_alphas(self, *cells: str) -> nn.ParameterDict:
+        """α of these types of cells, near zero as published."""
+        shape = len(self.topology.edges), len(self.primitives)
+        return nn.ParameterDict({cell: nn.Parameter(ALPHA_INIT_STD * torch.randn(shape)) for cell in cells})
 
     def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         if weights is None:
             weights = {name: torch.softmax(alpha, dim=-1) for name, alpha in self.alphas.items()}
-        s0 = s1 = self.stem(x)
-        for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, weights["reduce" if cell.reduction else "normal"])
-        return self.classifier(self.global_pooling(s1).flatten(1))
+        return self._run(x, weights)
+
+    def _run(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def search_cells(self) -> Iterator[SearchCell]:
+        return (cell for cell in self.cells if isinstance(cell, SearchCell))
 
     def set_execution(self, execution: str) -> None:
         """``fused``: every cell by its plan (the default); ``reference``: module by module.
@@ -87,8 +66,7 @@ class Supernet(nn.Module):
         """
         if execution not in EXECUTIONS:
             raise UserError(f"unknown execution {execution!r}; choose one of {', '.join(EXECUTIONS)}")
-        for cell in self.cells:
-            assert isinstance(cell, SearchCell)
+        for cell in self.search_cells():
             cell.fused = execution == "fused"
 
     def set_recompute(self, recompute: bool) -> None:
@@ -96,8 +74,7 @@ class Supernet(nn.Module):
 
         Results stay bit for bit the same; a step takes longer by its forward passes.
         """
-        for cell in self.cells:
-            assert isinstance(cell, SearchCell)
+        for cell in self.search_cells():
             cell.recompute = recompute
 
     def arch_parameters(self) -> list[nn.Parameter]:
@@ -111,3 +88,42 @@ class Supernet(nn.Module):
     def weights(self) -> list[nn.Parameter]:
         """w: what the weight optimizer updates."""
         return [parameter for _, parameter in self.named_weights()]
+
+
+class DartsSupernet(Supernet):
+    """The network of DARTS (Liu et al., ICLR 2019), with α for ``"normal"`` and for ``"reduce"`` cells."""
+
+    def __init__(
+        self,
+        topology: CellTopology,
+        primitives: Sequence[str],
+        *,
+        in_channels: int,
+        num_classes: int,
+        channels: int,
+        layers: int,
+    ) -> None:
+        super().__init__(topology, primitives)
+        self.stem = make_stem(in_channels, STEM_MULTIPLIER * channels)
+
+        self.cells = nn.ModuleList()
+        channels_s0 = channels_s1 = STEM_MULTIPLIER * channels
+        reduction_prev = False
+        for layer in range(layers):
+            reduction = layer in reduction_layers(layers)
+            channels = 2 * channels if reduction else channels
+            inputs = TwoInputs(channels_s0, channels_s1, channels, reduction_prev, affine=False)
+            cell = SearchCell(topology, primitives, inputs, channels, reduction=reduction)
+            self.cells.append(cell)
+            channels_s0, channels_s1 = channels_s1, cell.channels_out
+            reduction_prev = reduction
+
+        self.global_pooling = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(channels_s1, num_classes)
+        self.alphas = self._make_alphas("normal", "reduce")
+
+    def _run(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        s0 = s1 = self.stem(x)
+        for cell in self.cells:
+            s0, s1 = s1, cell(s0, s1, weights["reduce" if cell.reduction else "normal"])
+        return self.classifier(self.global_pooling(s1).flatten(1))

@@ -133,7 +133,10 @@ def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any)
     for i, node in enumerate(plan.nodes):
         y = _EnterNode.apply(pass_, i, node, shared_weights[i], *handles.pop(node.node, ()))
         entered.append(leave(flows[node.node], y) if node.node < len(flows) else y)
-    return _Concatenate.apply(pass_, *entered)
+    if len(plan.outputs) == len(plan.nodes):
+        return _Concatenate.apply(pass_, *entered)
+    pass_.output = None
+    return torch.cat([y for node, y in zip(plan.nodes, entered, strict=True) if node.node in plan.outputs], 1)
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ from torch import nn
 
 from neuroexapt.core.derived import (
     AuxiliaryHead,
-    DerivedNetwork,
+    DartsNetwork,
     check_auxiliary_size,
     count_parameters,
     drop_path,
@@ -19,7 +19,7 @@ SIZES = {"in_channels": 3, "num_classes": 5, "channels": 4, "layers": 4}
 
 @pytest.mark.parametrize("name", GENOTYPES)
 def test_published_genotypes_train(name: str) -> None:
-    network = DerivedNetwork(GENOTYPES[name], **SIZES)
+    network = DartsNetwork(GENOTYPES[name], **SIZES)
     network(torch.randn(2, 3, 9, 9)).sum().backward()
     # A node that no later state and no output uses is all that may go without a gradient.
     used = [p for p in network.parameters() if p.grad is not None]
@@ -28,14 +28,14 @@ def test_published_genotypes_train(name: str) -> None:
 
 def test_published_size_of_darts_v2() -> None:
     """3.3 M parameters at 20 cells of 36 channels (table 1 of the paper, without the auxiliary head)."""
-    network = DerivedNetwork(DARTS_V2, in_channels=3, num_classes=10, channels=36, layers=20)
+    network = DartsNetwork(DARTS_V2, in_channels=3, num_classes=10, channels=36, layers=20)
     assert count_parameters(network) == 3_349_342
     sizes = {"in_channels": 3, "num_classes": 10, "channels": 36, "layers": 20}
-    assert count_parameters(DerivedNetwork(DARTS_V2, **sizes, auxiliary=True)) == 3_349_342
+    assert count_parameters(DartsNetwork(DARTS_V2, **sizes, auxiliary=True)) == 3_349_342
 
 
 def test_auxiliary_head_sees_two_thirds_of_the_depth() -> None:
-    network = DerivedNetwork(DARTS_V2, **SIZES, auxiliary=True)
+    network = DartsNetwork(DARTS_V2, **SIZES, auxiliary=True)
     logits, auxiliary = network.forward_with_auxiliary(torch.randn(2, 3, 32, 32))
     assert auxiliary is not None
     assert logits.shape == auxiliary.shape == (2, 5)
@@ -66,7 +66,7 @@ def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean() -> None:
 
 
 def test_drop_path_only_while_training() -> None:
-    network = DerivedNetwork(DARTS_V2, **SIZES)
+    network = DartsNetwork(DARTS_V2, **SIZES)
     network.drop_path_probability = 0.5
     x = torch.randn(4, 3, 8, 8)
     assert not torch.equal(network.train()(x), network(x))
@@ -99,11 +99,11 @@ def test_inherited_cell_inputs_and_ops_come_from_the_same_place() -> None:
     """Each kept op has the weights of its own edge, not of another edge with the same op."""
     torch.manual_seed(0)
     supernet = DARTS.supernet(**SIZES)
-    network = DerivedNetwork(DARTS_V2, **SIZES)
+    network = DartsNetwork(DARTS_V2, **SIZES)
     inherit_weights(network, supernet)
     edges = list(DARTS.topology.edges)
     for cell, search_cell in zip(network.cells, supernet.cells, strict=True):
-        name = "reduce" if cell.reduction else "normal"
+        name = "reduce" if search_cell.reduction else "normal"
         for i, (source, target, op) in enumerate(DARTS_V2.edges(name)):
             kept = list(cell.edges[i].parameters())
             if kept:
@@ -115,4 +115,4 @@ def test_inherited_cell_inputs_and_ops_come_from_the_same_place() -> None:
 def test_unknown_op_in_a_genotype_is_refused() -> None:
     genotype = Genotype(**{**DARTS_V2.to_dict(), "normal": [["sep_conv_9x9", 0]] * 8})
     with pytest.raises(UserError, match="unknown operation 'sep_conv_9x9'"):
-        DerivedNetwork(genotype, **SIZES)
+        DartsNetwork(genotype, **SIZES)

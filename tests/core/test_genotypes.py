@@ -3,7 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from neuroexapt.core.genotypes import DARTS_V2, GENOTYPES, Genotype, load_genotype
+from neuroexapt.core.genotypes import (
+    DARTS_V2,
+    GENOTYPES,
+    CellGenotype,
+    Genotype,
+    genotype_from_dict,
+    genotype_from_text,
+    load_genotype,
+)
 from neuroexapt.core.operations import OPS
 from neuroexapt.errors import UserError
 
@@ -25,7 +33,7 @@ def test_text_is_the_published_text() -> None:
 def test_text_and_json_read_back(name: str) -> None:
     genotype = GENOTYPES[name]
     assert Genotype.from_text(str(genotype)) == genotype
-    assert Genotype.from_text(json.dumps(genotype.to_dict())) == genotype
+    assert genotype_from_text(json.dumps(genotype.to_dict())) == genotype
     assert {op for op, _ in genotype.normal + genotype.reduce} <= set(OPS)
 
 
@@ -74,7 +82,7 @@ def test_refuses_what_is_no_genotype(change: dict, message: str) -> None:
 )
 def test_refuses_other_text(text: str) -> None:
     with pytest.raises(UserError):
-        Genotype.from_text(text)
+        genotype_from_text(text)
 
 
 def test_load_by_name_file_and_run_folder(tmp_path: Path) -> None:
@@ -88,3 +96,38 @@ def test_load_by_name_file_and_run_folder(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"genotype\.json"):
         load_genotype(str(file))
+
+
+ARCH = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|avg_pool_3x3~0|nor_conv_1x1~1|none~2|"
+
+
+def test_arch_strings_and_json_read_back(tmp_path: Path) -> None:
+    genotype = CellGenotype.from_text(ARCH)
+    assert str(genotype) == ARCH
+    assert load_genotype(ARCH) == genotype_from_dict(genotype.to_dict()) == genotype
+    (tmp_path / "genotype.json").write_text(json.dumps(genotype.to_dict()))
+    assert load_genotype(str(tmp_path)) == genotype
+
+
+def test_arch_string_names_edges_in_the_order_of_alpha() -> None:
+    cell = CellGenotype.from_text(ARCH).cells["cell"]
+    assert cell.edges[:3] == ((0, 1, "nor_conv_3x3"), (0, 2, "none"), (1, 2, "skip_connect"))
+    assert cell.edges[-1] == (2, 3, "none")
+    assert (cell.state_names, cell.concat) == (("0", "1", "2", "3"), (3,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("|none~0|+|none~0|none~2|", "node 2 must name an operation for each state from 0 to 1"),
+        ("|none~0|+|none~0|", "node 2"),
+        ("|none|", "node 1"),
+        ("|~0|", "node 1"),
+        ("||", "node 1"),
+        ('{"arch": 3}', "is an object like"),
+        ('{"arch": "|none~0|", "more": 1}', "is an object like"),
+    ],
+)
+def test_refuses_what_is_no_arch_string(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        genotype_from_text(text)

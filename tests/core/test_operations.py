@@ -66,6 +66,8 @@ DEFINITIONS = {
     "skip_connect": skip,
     "dil_conv_3x3": lambda x, s, w: sepconv_block(x, w[0], w[1], s, 2),
     "dil_conv_5x5": lambda x, s, w: sepconv_block(x, w[0], w[1], s, 2),
+    "nor_conv_1x1": lambda x, s, w: batch_norm(F.conv2d(x.relu(), w[0], None, s)),
+    "nor_conv_3x3": lambda x, s, w: batch_norm(F.conv2d(x.relu(), w[0], None, s, 1)),
     "conv_7x1_1x7": factorized,
 } | {
     f"sep_conv_{k}x{k}": lambda x, s, w: sepconv_block(sepconv_block(x, w[0], w[1], s, 1), w[2], w[3], 1, 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neuroexapt.backend import dispatch_report, reset_dispatch_report
 from neuroexapt.core import merged
-from neuroexapt.core.cells import CellTopology, SearchCell
+from neuroexapt.core.cells import CellTopology, SearchCell, TwoInputs
 from neuroexapt.core.layouts import Layout, Merging, Pictures, SmallPlanes, choose_layout
 from neuroexapt.core.operations import (
     OPS,
@@ -47,7 +47,8 @@ def make_cell(
     dtype: torch.dtype = torch.float64,
 ) -> SearchCell:
     torch.manual_seed(0)
-    cell = SearchCell(topology, primitives, channels, channels, channels, reduction, reduction_prev=False)
+    inputs = TwoInputs(channels, channels, channels, False, affine=False)
+    cell = SearchCell(topology, primitives, inputs, channels, reduction=reduction)
     for module in cell.modules():
         if isinstance(module, nn.BatchNorm2d):
             # Statistics of their own, so that evaluation mode tells one BatchNorm from another.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuroexapt.core.cells import CellTopology, SearchCell
+from neuroexapt.core.cells import CellTopology, SearchCell, TwoInputs
 from neuroexapt.core.operations import OPS, PRIMITIVES, DilConv, MixedOp, Pool, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
@@ -23,7 +23,8 @@ def make_cell(
     reduction: bool = False, channels: int = 4, primitives=PRIMITIVES, nodes: int = 4
 ) -> SearchCell:
     torch.manual_seed(0)
-    cell = SearchCell(CellTopology(nodes), primitives, channels, channels, channels, reduction, False)
+    inputs = TwoInputs(channels, channels, channels, False, affine=False)
+    cell = SearchCell(CellTopology(nodes), primitives, inputs, channels, reduction=reduction)
     cell.fused = False  # for the reference; the plan does not ask
     return with_statistics(cell)
 

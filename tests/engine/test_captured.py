@@ -9,7 +9,7 @@ from torch import Tensor
 
 import neuroexapt
 from neuroexapt.backend import use_backend
-from neuroexapt.core.derived import DerivedNetwork
+from neuroexapt.core.derived import DartsNetwork
 from neuroexapt.core.genotypes import DARTS_V2
 from neuroexapt.data import make_loader
 from neuroexapt.data.augment import Augmentation
@@ -234,9 +234,9 @@ def test_no_step_waits_for_the_device() -> None:
 def make_train_phase(**changes: Any) -> TrainPhase:
     torch.manual_seed(0)
     config = EvaluateConfig(epochs=4, batch_size=8, **changes)
-    network = DerivedNetwork(
-        DARTS_V2, in_channels=3, num_classes=4, channels=4, layers=3, auxiliary=False
-    ).to(CUDA)
+    network = DartsNetwork(DARTS_V2, in_channels=3, num_classes=4, channels=4, layers=3, auxiliary=False).to(
+        CUDA
+    )
     return TrainPhase(
         "evaluate", network, loader(1), loader(2, 44, drop_last=False), config, epochs=4, drop_path=0.3
     )

@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-from neuroexapt.core.cells import CellTopology, SearchCell
+from neuroexapt.core.cells import CellTopology, SearchCell, TwoInputs
 from neuroexapt.core.operations import PRIMITIVES, FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as cell_ext
@@ -53,7 +53,8 @@ def call_cells() -> None:
     """Whole fused cells, whose kernels take wide and narrow rows, one plane a block and several."""
     sizes = ((16, 7, 9), (32, 36, 40), (64, 5, 4))
     for (channels, height, width), reduction in itertools.product(sizes, (False, True)):
-        cell = SearchCell(CellTopology(2), PRIMITIVES, channels, channels, channels, reduction, False).cuda()
+        inputs = TwoInputs(channels, channels, channels, False, affine=False)
+        cell = SearchCell(CellTopology(2), PRIMITIVES, inputs, channels, reduction=reduction).cuda()
         states = [tensor(3, channels, height, width) for _ in range(2)]
         backward(cell_ext.cell(plan_cell(cell), states, tensor(5, len(PRIMITIVES))))
 
