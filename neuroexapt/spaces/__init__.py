@@ -3,13 +3,17 @@
 from neuroexapt.errors import UserError
 from neuroexapt.spaces.cell_space import CellSpace
 from neuroexapt.spaces.darts import DARTS
+from neuroexapt.spaces.nas_bench_201 import NAS_BENCH_201
+from neuroexapt.spaces.space import Space
 
-SPACES: dict[str, CellSpace] = {space.name: space for space in (DARTS,)}
+__all__ = ["BUILT_IN", "DARTS", "NAS_BENCH_201", "SPACES", "CellSpace", "Space", "get_space"]
+
+SPACES: dict[str, Space] = {space.name: space for space in (DARTS, NAS_BENCH_201)}
 
 BUILT_IN = frozenset(SPACES)
 
 
-def get_space(name: str) -> CellSpace:
+def get_space(name: str) -> Space:
     if name not in SPACES:
         raise UserError(
             f"unknown search space {name!r}; known are {', '.join(SPACES)}. Register one of your own first, "
