@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +38,49 @@ class StepMetrics(NamedTuple):
     arch_accuracy: Tensor
 
 
-class Strategy(ABC):
-    """A search method: how α becomes mixing weights, and where the gradient of α comes from."""
+class Strategy(nn.Module, ABC):
+    """A search method: how α becomes mixing weights, and where the gradient of α comes from.
+
+    All that is called within a step is captured in a CUDA graph: what changes from epoch to epoch, such as a
+    temperature, is a buffer that ``start_epoch`` fills, and what is random comes from PyTorch's generator of
+    the device. As a module a strategy has its buffers on the device and in the checkpoints.
+    """
+
+    paper: ClassVar[str]
+    """Where the method was published."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Published settings of a search, for those that neither the user nor the data set's preset gives."""
+    defaults_of_space: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Those that were published for a search space, by its name; they stand over ``defaults``."""
+    not_fused: ClassVar[str] = ""
+    """Why cells do not run by their plan, if they don't."""
 
     @abstractmethod
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mixing weights [E, K] of every cell type from its α [E, K]."""
+        """Mixing weights [E, K] of every cell type from its α [E, K], drawn anew for every pass if random."""
+
+    def mixing(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mixing weights for validation and for deriving: ``relax`` without what is random in it."""
+        return self.relax(alphas)
+
+    def penalty(self, alphas: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor | None:
+        """What the loss of α counts besides that of the batch, []; ``weights`` is what ``relax`` returned."""
+        return None
 
     @abstractmethod
     def arch_gradient(self, step: "BilevelStep", train: Batch, valid: Batch) -> Gradients:
         """The gradient of the validation loss with respect to each α; w must be left as it was."""
+
+    def shape(self, supernet: Supernet) -> None:
+        """Make of ``supernet`` what the method searches in its present state; do nothing the second time.
+
+        Called on a new search network, after a checkpoint of the strategy was loaded, and after
+        ``start_epoch`` asked for it.
+        """
+
+    def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
+        """Set up ``epoch`` of ``epochs``, perhaps one that broke off; whether the network has to change."""
+        return False
 
 
 class BilevelStep:
@@ -77,11 +110,17 @@ class BilevelStep:
         self.alphas = supernet.arch_parameters()
 
     def gradients(self, batch: Batch, wanted: Sequence[nn.Parameter]) -> Gradients:
-        """Those of the loss with respect to ``wanted``, of the search network as the strategy relaxes it."""
+        """Those of loss and penalty with respect to ``wanted``, of the search network as the strategy
+        relaxes it. The loss that is returned is that of the batch.
+        """
         with torch.enable_grad(), _required_alone(wanted, [*self.weights, *self.alphas]):
-            logits = self.supernet(batch.images, self.strategy.relax(dict(self.supernet.alphas)))
+            alphas = dict(self.supernet.alphas)
+            weights = self.strategy.relax(alphas)
+            logits = self.supernet(batch.images, weights)
             loss = self.criterion(logits, batch.labels)
-            return Gradients(torch.autograd.grad(loss, wanted), loss.detach(), logits.detach())
+            penalty = self.strategy.penalty(alphas, weights)
+            objective = loss if penalty is None else loss + penalty
+            return Gradients(torch.autograd.grad(objective, wanted), loss.detach(), logits.detach())
 
     def __call__(self, train: Batch, valid: Batch | None) -> StepMetrics:
         """Update α on ``valid`` (None: α stays, as in warm-up epochs), then w on ``train``."""

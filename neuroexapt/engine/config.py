@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from neuroexapt.errors import UserError
+from neuroexapt.spaces import get_space
+from neuroexapt.strategies import STRATEGIES, published_settings
 
 EXECUTIONS = ("fused", "reference", "compile", "fastest")
 PRECISIONS = ("fp32", "bf16")
+CONTROLS = ("random", "resnet18")
 
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -80,7 +83,7 @@ class RunConfig:
 class SearchConfig(RunConfig):
     """A search by gradient descent, and the training of what it found. Defaults are those of DARTS."""
 
-    strategy: str = setting("darts", "search strategy: darts (first order) or darts-2nd (second order)")
+    strategy: str = setting("darts", f"search strategy: {', '.join(STRATEGIES)}")
     epochs: int = setting(50, "epochs of the search")
     warmup_epochs: int = setting(0, "first epochs, in which α stays as it is")
     arch_learning_rate: float = setting(3e-4, "learning rate of α (Adam)")
@@ -112,6 +115,9 @@ class EvaluateConfig(RunConfig):
     """Training of a given genotype from scratch. Defaults are those of DARTS for CIFAR-10."""
 
     genotype: str = setting("DARTS_V2", "published name, file, or folder of a run")
+    recipe: str = setting("published", "how to train: published (as DARTS), or fast, in a tenth of the time")
+    seeds: int = setting(1, "trainings to take the mean of, with seeds counted up from --seed")
+    control: str = setting("", "networks trained alike to compare with: random, resnet18 or random,resnet18")
     epochs: int = setting(600, "epochs")
     batch_size: int = setting(96, "pictures in a batch")
     layers: int = setting(20, "cells, two of them reduction cells")
@@ -120,13 +126,28 @@ class EvaluateConfig(RunConfig):
     auxiliary: bool = setting(True, "second classifier at two thirds of the depth while training")
     auxiliary_weight: float = setting(0.4, "weight of its loss")
     drop_path: float = setting(0.2, "probability of dropping an operation, reached at the end")
+    learning_rate_warmup: float = setting(0.0, "share of the steps over which the learning rate rises")
+    label_smoothing: float = setting(0.0, "share of each label that is spread over all classes")
+    ema: float = setting(0.0, "decay a step of the moving average of weights, which is tested; 0: none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "epochs")
+        _require_one_of(self, "recipe", tuple(RECIPES))
+        _require_positive(self, "epochs", "seeds")
         _require_not_negative(self, "auxiliary_weight")
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"drop_path={self.drop_path}: choose a probability from 0 to below 1")
+        for name in ("drop_path", "learning_rate_warmup", "label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: choose a value from 0 to below 1")
+        for name in self.controls:
+            if name not in CONTROLS:
+                raise UserError(
+                    f"unknown control {name!r}; choose of {', '.join(CONTROLS)}, separated by commas"
+                )
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The names in ``control``, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.control.split(",") if name.strip()))
 
 
 # What a data set calls for where neither the user nor a config file says otherwise.
@@ -157,16 +178,60 @@ PRESETS: dict[str, dict[type[RunConfig], dict[str, Any]]] = {
     "cifar100": {EvaluateConfig: {"cutout": 16}},
 }
 
+# What a recipe changes, and what it changes besides for a data set.
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": {},
+    "fast": {
+        "epochs": 60,
+        "batch_size": 256,
+        "learning_rate": 0.1,
+        "learning_rate_warmup": 0.05,
+        "weight_decay": 5e-4,
+        "drop_path": 0.0,
+        "label_smoothing": 0.1,
+        "ema": 0.999,
+        "precision": "bf16",
+    },
+}
+RECIPES_BY_DATASET: dict[str, dict[str, dict[str, Any]]] = {
+    "fast": {
+        "digits": {"epochs": 10, "batch_size": 64},
+        "mnist": {"epochs": 5},
+        "fashion-mnist": {"epochs": 10},
+    }
+}
+
 
 def make_config(cls: type[Config], overrides: dict[str, Any], file: Path | None = None) -> Config:
-    """Explicit values, over those of a config file, over the data set's preset, over the defaults."""
+    """Explicit values, over those of a config file, the recipe, the data set's preset, what was published for
+    the strategy, those of the space, and the defaults.
+    """
     names = [f.name for f in dataclasses.fields(cls)]
     given = {**(_read(file) if file else {}), **overrides}
     for name in given:
         if name not in names:
             raise UserError(f"unknown setting {name!r} for {cls.__name__}; known are {', '.join(names)}")
     dataset = given.get("dataset", cls.__dataclass_fields__["dataset"].default)
-    return cls(**{**PRESETS.get(dataset, {}).get(cls, {}), **given})
+    given = {**PRESETS.get(dataset, {}).get(cls, {}), **_recipe(given.get("recipe"), dataset), **given}
+    if issubclass(cls, SearchConfig):
+        given = {**_published(given), **given}
+    space = get_space(given.get("space", cls.__dataclass_fields__["space"].default))
+    return cls(**{k: v for k, v in space.defaults.items() if k in names} | given)
+
+
+def _published(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the strategy's paper; a warm-up keeps its share of the epochs."""
+    fields = SearchConfig.__dataclass_fields__
+    strategy, space = (given.get(name, fields[name].default) for name in ("strategy", "space"))
+    settings = published_settings(strategy, space)
+    if "warmup_epochs" in settings and isinstance(given.get("epochs"), int):
+        settings["warmup_epochs"] = settings["warmup_epochs"] * given["epochs"] // settings["epochs"]
+    return settings
+
+
+def _recipe(name: Any, dataset: str) -> dict[str, Any]:
+    """What a recipe says for a data set; nothing where none of that name is known, which is refused later."""
+    return {**RECIPES.get(name, {}), **RECIPES_BY_DATASET.get(name, {}).get(dataset, {})}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
 from neuroexapt.engine.training import TrainPhase, evaluate_loss, score
 from neuroexapt.errors import UserError
 from neuroexapt.spaces import get_space
-from neuroexapt.strategies import get_strategy
 
 
 def search(
@@ -53,9 +52,8 @@ def derive(run_dir: str | Path) -> Genotype:
             f"{run_dir} holds no checkpoint of a search: {folder.checkpoint(SearchPhase.name)} is missing"
         )
     config = make_config(SearchConfig, folder.read_json("config.json"))
-    supernet = load_checkpoint(folder.checkpoint(SearchPhase.name))["phase"]["supernet"]
-    alphas = {k.removeprefix("alphas."): v for k, v in supernet.items() if k.startswith("alphas.")}
-    return get_space(config.space).derive(get_strategy(config.strategy).relax(alphas))
+    mixing_weights = load_checkpoint(folder.checkpoint(SearchPhase.name))["phase"]["mixing"]
+    return get_space(config.space).derive(mixing_weights)
 
 
 def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt.backend.measure import time_calls
-from neuroexapt.core.genotypes import Genotype
+from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import Loader
 from neuroexapt.engine.bilevel import Batch, BilevelStep
 from neuroexapt.engine.captured import capture
 from neuroexapt.engine.config import SearchConfig
-from neuroexapt.engine.device import get_device_name
+from neuroexapt.engine.device import get_device_name, place
 from neuroexapt.engine.execution import choose_execution, set_execution
 from neuroexapt.engine.phase import Phase
 from neuroexapt.engine.training import (
@@ -25,7 +25,8 @@ from neuroexapt.engine.training import (
     score,
     set_learning_rate,
 )
-from neuroexapt.spaces import CellSpace, get_space
+from neuroexapt.spaces import get_space
+from neuroexapt.spaces.space import Space
 from neuroexapt.strategies import get_strategy
 
 FIGURES_PER_SEARCH = 10
@@ -46,10 +47,18 @@ class SearchPhase(Phase):
         self.steps_per_epoch = train_loader.steps_per_epoch
         self.device = train_loader.device
         self.supernet = supernet
-        self.space: CellSpace = get_space(config.space)
-        self.strategy = get_strategy(config.strategy)
+        self.space: Space = get_space(config.space)
+        self.strategy = get_strategy(config.strategy).to(self.device)
         self._config = config
         self._train_loader, self._valid_loader = train_loader, valid_loader
+        self._execution = "reference"
+        self._make_step()
+
+    def _make_step(self) -> None:
+        """The search network as the strategy wants it, and optimizers for the parameters that it has then."""
+        supernet, config = self.supernet, self._config
+        self.strategy.shape(supernet)
+        place(supernet, self.device)
         self.weight_optimizer = make_sgd(supernet.weights(), config)
         self.arch_optimizer = torch.optim.Adam(
             supernet.arch_parameters(),
@@ -62,7 +71,15 @@ class SearchPhase(Phase):
             supernet, self.strategy, self.weight_optimizer, self.arch_optimizer, grad_clip=config.grad_clip
         )
         supernet.set_recompute(config.recompute)
-        self._set_execution("reference")
+        self._set_execution(self._execution)
+
+    def _reshape(self) -> None:
+        """Follow the strategy to another network; parameters that stay keep their optimizer's state."""
+        before = {**self.weight_optimizer.state, **self.arch_optimizer.state}
+        self._make_step()
+        for optimizer in (self.weight_optimizer, self.arch_optimizer):
+            kept = [p for group in optimizer.param_groups for p in group["params"] if p in before]
+            optimizer.state.update({parameter: before[parameter] for parameter in kept})
 
     def prepare_execution(self, say: Callable[[str], None]) -> None:
         """Set up ``config.execution``; measuring uses copies, so the search's own state is not touched."""
@@ -113,6 +130,8 @@ class SearchPhase(Phase):
         return cosine(epoch, self.epochs, self._config.learning_rate, self._config.learning_rate_min)
 
     def steps(self, epoch: int, start: int) -> Iterator[Tensor]:
+        if self.strategy.start_epoch(self.supernet, epoch, self.epochs):
+            self._reshape()
         set_learning_rate(self.weight_optimizer, self.learning_rate(epoch))
         train = self._train_loader.epoch(epoch, start)
         if self._warming_up(epoch):
@@ -148,9 +167,9 @@ class SearchPhase(Phase):
 
     @torch.no_grad()
     def mixing_weights(self) -> dict[str, Tensor]:
-        return self.strategy.relax(dict(self.supernet.alphas))
+        return self.strategy.mixing(dict(self.supernet.alphas))
 
-    def genotype(self) -> Genotype:
+    def genotype(self) -> AnyGenotype:
         """What the search would choose if it stopped now."""
         return self.space.derive(self.mixing_weights())
 
@@ -161,26 +180,29 @@ class SearchPhase(Phase):
         from neuroexapt.report.cell_graph import draw_cell
         from neuroexapt.report.figures import alpha_heat_map, edge_names
 
-        topology, genotype = self.space.topology, self.genotype()
-        edges = edge_names(topology.edges, topology.state_names)
-        figures: dict[str, Any] = {}
+        space, figures = self.space.describe(), {}
         for cell, weights in record["alpha"].items():
-            figures[f"alpha/{cell}"] = alpha_heat_map(weights, edges, self.space.primitives)
-            figures[f"cell/{cell}"] = draw_cell(genotype.edges(cell), topology.state_names, topology.concat)
+            edges = edge_names(space["edges"][cell], space["nodes"])
+            figures[f"alpha/{cell}"] = alpha_heat_map(weights, edges, space["primitives"])
+        for cell, chosen in self.genotype().cells.items():
+            figures[f"cell/{cell}"] = draw_cell(*chosen)
         return figures
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "supernet": self.supernet.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "mixing": self.mixing_weights(),
             "weight_optimizer": self.weight_optimizer.state_dict(),
             "arch_optimizer": self.arch_optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.strategy.load_state_dict(state["strategy"])
+        self._make_step()
         self.supernet.load_state_dict(state["supernet"])
         load_optimizer(self.weight_optimizer, state["weight_optimizer"])
         load_optimizer(self.arch_optimizer, state["arch_optimizer"])
-        self._capture_steps()
 
 
 def entropy(weights: Tensor) -> Tensor:

@@ -1,13 +1,28 @@
 """Search strategies by name. To add one, write its file and add one line here."""
 
+from typing import Any
+
 from neuroexapt.engine.bilevel import Strategy
 from neuroexapt.errors import UserError
 from neuroexapt.strategies.darts import Darts, SecondOrderDarts
 
-STRATEGIES: dict[str, type[Strategy]] = {"darts": Darts, "darts-2nd": SecondOrderDarts}
+STRATEGIES: dict[str, type[Strategy]] = {
+    "darts": Darts,
+    "darts-2nd": SecondOrderDarts,
+}
 
 
 def get_strategy(name: str) -> Strategy:
+    return _find(name)()
+
+
+def published_settings(name: str, space: str) -> dict[str, Any]:
+    """Published settings of a search by strategy ``name`` in ``space`` that are not the usual ones."""
+    strategy = _find(name)
+    return {**strategy.defaults, **strategy.defaults_of_space.get(space, {})}
+
+
+def _find(name: str) -> type[Strategy]:
     if name not in STRATEGIES:
         raise UserError(f"unknown strategy {name!r}; known are {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]()
+    return STRATEGIES[name]

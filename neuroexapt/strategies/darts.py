@@ -15,6 +15,8 @@ FINITE_DIFFERENCE_RADIUS = 1e-2
 class Darts(Strategy):
     """First order: ∇_α L_val(w, α) at the current w, with softmax mixing weights."""
 
+    paper = "Liu, Simonyan, Yang: DARTS: Differentiable Architecture Search, ICLR 2019"
+
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {cell: torch.softmax(alpha, dim=-1) for cell, alpha in alphas.items()}
 

@@ -1,0 +1,61 @@
+"""A bilevel step on a network and batches so small that a strategy shows what it does in a moment."""
+
+from typing import Any
+
+import torch
+
+from neuroexapt.core.cells import CellTopology
+from neuroexapt.core.supernet import Supernet
+from neuroexapt.data import make_loader
+from neuroexapt.data.augment import Augmentation
+from neuroexapt.data.dataset import ResidentImages
+from neuroexapt.engine.bilevel import Batch, BilevelStep, Strategy
+from neuroexapt.spaces import CellSpace
+
+PRIMITIVES = ("none", "skip_connect", "sep_conv_3x3", "avg_pool_3x3")
+SPACE = CellSpace("small", PRIMITIVES, CellTopology(nodes=2))
+
+
+def make_supernet(channels: int) -> Supernet:
+    return SPACE.supernet(in_channels=2, num_classes=3, channels=channels, layers=3)
+
+
+def make_loader_of(seed: int) -> Any:
+    """Batches of 8 of 24 pictures of 6x6."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (24, 2, 6, 6), dtype=torch.uint8, generator=generator)
+    return make_loader(
+        ResidentImages(images, torch.arange(24) % 3),
+        batch_size=8,
+        device=torch.device("cpu"),
+        seed=seed,
+        mean=(0.5,) * 2,
+        std=(0.25,) * 2,
+        augmentation=Augmentation(crop_padding=1),
+        drop_last=True,
+    )
+
+
+def make_step(strategy: Strategy, channels: int = 4) -> tuple[BilevelStep, Batch, Batch]:
+    """With training and validation batch."""
+    torch.manual_seed(0)
+    supernet = make_supernet(channels)
+    strategy.shape(supernet)
+    train, valid = (Batch(torch.randn(6, 2, 6, 6), torch.randint(3, (6,))) for _ in range(2))
+    step = BilevelStep(
+        supernet,
+        strategy,
+        torch.optim.SGD(supernet.weights(), 0.05, momentum=0.9),
+        torch.optim.Adam(supernet.arch_parameters(), 1e-2),
+        grad_clip=5.0,
+    )
+    return step, train, valid
+
+
+def some_alphas(rows: int = 5, columns: int = 4) -> dict[str, torch.Tensor]:
+    """Of two cell types, far from uniform."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        cell: torch.randn(rows, columns, generator=generator, requires_grad=True)
+        for cell in ("normal", "reduce")
+    }

@@ -1,0 +1,91 @@
+"""What holds for every strategy."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint
+from neuroexapt.engine.config import SearchConfig, make_config
+from neuroexapt.engine.search_phase import SearchPhase
+from neuroexapt.errors import UserError
+from neuroexapt.spaces import SPACES
+from neuroexapt.strategies import STRATEGIES, get_strategy
+from tests.strategies.small import SPACE, make_loader_of, make_step, make_supernet
+
+EPOCHS = 4
+
+
+@pytest.fixture(autouse=True)
+def _small_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SPACES, SPACE.name, SPACE)
+
+
+def make_phase(name: str) -> SearchPhase:
+    torch.manual_seed(0)
+    config = SearchConfig(
+        strategy=name, space=SPACE.name, epochs=EPOCHS, batch_size=8, arch_learning_rate=0.1
+    )
+    return SearchPhase(make_supernet(8), make_loader_of(1), make_loader_of(2), config)
+
+
+def run(phase: SearchPhase, epoch: int, start: int = 0) -> list[torch.Tensor]:
+    return list(phase.steps(epoch, start))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_search_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """From its checkpoint within the last epoch: noise, schedules and changes of the network included."""
+    whole = make_phase(name)
+    for epoch in range(EPOCHS - 1):
+        run(whole, epoch)
+    steps = whole.steps(EPOCHS - 1, 0)
+    next(steps)
+    random_state = torch.get_rng_state()
+    save_checkpoint(tmp_path / "checkpoint", whole.state_dict())
+    torch.set_rng_state(random_state)
+    last = list(steps)
+
+    resumed = make_phase(name)
+    resumed.load_state_dict(load_checkpoint(tmp_path / "checkpoint"))
+    torch.set_rng_state(random_state)
+    assert torch.equal(torch.stack(run(resumed, EPOCHS - 1, 1)), torch.stack(last))
+    expected = whole.supernet.state_dict()
+    for key, value in resumed.supernet.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    assert resumed.genotype() == whole.genotype()
+    assert resumed.end_epoch(EPOCHS - 1) == whole.end_epoch(EPOCHS - 1)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_mixing_weights_of_validation_do_not_vary(name: str) -> None:
+    strategy = get_strategy(name)
+    step, *_ = make_step(strategy, channels=8)
+    alphas = dict(step.supernet.alphas)
+    first, second = strategy.mixing(alphas), strategy.mixing(alphas)
+    assert list(first) == ["normal", "reduce"]
+    assert all(torch.equal(first[cell], second[cell]) for cell in first)
+    assert all(weights.shape == alphas[cell].shape for cell, weights in first.items())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_paper_is_named(name: str) -> None:
+    assert STRATEGIES[name].paper[-4:].isdigit()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("space", ["darts", "nas-bench-201"])
+def test_published_settings_are_settings(name: str, space: str) -> None:
+    config = make_config(SearchConfig, {"dataset": "cifar10", "strategy": name, "space": space})
+    assert config.strategy == name
+
+
+def test_the_user_stands_over_the_preset_over_what_was_published() -> None:
+    assert make_config(SearchConfig, {"dataset": "cifar10", "strategy": "gdas"}).epochs == 250
+    assert make_config(SearchConfig, {"dataset": "digits", "strategy": "gdas"}).epochs == 15
+    assert make_config(SearchConfig, {"dataset": "digits", "strategy": "gdas", "epochs": 3}).epochs == 3
+
+
+def test_an_unknown_one_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown strategy 'dart'; known are darts, "):
+        make_config(SearchConfig, {"strategy": "dart"})
