@@ -1,0 +1,58 @@
+import torch
+
+from neuroexapt.strategies.gdas import Gdas
+from tests.strategies.small import make_step, some_alphas
+
+
+def test_one_operation_an_edge_has_weight_one_and_it_alone_passes_a_gradient() -> None:
+    (weights,) = Gdas().relax({"cell": some_alphas()["normal"]}).values()
+    drawn = weights.detach().clone()
+    assert torch.equal(drawn.sort(dim=-1).values, torch.tensor([[0.0, 0, 0, 1]]).expand(5, 4))
+    upstream = torch.randn_like(weights)
+    p = weights.grad_fn
+    assert p is not None
+    alpha = torch.randn(5, 4, requires_grad=True)
+    torch.manual_seed(1)
+    relaxed = Gdas().relax({"cell": alpha})["cell"]
+    (with_all,) = torch.autograd.grad(relaxed, alpha, upstream, retain_graph=True)
+    (with_drawn,) = torch.autograd.grad(relaxed, alpha, upstream * relaxed.detach())
+    assert torch.equal(with_all, with_drawn), "what was not drawn passes none"
+    assert with_all.abs().sum() > 0
+
+
+def test_operations_are_drawn_with_the_probabilities_of_the_softmax() -> None:
+    torch.manual_seed(0)
+    alpha = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20_000, 4)
+    for temperature in (10.0, 0.1):
+        strategy = Gdas()
+        strategy.temperature.fill_(temperature)
+        shares = strategy.relax({"cell": alpha})["cell"].mean(dim=0)
+        torch.testing.assert_close(shares, alpha[0].softmax(dim=-1), atol=0.012, rtol=0)
+
+
+def test_temperature_falls_linearly_from_ten_to_a_tenth() -> None:
+    strategy = Gdas()
+    step, *_ = make_step(strategy)
+    temperatures = []
+    for epoch in range(3):
+        strategy.start_epoch(step.supernet, epoch, 3)
+        temperatures.append(strategy.temperature.item())
+    torch.testing.assert_close(torch.tensor(temperatures), torch.tensor([10, 5.05, 0.1]))
+
+
+def test_only_drawn_operations_learn() -> None:
+    step, train, _ = make_step(Gdas())
+    edge = step.supernet.cells[0].edges[0]
+    learned = []
+    for _ in range(20):
+        torch.manual_seed(len(learned))
+        gradients = step.gradients(train, list(edge.parameters())).gradients
+        learned.append(any(g.abs().sum() > 0 for g in gradients))
+    assert any(learned)
+    assert not all(learned)
+
+
+def test_validation_and_genotype_see_no_noise() -> None:
+    alphas = some_alphas()
+    mixed = Gdas().mixing(alphas)
+    assert all(torch.equal(mixed[cell], alphas[cell].softmax(dim=-1)) for cell in alphas)
