@@ -5,12 +5,14 @@ from typing import Any
 from neuroexapt.engine.bilevel import Strategy
 from neuroexapt.errors import UserError
 from neuroexapt.strategies.darts import Darts, SecondOrderDarts
+from neuroexapt.strategies.drnas import DrNas
 from neuroexapt.strategies.gdas import Gdas
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "darts": Darts,
     "darts-2nd": SecondOrderDarts,
     "gdas": Gdas,
+    "drnas": DrNas,
 }
 
 

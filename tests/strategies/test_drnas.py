@@ -1,0 +1,40 @@
+import torch
+
+from neuroexapt.strategies.drnas import DrNas
+from tests.strategies.small import make_step, some_alphas
+
+
+def test_weights_are_samples_of_the_dirichlet_distribution() -> None:
+    torch.manual_seed(0)
+    alpha = torch.tensor([0.0, 1.0, -2.0, 0.5])
+    samples = DrNas().relax({"cell": alpha.expand(50_000, 4)})["cell"]
+    torch.testing.assert_close(samples.sum(dim=-1), torch.ones(50_000))
+    c = torch.where(alpha > 0, alpha + 1, alpha.exp())
+    mean = c / c.sum()
+    torch.testing.assert_close(samples.mean(dim=0), mean, atol=5e-3, rtol=0)
+    torch.testing.assert_close(samples.var(dim=0), mean * (1 - mean) / (c.sum() + 1), atol=2e-3, rtol=0)
+
+
+def test_the_gradient_passes_through_the_sample() -> None:
+    """That of E[w] = mean: averaged over samples it is the mean's own."""
+    torch.manual_seed(0)
+    alpha = torch.tensor([0.3, -0.4, 1.0], requires_grad=True)
+    samples = DrNas().relax({"cell": alpha.expand(100_000, 3)})["cell"]
+    (gradient,) = torch.autograd.grad(samples[:, 0].mean(), alpha, retain_graph=True)
+    (expected,) = torch.autograd.grad(DrNas().mixing({"cell": alpha})["cell"][0], alpha)
+    torch.testing.assert_close(gradient, expected, atol=3e-3, rtol=0)
+
+
+def test_validation_and_genotype_see_the_mean() -> None:
+    alphas = some_alphas()
+    mixed = DrNas().mixing(alphas)
+    for cell, alpha in alphas.items():
+        assert torch.equal(mixed[cell], DrNas().mixing(alphas)[cell])
+        assert torch.equal(mixed[cell].argsort(dim=-1), alpha.argsort(dim=-1))
+
+
+def test_a_step_changes_alphas() -> None:
+    step, train, valid = make_step(DrNas())
+    before = [alpha.detach().clone() for alpha in step.alphas]
+    assert step(train, valid).arch_loss.isfinite()
+    assert not any(torch.equal(alpha, old) for alpha, old in zip(step.alphas, before, strict=True))
