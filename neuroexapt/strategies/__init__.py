@@ -4,6 +4,7 @@ from typing import Any
 
 from neuroexapt.engine.bilevel import Strategy
 from neuroexapt.errors import UserError
+from neuroexapt.strategies.beta_darts import BetaDarts
 from neuroexapt.strategies.darts import Darts, SecondOrderDarts
 from neuroexapt.strategies.drnas import DrNas
 from neuroexapt.strategies.gdas import Gdas
@@ -13,6 +14,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "darts-2nd": SecondOrderDarts,
     "gdas": Gdas,
     "drnas": DrNas,
+    "beta-darts": BetaDarts,
 }
 
 
