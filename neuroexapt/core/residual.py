@@ -1,4 +1,6 @@
-"""The networks of NAS-Bench-201 (Dong & Yang, ICLR 2020): cells of one input, residual blocks between stages."""
+"""The networks of NAS-Bench-201 (Dong & Yang, ICLR 2020): stages of cells of one input, with residual blocks
+between them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -82,7 +84,7 @@ class ResidualSupernet(Supernet):
     def _run(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         x = self.stem(x)
         for cell in self.cells:
-            x = cell(x, weights["cell"]) if isinstance(cell, SearchCell) else cell(x)
+            x = cell(x) if isinstance(cell, ResidualBlock) else cell(x, weights["cell"])
         return self.head(x)
 
 

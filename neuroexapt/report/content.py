@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from neuroexapt.core.genotypes import Genotype
+from neuroexapt.core.genotypes import AnyGenotype, ChosenCell, genotype_from_dict
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.report.cell_graph import draw_cell
 from neuroexapt.report.figures import alpha_heat_map, alpha_history, curves, edge_names, entropy_history
@@ -27,9 +27,13 @@ PHASES = {
     "inherit": "Derived network, inherited weights",
     "scratch": "Derived network, from scratch",
     "evaluate": "Given genotype, from scratch",
+    "random": "Random genotype, from scratch",
+    "resnet18": "ResNet-18, from scratch",
 }
+"""Titles of phases. A phase of a further seed has its name with ``-seed`` and the seed after it."""
 _NUMBERS = {
     "test_accuracy": ("test accuracy", percent),
+    "test_accuracy_deviation": ("its standard deviation over seeds", percent),
     "scratch_test_accuracy": ("test accuracy from scratch, as many epochs", percent),
     "valid_accuracy": ("validation accuracy in the search", percent),
     "parameters": ("parameters", large),
@@ -37,7 +41,7 @@ _NUMBERS = {
     "steps_per_second": ("steps a second", rate),
     "peak_memory_bytes": ("peak memory", memory),
 }
-_CELLS = {"normal": "Normal cell", "reduce": "Reduction cell"}
+_CELLS = {"normal": "Normal cell", "reduce": "Reduction cell", "cell": "Cell"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,17 @@ class Comparison:
 
     svg: Markup
     rows: list[tuple[int, float, float]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What training by one recipe made of a network: mean and standard deviation over seeds."""
+
+    title: str
+    test_accuracy: float
+    deviation: float | None
+    parameters: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -113,9 +128,12 @@ class Report:
             if self.config["control"]:
                 planned["scratch"] = self.config["train_epochs"]
         else:
-            planned = {"evaluate": self.config["epochs"]}
+            planned = {phase: self.config["epochs"] for phase in self._metrics if self._metrics[phase]}
+            planned["evaluate"] = self.config["epochs"]
         return [
-            (PHASES[phase], len(self._metrics[phase]), epochs) for phase, epochs in planned.items() if epochs
+            (phase_title(phase), len(self._metrics[phase]), epochs)
+            for phase, epochs in planned.items()
+            if epochs
         ]
 
     @property
@@ -143,27 +161,25 @@ class Report:
         return None if self._final_genotype else len(self._metrics["search"])
 
     @cached_property
-    def genotype(self) -> Genotype | None:
+    def genotype(self) -> AnyGenotype | None:
         if self._final_genotype:
-            return Genotype.from_dict(self._final_genotype)
+            return genotype_from_dict(self._final_genotype)
         if self._metrics["search"]:
-            return Genotype.from_dict(self._metrics["search"][-1]["genotype"])
+            return genotype_from_dict(self._metrics["search"][-1]["genotype"])
         return None
 
     @property
     def cells(self) -> list[CellGraph]:
-        return [self._cell(cell, self.genotype) for cell in _CELLS] if self.genotype else []
+        return [self._cell(*cell) for cell in self.genotype.cells.items()] if self.genotype else []
 
-    def _cell(self, cell: str, genotype: Genotype) -> CellGraph:
-        edges, concat = genotype.edges(cell), getattr(genotype, f"{cell}_concat")
-        node_count = max(target for _, target, _ in edges) - 1
-        names = ["c_{k-2}", "c_{k-1}", *map(str, range(node_count))]
+    def _cell(self, cell: str, chosen: ChosenCell) -> CellGraph:
+        title, names = _CELLS.get(cell, cell), chosen.state_names
         operations = ", ".join(
-            f"{op} from {names[source]} to {names[target]}" for source, target, op in edges
+            f"{op} from {names[source]} to {names[target]}" for source, target, op in chosen.edges
         )
-        output = ", ".join(names[state] for state in concat)
-        description = f"{_CELLS[cell]}: {operations}; the output joins {output}"
-        return CellGraph(_CELLS[cell], self._svg(draw_cell(edges, names, concat), description))
+        output = ", ".join(names[state] for state in chosen.concat)
+        description = f"{title}: {operations}; the output joins {output}"
+        return CellGraph(title, self._svg(draw_cell(*chosen), description))
 
     @property
     def operations(self) -> list[tuple[str, str]]:
@@ -206,15 +222,15 @@ class Report:
     @property
     def phases(self) -> list[PhaseCurves]:
         return [
-            PhaseCurves(PHASES[phase], self._curves(phase, "loss"), self._curves(phase, "accuracy"))
-            for phase in PHASES
+            PhaseCurves(phase_title(phase), self._curves(phase, "loss"), self._curves(phase, "accuracy"))
+            for phase in self._metrics
             if self._metrics[phase]
         ]
 
     def _curves(self, phase: str, quantity: str) -> Markup:
         held_out = "valid" if phase == "search" else "test"
         values = {part: self._values(phase, f"{part}_{quantity}") for part in ("train", held_out)}
-        return self._svg(curves(values, quantity), f"{PHASES[phase]}: {_ends(values, quantity)}")
+        return self._svg(curves(values, quantity), f"{phase_title(phase)}: {_ends(values, quantity)}")
 
     @cached_property
     def comparison(self) -> Comparison | None:
@@ -232,17 +248,33 @@ class Report:
         )
 
     @property
+    def evaluated(self) -> list[Evaluated]:
+        """The genotype and the controls that were trained alike; empty without controls."""
+        controls = self.result.get("controls", {})
+        rows = {"evaluate": self.result, **controls} if controls else {}
+        return [
+            Evaluated(
+                PHASES[kind],
+                row["test_accuracy"],
+                row["test_accuracy_deviation"],
+                row["parameters"],
+                row["training_seconds"],
+            )
+            for kind, row in rows.items()
+        ]
+
+    @property
     def timing(self) -> list[PhaseTiming]:
         return [
             PhaseTiming(
-                PHASES[phase],
+                phase_title(phase),
                 len(records),
                 sum(record["seconds"] for record in records),
                 median(record["steps_per_second"] for record in records),
                 max(record["peak_memory_bytes"] for record in records),
             )
-            for phase in PHASES
-            if (records := self._timing[phase])
+            for phase, records in self._timing.items()
+            if records
         ]
 
     def _values(self, phase: str, name: str) -> list[float]:
@@ -259,8 +291,14 @@ def _read_if_there(run: RunFolder, name: str) -> Record:
 def _by_phase(records: Iterable[Record]) -> dict[str, list[Record]]:
     phases: dict[str, list[Record]] = {phase: [] for phase in PHASES}
     for record in records:
-        phases[record["phase"]].append(record)
-    return phases
+        phases.setdefault(record["phase"], []).append(record)
+    kinds = list(PHASES)
+    return dict(sorted(phases.items(), key=lambda phase: kinds.index(phase[0].partition("-seed")[0])))
+
+
+def phase_title(phase: str) -> str:
+    kind, _, seed = phase.partition("-seed")
+    return f"{PHASES[kind]}, seed {seed}" if seed else PHASES[kind]
 
 
 def _ends(values: Mapping[str, list[float]], quantity: str) -> str:

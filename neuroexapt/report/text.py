@@ -2,7 +2,7 @@
 
 import json
 
-from neuroexapt.core.genotypes import Genotype
+from neuroexapt.core.genotypes import AnyGenotype
 
 
 def percent(fraction: float) -> str:
@@ -37,8 +37,8 @@ def memory(size: float) -> str:
     return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def genotype_json(genotype: Genotype) -> str:
-    """JSON with a line for each of the four fields, as `--genotype` reads it from a file."""
+def genotype_json(genotype: AnyGenotype) -> str:
+    """JSON with a line for each field, as `--genotype` reads it from a file."""
     fields = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in genotype.to_dict().items()]
     return "{\n" + ",\n".join(fields) + "\n}"
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neuroexapt.core.cells import CellTopology, SearchCell, TwoInputs
+from neuroexapt.core.cells import CellTopology, OneInput, SearchCell, TwoInputs
 from neuroexapt.core.operations import OPS, PRIMITIVES, DilConv, MixedOp, Pool, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
+from neuroexapt.spaces import nas_bench_201
 from tests.cuda_ops import torch_kernels
 
 TOLERANCE = 1e-10
@@ -122,6 +123,23 @@ def test_of_odd_sizes(size):
     cell = make_cell(reduction=False)
     inputs = make_inputs(cell, size)
     assert_close(results(run_fused, cell, inputs), results(run_reference, cell, inputs))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_of_one_input_and_the_last_node_alone(training, wants):
+    torch.manual_seed(0)
+    cell = SearchCell(nas_bench_201.TOPOLOGY, nas_bench_201.PRIMITIVES, OneInput(), 4, norm_pools=False)
+    cell = with_statistics(cell).train(training)
+    cell.fused = False
+    x, _, weights = make_inputs(cell)
+
+    def run(cell: SearchCell, x: Tensor, weights: Tensor) -> Tensor:
+        return fused.run(plan_cell(cell), [x], weights, torch_kernels)
+
+    expected = results(SearchCell.forward, cell, (x, weights), *wants)
+    assert expected["y"].shape == x.shape
+    assert_close(results(run, cell, (x, weights), *wants), expected)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from neuroexapt.core.genotypes import Genotype
+from neuroexapt.core.genotypes import genotype_from_text
 from neuroexapt.errors import UserError
 from neuroexapt.report.html import write_report
 from tests.report.made_up_run import CONFIG, GENOTYPE, PRIMITIVES, space
@@ -92,8 +92,8 @@ def test_comparison_is_at_equal_epochs(new_run):
 def test_genotype_can_be_copied_and_read_back(page, finished_run):
     shown = re.findall(r"<pre>(.*?)</pre>", page.html, re.DOTALL)
     texts = [text.replace("&#34;", '"').replace("&#39;", "'") for text in shown]
-    saved = Genotype.from_text((finished_run.path / "genotype.json").read_text())
-    assert [Genotype.from_text(text) for text in texts] == [saved, saved]
+    saved = genotype_from_text((finished_run.path / "genotype.json").read_text())
+    assert [genotype_from_text(text) for text in texts] == [saved, saved]
 
 
 def test_run_without_an_epoch(new_run):
