@@ -98,10 +98,17 @@ def id_of_genotype(genotype: CellGenotype) -> int:
     return _ids()[genotype]
 
 
+def random_cell(rng: random.Random) -> CellGenotype:
+    """Any cell of the space, all alike likely."""
+    return _genotype(rng.choices(PRIMITIVES, k=len(TOPOLOGY.edges)))
+
+
 @functools.cache
 def _genotypes() -> tuple[CellGenotype, ...]:
     """All cells, shuffled by the generator and seed that the benchmark's ids come from."""
-    genotypes = [_genotype(operations) for operations in itertools.product(PRIMITIVES, repeat=6)]
+    genotypes = [
+        _genotype(operations) for operations in itertools.product(PRIMITIVES, repeat=len(TOPOLOGY.edges))
+    ]
     random.Random(88).shuffle(genotypes)
     return tuple(genotypes)
 
