@@ -125,9 +125,9 @@ class SearchCell(nn.Module):
     @fused.setter
     def fused(self, fused: bool) -> None:
         self._fused = fused
-        for edge in self.edges:
-            if isinstance(edge, MixedOp):
-                edge.fused = fused
+        for module in self.edges.modules():
+            if isinstance(module, MixedOp):
+                module.fused = fused
 
     @property
     def plan(self) -> CellPlan:

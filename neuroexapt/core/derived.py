@@ -193,7 +193,7 @@ def inherit_weights(network: DerivedNetwork, supernet: Supernet) -> None:
 
     Everything but the operations that were not chosen is taken over, running statistics included. The search
     cells' BatchNorms have no scale and shift: the derived ones start at 1 and 0. An auxiliary head starts
-    anew.
+    anew, as do operations of edges with partial channels, which have another width.
     """
     searched = dict(supernet.named_children())
     pairs = [(child, searched[name]) for name, child in network.named_children() if name in searched]
@@ -214,13 +214,12 @@ def _kept(cell: DerivedCell, search_cell: SearchCell) -> list[tuple[nn.Module, n
     edge_index = {endpoints: i for i, endpoints in enumerate(search_cell.topology.edges)}
     for endpoints, name, op in zip(cell.endpoints, cell.op_names, cell.edges, strict=True):
         mixed = search_cell.edges[edge_index[endpoints]]
-        assert isinstance(mixed, MixedOp)
-        if any(True for _ in op.parameters()):
+        if isinstance(mixed, MixedOp) and any(True for _ in op.parameters()):
             pairs.append((op, mixed.candidate(name)))
     return pairs
 
 
-def count_parameters(network: DerivedNetwork) -> int:
+def count_parameters(network: nn.Module) -> int:
     """Parameters at inference: without the auxiliary head, as papers count them."""
     named = network.named_parameters()
     return sum(p.numel() for name, p in named if not name.startswith("auxiliary_head."))

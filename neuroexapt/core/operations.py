@@ -269,8 +269,9 @@ class MixedOp(nn.Module):
         super().__init__()
         if len(set(primitives)) != len(primitives):
             raise UserError(f"an edge lists an operation twice: {', '.join(primitives)}")
-        self.stride = stride
+        self.channels, self.stride = channels, stride
         self.primitives = tuple(primitives)
+        self.norm_pools = norm_pools
         self.ops = nn.ModuleList()
         for name in primitives:
             op = make_op(name, channels, stride, affine=False)
