@@ -8,6 +8,7 @@ from neuroexapt.strategies.beta_darts import BetaDarts
 from neuroexapt.strategies.darts import Darts, SecondOrderDarts
 from neuroexapt.strategies.drnas import DrNas
 from neuroexapt.strategies.gdas import Gdas
+from neuroexapt.strategies.pc_darts import PcDarts
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "darts": Darts,
@@ -15,6 +16,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "gdas": Gdas,
     "drnas": DrNas,
     "beta-darts": BetaDarts,
+    "pc-darts": PcDarts,
 }
 
 

@@ -9,7 +9,7 @@ from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint
 from neuroexapt.engine.config import SearchConfig, make_config
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.errors import UserError
-from neuroexapt.spaces import SPACES
+from neuroexapt.spaces import NAS_BENCH_201, SPACES
 from neuroexapt.strategies import STRATEGIES, get_strategy
 from tests.strategies.small import SPACE, make_loader_of, make_step, make_supernet
 
@@ -66,6 +66,19 @@ def test_mixing_weights_of_validation_do_not_vary(name: str) -> None:
     assert list(first) == ["normal", "reduce"]
     assert all(torch.equal(first[cell], second[cell]) for cell in first)
     assert all(weights.shape == alphas[cell].shape for cell, weights in first.items())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_space_with_one_type_of_cell_is_searched(name: str) -> None:
+    torch.manual_seed(0)
+    config = SearchConfig(strategy=name, space="nas-bench-201", epochs=EPOCHS, batch_size=8)
+    supernet = NAS_BENCH_201.supernet(in_channels=2, num_classes=3, channels=8, layers=5)
+    phase = SearchPhase(supernet, make_loader_of(1), make_loader_of(2), config)
+    before = supernet.alphas["cell"].detach().clone()
+    assert torch.stack(run(phase, EPOCHS - 1)).isfinite().all()
+    assert not torch.equal(supernet.alphas["cell"], before)
+    assert phase.mixing_weights()["cell"].shape == (6, 5)
+    assert phase.end_epoch(EPOCHS - 1)["genotype"] == phase.genotype().to_dict()
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
