@@ -113,7 +113,7 @@ def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any)
     weights = weights.contiguous()
     flows = [_Flow(group) for group in plan.states]
     output = _empty_output(plan, states[0])
-    exact = torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
+    exact = cell_kernels.products_are_exact()
     pass_ = _Pass(kernels, exact, _is_training(plan), weights.detach(), len(plan.nodes), output)
     shared_weights = _ShareWeights.apply(pass_, len(plan.nodes), weights)
     handles: defaultdict[int, list[Tensor]] = defaultdict(list)
@@ -240,7 +240,7 @@ def _compute_first(
     if flow.first:
         outputs.put(flow.first, *kernels.convolve(flow.convs(x, weights), pass_.exact))
     if flow.reductions:
-        grids, *reduced = kernels.reduce(x, flow.halves(weights))
+        grids, *reduced = kernels.reduce(x, flow.halves(weights), pass_.exact)
         outputs.put(flow.reductions, *reduced)
     normalised = [member for member in flow.outside if _batch_norm(member, 0) is not None]
     if normalised:
@@ -385,7 +385,7 @@ class _LeaveState(torch.autograd.Function):
             partials.insert(0, first_partials)
         if flow.reductions:
             dx, reduce_partials = kernels.backward_reduce(
-                saved.x, saved.grids, saved.reduce_grads(source), wants_weights
+                saved.x, saved.grids, saved.reduce_grads(source), pass_.exact, wants_weights
             )
             addends.append(dx)
             partials.append(reduce_partials)

@@ -5,6 +5,7 @@ and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count, mean, 
 ``coef``: [C, 4], {A, B, D, 0} with dz = A · g + B · z + D. Only an input's first dimension may be strided.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from neuroexapt.core.operations import shift_by_one
 from neuroexapt.core.plan import EPS, MOMENTUM, POOL_SIZE
-from neuroexapt.cuda_ops import sepconv
+from neuroexapt.cuda_ops import pointwise, sepconv
 from neuroexapt.cuda_ops.arguments import addresses, current_stream, strided
 from neuroexapt.cuda_ops.build import extension
+from neuroexapt.cuda_ops.pointwise import Product, ProductGrad
 from neuroexapt.kernels import reference
 from neuroexapt.kernels.sepconv import Call
 
@@ -81,6 +83,11 @@ class PoolGrad(NamedTuple):
     identity: tuple[int, int] | None
 
 
+def products_are_exact() -> bool:
+    """Whether products are to be of fp32 grade, as those of PyTorch's own convolutions are, or of TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
+
+
 def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
     """``z`` and ``moments`` of each convolution; all have one stride, and with 1 are one launch."""
     if convs[0].stride > 1:
@@ -135,60 +142,108 @@ def backward_first(
     return dxs, partials
 
 
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """z = W · relu(x) with ``weight`` [O, C, 1, 1], in fp32."""
+def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """z = W · relu(x) with ``weight`` [O, C, 1, 1], and its ``moments``."""
     z = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
-    sepconv.launch_forward([sepconv.pointwise_call(x, weight)], [z])
-    return z
+    moments = z.new_empty(pointwise.forward_parts(x, weight), weight.shape[0], 3)
+    pointwise.forward([Product(x, weight, z, moments)], exact)
+    return z, moments
 
 
 def backward_multiply(
-    x: Tensor, weight: Tensor, z: Tensor, g: Tensor, coef: Tensor, wanted: tuple[bool, bool]
+    x: Tensor, weight: Tensor, z: Tensor, g: Tensor, coef: Tensor, exact: bool, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and weight, where they are wanted, from dz = A · g + B · z + D."""
-    call = sepconv.pointwise_call(x, weight)
     dx = torch.empty_like(x) if wanted[0] else None
-    grad = weight.new_empty(weight.shape) if wanted[1] else None
-    ((_, partial),) = sepconv.partials([call], g, (False, wanted[1]))
-    results = sepconv.Results(dx, None, grad, None, partial)
-    sepconv.launch_backward([call], [sepconv.Source(g, z, coef)], [results])
-    return dx, grad
+    partial = weight.new_empty(pointwise.backward_parts(x, weight), weight.numel()) if wanted[1] else None
+    pointwise.backward([ProductGrad(x, weight, z, g, coef, dx, partial)], exact)
+    return dx, None if partial is None else reduce_partials([partial], [weight])[0]
 
 
-def reduce(x: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def reduce(
+    x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], exact: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Factorized reductions of one state, each with the weights of both halves of its channels.
 
     Returns the two grids [2, B, C, H', W'] that they read, for the backward pass, and ``z`` and ``moments``.
     """
     grids = torch.stack([grid[:, :, ::2, ::2] for grid in (x, shift_by_one(x))])
     batch, _, height, width = grids[0].shape
-    zs = _empty(x, len(weights), batch, 2 * weights[0][0].shape[0], height, width)
-    calls = [sepconv.pointwise_call(*both) for pair in weights for both in zip(grids, pair, strict=True)]
-    halves = [half for z in zs for half in z.chunk(2, dim=1)]
-    _run(calls, halves)
-    return grids, zs, plane_moments(zs)
+    channels = 2 * weights[0][0].shape[0]
+    zs = _empty(x, len(weights), batch, channels, height, width)
+    if not pointwise.takes(grids[0], weights[0][0]).ok:
+        for z, pair in zip(zs, weights, strict=True):
+            z.copy_(_multiply_grids(grids, pair))
+        return grids, zs, plane_moments(zs)
+    moments = _empty(x, len(weights), pointwise.forward_parts(grids[0], weights[0][0]), channels, 3)
+    pointwise.forward(
+        [
+            Product(*half)
+            for pair, z, m in zip(weights, zs, moments, strict=True)
+            for half in zip(grids, pair, z.chunk(2, 1), m.chunk(2, 1), strict=True)
+        ],
+        exact,
+    )
+    return grids, zs, moments
 
 
 def backward_reduce(
-    x: Tensor, grids: Tensor, grads: Sequence[ReduceGrad], wants_weights: bool
+    x: Tensor, grids: Tensor, grads: Sequence[ReduceGrad], exact: bool, wants_weights: bool
 ) -> tuple[Tensor, Partials]:
     """The gradient of the state, and partial ones of the first and the second halves' weights."""
-    calls = [
-        sepconv.pointwise_call(*both) for grad in grads for both in zip(grids, grad.weights, strict=True)
-    ]
-    sources = [
-        sepconv.Source(*half)
-        for grad in grads
-        for half in zip(grad.g.chunk(2, 1), grad.z.chunk(2, 1), grad.coef.chunk(2), strict=True)
-    ]
-    dgrids = _empty_like(grids[0], len(calls))
-    partials = _run_backward(calls, sources, dgrids, (False, wants_weights))
+    differentiate = _differentiate_grids
+    if pointwise.takes(grids[0], grads[0].weights[0]).ok:
+        differentiate = functools.partial(_backward_grids, exact=exact)
+    dgrids, partials = differentiate(grids, grads, wants_weights)
     dx = x.new_zeros(x.shape)
     for corner in (0, 1):
         target = dx[:, :, corner::2, corner::2]
-        total = state_gradient(dgrids[corner], 1, [], None, dgrids[corner::2])
+        total = state_gradient(grids[corner], 1, [], None, dgrids[corner::2])
         target.copy_(total[:, :, : target.shape[2], : target.shape[3]])
-    return dx, Partials(*([two[1] for two in partials[corner::2]] for corner in (0, 1)))
+    return dx, partials
+
+
+def _multiply_grids(grids: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
+    """One factorized reduction in plain PyTorch."""
+    return torch.cat([F.conv2d(F.relu(grid), w) for grid, w in zip(grids, weights, strict=True)], dim=1)
+
+
+def _differentiate_grids(
+    grids: Tensor, grads: Sequence[ReduceGrad], wants_weights: bool
+) -> tuple[list[Tensor], Partials]:
+    """What ``_backward_grids`` computes, in plain PyTorch."""
+    dzs = affine_gradients(*map(list, zip(*((grad.g, grad.z, grad.coef) for grad in grads), strict=True)))
+    dgrids, partials = [], Partials([], [])
+    for grad, dz in zip(grads, dzs, strict=True):
+        leaves = [leaf.detach().requires_grad_() for leaf in (*grids, *grad.weights)]
+        with torch.enable_grad():
+            z = _multiply_grids(leaves[:2], leaves[2:])
+        *own, first, second = torch.autograd.grad(z, leaves, dz)
+        dgrids += own
+        partials.depthwise.append(first.reshape(1, -1))
+        partials.pointwise.append(second.reshape(1, -1))
+    return dgrids, partials if wants_weights else Partials([], [])
+
+
+def _backward_grids(
+    grids: Tensor, grads: Sequence[ReduceGrad], wants_weights: bool, exact: bool
+) -> tuple[list[Tensor], Partials]:
+    """The gradients of both grids for each reduction in turn, and the partial ones of the weights."""
+    dgrids = _empty_like(grids[0], 2 * len(grads))
+    parts = pointwise.backward_parts(grids[0], grads[0].weights[0])
+    partials = [dgrid.new_empty(parts, grads[0].weights[0].numel()) for dgrid in dgrids if wants_weights]
+    halves = [
+        half
+        for grad in grads
+        for half in zip(
+            *(grids, grad.weights, grad.z.chunk(2, 1), grad.g.chunk(2, 1), grad.coef.chunk(2)), strict=True
+        )
+    ]
+    none: list[Tensor | None] = [None] * len(dgrids)
+    pointwise.backward(
+        [ProductGrad(*half, *to) for half, *to in zip(halves, dgrids, partials or none, strict=True)], exact
+    )
+    return dgrids, Partials(partials[::2], partials[1::2])
 
 
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -378,8 +433,6 @@ def _fits(call: Call) -> bool:
 
 
 def _run_by_pytorch(call: Call) -> Tensor:
-    if call.kernel_size == 1:
-        return F.conv2d(F.relu(call.x), call.pointwise_weight)
     return reference.sepconv(*call[:3], stride=call.stride, dilation=call.dilation)
 
 

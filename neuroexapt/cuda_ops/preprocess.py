@@ -4,7 +4,7 @@ Neither relu(x) nor the gradient of what a convolution leaves are ever stored. P
 a BatchNorm one block: 16 blocks for a GPU of 132 multiprocessors.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,13 +15,12 @@ from neuroexapt.backend import Support, register_impl
 from neuroexapt.core.hooks import hooks_of
 from neuroexapt.core.operations import FactorizedReduce
 from neuroexapt.core.plan import splits_off
-from neuroexapt.cuda_ops import cell_kernels
+from neuroexapt.cuda_ops import cell_kernels, pointwise
 from neuroexapt.cuda_ops.cell_kernels import ReduceGrad, Summand
-from neuroexapt.cuda_ops.sepconv import takes_pointwise
 
 
 def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
-    """What ``functional.relu_conv_bn`` computes for a 1x1 convolution, products and sums in fp32."""
+    """What ``functional.relu_conv_bn`` computes for a 1x1 convolution, with products as in ``cell``."""
     with torch.cuda.device_of(x):
         return run_relu_conv_bn(x, op, cell_kernels)
 
@@ -34,11 +33,11 @@ def supports_relu_conv_bn(x: Tensor, op: nn.Sequential) -> Support:
     if conv.bias is not None:
         return Support(False, "the convolution has a bias")
     reason = next(_refusals(x, op, op[2]), "")
-    return Support(False, reason) if reason else takes_pointwise(x, conv.weight)
+    return Support(False, reason) if reason else pointwise.takes(x, conv.weight)
 
 
 def factorized_reduce(x: Tensor, op: FactorizedReduce) -> Tensor:
-    """What ``functional.factorized_reduce`` computes, products and sums in fp32."""
+    """What ``functional.factorized_reduce`` computes, with products as in ``cell``."""
     with torch.cuda.device_of(x):
         return run_factorized_reduce(x, op, cell_kernels)
 
@@ -84,11 +83,9 @@ def run_factorized_reduce(x: Tensor, op: FactorizedReduce, kernels: Any) -> Tens
     return _FactorizedReduce.apply(kernels, op.bn, x, op.conv_1.weight, op.conv_2.weight)
 
 
-def _normalise(
-    kernels: Any, bn: nn.BatchNorm2d, z: Tensor, moments: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def _normalise(kernels: Any, bn: nn.BatchNorm2d, z: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
     """y, and the ``stats`` that it was normalised by."""
-    (stats,) = kernels.statistics([bn], moments, True)
+    (stats,) = kernels.statistics([bn], [moments], True)
     y = torch.empty_like(z)
     kernels.add_up([Summand(z, stats, None)], None, y)
     return y, stats
@@ -105,9 +102,10 @@ class _ReLUConvBN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, bn: nn.BatchNorm2d, x: Tensor, weight: Tensor) -> Tensor:
-        z = kernels.multiply(x, weight)
-        y, stats = _normalise(kernels, bn, z, kernels.plane_moments([z]))
-        ctx.kernels = kernels
+        exact = cell_kernels.products_are_exact()
+        z, moments = kernels.multiply(x, weight, exact)
+        y, stats = _normalise(kernels, bn, z, moments)
+        ctx.kernels, ctx.exact = kernels, exact
         ctx.save_for_backward(x, weight, z, stats)
         return y
 
@@ -117,7 +115,8 @@ class _ReLUConvBN(torch.autograd.Function):
         x, weight, z, stats = ctx.saved_tensors
         g = g.contiguous()
         coef = _backward_normalise(ctx.kernels, z, stats, g)
-        return None, None, *ctx.kernels.backward_multiply(x, weight, z, g, coef, ctx.needs_input_grad[2:])
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *ctx.kernels.backward_multiply(x, weight, z, g, coef, ctx.exact, wanted)
 
 
 class _FactorizedReduce(torch.autograd.Function):
@@ -125,9 +124,10 @@ class _FactorizedReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, bn: nn.BatchNorm2d, x: Tensor, *weights: Tensor) -> Tensor:
-        grids, (z,), moments = kernels.reduce(x, [weights])
+        exact = cell_kernels.products_are_exact()
+        grids, (z,), (moments,) = kernels.reduce(x, [weights], exact)
         y, stats = _normalise(kernels, bn, z, moments)
-        ctx.kernels = kernels
+        ctx.kernels, ctx.exact = kernels, exact
         ctx.save_for_backward(x, *weights, grids, z, stats)
         return y
 
@@ -139,7 +139,7 @@ class _FactorizedReduce(torch.autograd.Function):
         wants_weights = any(ctx.needs_input_grad[3:])
         coef = _backward_normalise(ctx.kernels, z, stats, g)
         grad = ReduceGrad(tuple(weights), z, g, coef)
-        dx, partials = ctx.kernels.backward_reduce(x, grids, [grad], wants_weights)
+        dx, partials = ctx.kernels.backward_reduce(x, grids, [grad], ctx.exact, wants_weights)
         if not wants_weights:
             return None, None, dx, None, None
         first, second = partials

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
-from neuroexapt.cuda_ops.arguments import addresses, current_stream, strided
+from neuroexapt.cuda_ops.arguments import addresses, current_stream, dense, dense_pictures, strided
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.kernels import sepconv as shared
 
@@ -43,8 +43,7 @@ class _Tiles(NamedTuple):
     def _channel(self, rows: int) -> int:
         rows_of_x = (rows - 1) * self.stride + 2 * self._padding + 1
         pitch = self.width + _round_up_4(2 * self._padding)
-        depthwise_outputs = rows * (self.width // self.stride) if self.kernel_size > 1 else 0
-        return rows_of_x * pitch + depthwise_outputs
+        return rows_of_x * pitch + rows * (self.width // self.stride)
 
     @property
     def _padding(self) -> int:
@@ -60,18 +59,8 @@ def takes(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
     return fits(call, dtypes)
 
 
-def takes_pointwise(x: Tensor, weight: Tensor) -> Support:
-    """Whether the kernels take ``pointwise_call(x, weight)``."""
-    return fits(pointwise_call(x, weight), {x.dtype, weight.dtype})
-
-
-def pointwise_call(x: Tensor, weight: Tensor) -> shared.Call:
-    """W · relu(x) with a weight [O, C, 1, 1]; a depthwise weight of size 1 is not looked at."""
-    return shared.Call(x, weight[0, :, None], weight, 1, 1, True)
-
-
 def fits(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
-    """The part of ``takes`` that depends on shapes and dtypes, also of a ``pointwise_call``."""
+    """The part of ``takes`` that depends on shapes and dtypes."""
     if dtypes != {torch.float32}:
         return Support(False, "only fp32")
     if not call.x.is_contiguous():
@@ -106,7 +95,7 @@ def launch_forward(calls: Sequence[shared.Call], ys: Sequence[Tensor]) -> None:
     """Fill the results of calls of one shape, together."""
     kernels, floats = extension(), _tiles(calls[0]).forward_floats
     rows = _rows(ys[0].shape[2], len(calls) * ys[0].shape[0], floats)
-    operands = [tuple(map(_dense, call[:3])) for call in calls]
+    operands = [tuple(map(dense, call[:3])) for call in calls]
     jobs = [
         kernels.SepConvJob(*addresses(*three, y), y.stride(0)) for three, y in zip(operands, ys, strict=True)
     ]
@@ -119,8 +108,8 @@ def launch_backward(
     """Fill the gradients of calls of one shape that want the same ones, together."""
     kernels, floats = extension(), _tiles(calls[0]).backward_floats
     rows = _backward_rows(calls, sources[0].g)
-    operands = [tuple(map(_dense, call[:3])) for call in calls]
-    gs = [_dense_pictures(source.g) for source in sources]
+    operands = [tuple(map(dense, call[:3])) for call in calls]
+    gs = [dense_pictures(source.g) for source in sources]
     jobs = [
         kernels.SepConvGradJob(*strided(g), *strided(source.z), *addresses(source.coef, *three, *where))
         for g, source, three, where in zip(gs, sources, operands, results, strict=True)
@@ -188,20 +177,6 @@ def _shape(call: shared.Call, y: Tensor) -> Any:
         call.kernel_size,
         *call[3:],
     )
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x itself where it is contiguous and 16-byte aligned, else a copy that is."""
-    if x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _dense_pictures(x: Tensor) -> Tensor:
-    """x itself where each picture is contiguous and 16-byte aligned, else a copy that is."""
-    if x[0].is_contiguous() and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _round_up_4(n: int) -> int:

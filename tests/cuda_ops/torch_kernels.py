@@ -44,27 +44,30 @@ def backward_first(
     return dxs, Partials([_split(dw) for _, dw, _ in gradients], [_split(pw) for _, _, pw in gradients])
 
 
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(F.relu(x), weight)
+def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    z = F.conv2d(F.relu(x), weight)
+    return z, _moments(z)
 
 
 def backward_multiply(
-    x: Tensor, weight: Tensor, z: Tensor, g: Tensor, coef: Tensor, wanted: tuple[bool, bool]
+    x: Tensor, weight: Tensor, z: Tensor, g: Tensor, coef: Tensor, exact: bool, wanted: tuple[bool, bool]
 ) -> list[Tensor | None]:
     with torch.enable_grad():
         leaves = [leaf.detach().requires_grad_() for leaf in (x, weight)]
-        output = multiply(*leaves)
+        output, _ = multiply(*leaves, exact)
     gradients = torch.autograd.grad(output, leaves, _affine(g, z, coef))
     return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
 
 
-def reduce(x: Tensor, weights: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def reduce(
+    x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], exact: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     zs = [_reduce(x, *pair) for pair in weights]
     return x, zs, plane_moments(zs)
 
 
 def backward_reduce(
-    x: Tensor, grids: Tensor, grads: Sequence[ReduceGrad], wants_weights: bool
+    x: Tensor, grids: Tensor, grads: Sequence[ReduceGrad], exact: bool, wants_weights: bool
 ) -> tuple[Tensor, Partials]:
     dx, partials = torch.zeros_like(x), Partials([], [])
     for grad in grads:

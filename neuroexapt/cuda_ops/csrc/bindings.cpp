@@ -3,6 +3,7 @@
 
 #include "cell_conv.h"
 #include "node.h"
+#include "pointwise.h"
 #include "sepconv.h"
 #include "softmax_sum.h"
 
@@ -26,6 +27,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                           Address, Address, Address, Address>());
   m.def("sepconv_forward", &sepconv::forward);
   m.def("sepconv_backward", &sepconv::backward);
+
+  pybind11::class_<pointwise::Shape>(m, "PointwiseShape").def(pybind11::init<int, int, int, int, bool>());
+  pybind11::class_<pointwise::Job>(m, "PointwiseJob")
+      .def(pybind11::init<Address, std::int64_t, Address, Address, std::int64_t, Address, std::int64_t>());
+  pybind11::class_<pointwise::GradJob>(m, "PointwiseGradJob")
+      .def(pybind11::init<Address, std::int64_t, Address, std::int64_t, Address, Address, std::int64_t, Address,
+                          Address, Address>());
+  m.def("pointwise_forward_parts", &pointwise::forward_parts);
+  m.def("pointwise_backward_parts", &pointwise::backward_parts);
+  m.def("pointwise_forward", &pointwise::forward);
+  m.def("pointwise_backward", &pointwise::backward);
 
   pybind11::class_<cell_conv::Shape>(m, "ConvShape")
       .def(pybind11::init<int, int, int, int, bool>());

@@ -45,7 +45,6 @@ __device__ float* output(Address address) { return reinterpret_cast<float*>(addr
 
 template <int K, int S, int D>
 struct Conv {
-  static constexpr bool kDepthwise = K > 1;  // without it, the tile of x is what the pointwise weights meet
   static constexpr int kPad = D * (K / 2);
   static constexpr int kHalo = (kPad + S - 1) / S;  // rows and columns of e around a tile
   static constexpr int kWindow = round_up_4(3 * S + 2 * kPad + 1);  // of x, for four outputs
@@ -213,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, 2) fwd_kernel(const __grid_constant_
   const Conv conv{shape, rows};
   extern __shared__ __align__(16) float shared[];
   float* tile = shared;
-  float* depthwise = Conv::kDepthwise ? tile + C * conv.x_rows() * conv.x_pitch() : tile;
+  float* depthwise = tile + C * conv.x_rows() * conv.x_pitch();
   float* weight = depthwise + C * conv.pixels();
   const int pitch = C + 4;
 
@@ -222,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 2) fwd_kernel(const __grid_constant_
   load_matrix(weight, pitch, input(job.pointwise), C, O, C);
   const int lanes = max(1, kThreads / C), groups = kThreads / lanes;  // a group of threads to a channel
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  int c = Conv::kDepthwise && group < groups ? group : C;
+  int c = group < groups ? group : C;
   float w[K * K];
   if (c < C) load_weights<K>(w, depthwise_weight + c * K * K);  // in flight together with the tile
   __syncthreads();
@@ -436,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, 2) bwd_kernel(const __grid_constant_
   float* dy_tile = shared;
   float* e = dy_tile + O * dy_pitch;
   float* tile = e + kChannels * conv.e_rows() * conv.e_pitch();
-  float* depthwise = Conv::kDepthwise ? tile + kChannels * conv.x_rows() * conv.x_pitch() : tile;
+  float* depthwise = tile + kChannels * conv.x_rows() * conv.x_pitch();
   float* weight = depthwise + kChannels * conv.pixels();
 
   load_dy(conv, dy_tile, job);
@@ -445,8 +444,8 @@ __global__ void __launch_bounds__(kThreads, 2) bwd_kernel(const __grid_constant_
   load_x(conv, tile, input(job.x) + planes, kChannels, conv.first_row() * S - Conv::kPad);
   zero_border(conv, e);
   const int c = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  float w[K * K] = {1.f};
-  if constexpr (Conv::kDepthwise) load_weights<K>(w, input(job.depthwise) + (first_channel + c) * K * K);
+  float w[K * K];
+  load_weights<K>(w, input(job.depthwise) + (first_channel + c) * K * K);
   __syncthreads();
 
   compute_e(conv, e, dy_tile, weight);
@@ -454,7 +453,7 @@ __global__ void __launch_bounds__(kThreads, 2) bwd_kernel(const __grid_constant_
 
   const float* own_e = e + c * conv.e_rows() * conv.e_pitch();
   const float* own_x = tile + c * conv.x_rows() * conv.x_pitch();
-  if (Conv::kDepthwise && (job.depthwise_partial != 0 || job.pointwise_partial != 0)) {
+  if (job.depthwise_partial != 0 || job.pointwise_partial != 0) {
     float grad[K * K] = {};
     recompute_depthwise(conv, depthwise + c * conv.pixels(), grad, own_x, own_e, w, lane);
     if (job.depthwise_partial != 0) {
@@ -518,7 +517,6 @@ struct Variant {
 // Calls f with the Variant of the shape's kernel size, stride and dilation.
 template <typename F>
 void specialise(const Shape& shape, F f) {
-  if (shape.K == 1) return f(Variant<1, 1, 1>());
   const bool wide = shape.K == 5;
   switch (shape.stride * 2 + shape.dilation) {
     case 3: return wide ? f(Variant<5, 1, 1>()) : f(Variant<3, 1, 1>());

@@ -19,8 +19,7 @@ struct Shape {
 
 constexpr int kMaxJobs = 32;  // of one launch
 
-// Needs K of 3 or 5, or of 1 with stride and dilation 1, which stands for no depthwise convolution and looks at none
-// of its addresses; C and O divisible by 16, W by 4 · stride, and OH by rows.
+// Needs K of 3 or 5; C and O divisible by 16, W by 4 · stride, and OH by rows.
 struct Job {
   Address x, depthwise, pointwise, y;
   std::int64_t y_batch_stride;

@@ -1,0 +1,511 @@
+// 1x1 convolutions of relu(x) on the tensor cores; pointwise.h has the legend.
+//
+// Memory decides, so all that a block reads is on its way before it waits for any of it. All pictures are one row
+// of quads (four neighbouring pixels), so planes of any size fill the tiles.
+//
+// Forward, a warp owns 32 pixels and a share of the input channels: its lanes load their right operands from
+// global memory straight into registers, and the shares are added up through shared memory. With few pixels there
+// are more shares, so that a picture of 8 x 8 still occupies the chip. Blocks go on to further pixels rather than
+// leave more parts of the moments, which somebody has to merge.
+// Backward, a block owns some pixels of up to 64 input channels, with dz formed as g and z are read.
+
+#include "pointwise.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <type_traits>
+
+#include "launch.cuh"
+#include "tensor_core.cuh"
+
+namespace pointwise {
+namespace {
+
+using launching::launch;
+using tensor_core::Fragment;
+using tensor_core::multiply;
+using tensor_core::sum_over_quad;
+
+constexpr int kGroup = 32;           // pixels that a warp multiplies at a time
+constexpr int kChunk = 16;           // channels whose weights a lane loads at a time, four of them
+constexpr int kChunksInFlight = 2;
+constexpr int kMultiprocessors = 132;  // that launches are cut for
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+__device__ const float* input(Address address) { return reinterpret_cast<const float*>(address); }
+__device__ float* output(Address address) { return reinterpret_cast<float*>(address); }
+
+__device__ float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
+
+__device__ float2 load2(const float* source) { return __ldg(reinterpret_cast<const float2*>(source)); }
+
+// Written out: the compiler splits a float4 that it gathers from scattered registers.
+__device__ void store4(float* target, float4 v) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
+__device__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
+
+__device__ float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// The quad of a group of eight that column n of a product stands for: so that the even columns, which lanes store
+// together, are neighbours.
+__device__ int quad_of_column(int n) { return n / 2 + n % 2 * 4; }
+
+// Where a quad of the row of all pictures lies.
+struct Quad {
+  bool exists;
+  int picture, pixel;
+
+  __device__ Quad(const Shape& shape, int i) {
+    const unsigned a_picture = shape.pixels / 4, last = a_picture * shape.batch - 1;
+    exists = unsigned(i) <= last;
+    const unsigned quad = min(unsigned(i), last);  // one that can be read
+    picture = quad / a_picture;
+    pixel = (quad - picture * a_picture) * 4;
+  }
+
+  __device__ int64_t offset(int64_t batch_stride) const { return picture * batch_stride + pixel; }
+};
+
+// --- Forward ---------------------------------------------------------------------------------------------------
+
+template <int M>  // tiles of 16 output channels
+struct Block {
+  static constexpr int kWarps = M == 4 ? 8 : 16;  // whose registers fit
+  static constexpr int kThreads = 32 * kWarps;
+};
+
+struct Split {
+  int shares;      // of the input channels
+  int iterations;  // of a block, over groups of pixels
+  int parts;       // blocks
+};
+
+Split split_of(const Shape& shape, int warps) {
+  const int chunks = shape.C / kChunk, groups = ceil_div(shape.batch * shape.pixels, kGroup);
+  int shares = 1;
+  while (shares * kChunksInFlight < chunks && shares < warps) shares *= 2;
+  while (shares < std::min(chunks, warps) && groups * shares < kMultiprocessors * warps) shares *= 2;
+  shares = std::min(shares, warps);
+  const int at_once = warps / shares, blocks = ceil_div(groups, at_once);
+  const int iterations = ceil_div(blocks, kMultiprocessors);
+  return {shares, iterations, ceil_div(blocks, iterations)};
+}
+
+struct ForwardLaunch {
+  Shape shape;
+  Split split;
+  Job jobs[kMaxJobs];
+};
+
+// A warp's operands: relu(x) of kChunksInFlight chunks, of which a lane holds a quad of four channels each.
+struct Operands {
+  float4 v[kChunksInFlight][4];
+
+  __device__ void load(const float* x, int pixels, int C, int first, int shares) {
+    const int q = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kChunksInFlight; ++i) {
+      const int channel = (first + i * shares) * kChunk + 4 * q;
+      if (channel >= C) break;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) v[i][k] = load4(x + int64_t(channel + k) * pixels);
+    }
+  }
+};
+
+template <int M>
+using Sums = float[M][4][4];  // of 16 output channels by 8 columns, for each pixel of a quad
+
+// sums += W · relu(x) of one chunk.
+template <int M, bool kExact>
+__device__ void multiply_chunk(Sums<M>& sums, const float4 (&v)[4], const float* weight, int C, int O) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {  // two of the lane's four channels
+    Fragment<2, kExact> right[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) right[t].set(i, relu(component(v[2 * step + i], t)));
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      // Rows past the last are computed from some other row, and not stored.
+      const float2 upper = load2(weight + min(m * 16 + g, O - 1) * C + 2 * step);
+      const float2 lower = load2(weight + min(m * 16 + g + 8, O - 1) * C + 2 * step);
+      Fragment<4, kExact> left;
+      left.set(0, upper.x), left.set(1, lower.x), left.set(2, upper.y), left.set(3, lower.y);
+#pragma unroll
+      for (int t = 0; t < 4; ++t) multiply<kExact>(sums[m][t], left, right[t]);
+    }
+  }
+}
+
+// Eight output channels by 32 pixels are an item, of which a lane holds two quads of one channel.
+// Shared memory: float4 [warps][items][2][32], the summands of each item; float2 [groups][O], moments.
+template <int M>
+__device__ void share_sums(float4* shared, const Sums<M>& sums) {
+#pragma unroll
+  for (int item = 0; item < 2 * M; ++item) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int m = item / 2, r = item % 2 * 2 + e;
+      shared[(item * 2 + e) * 32 + threadIdx.x % 32] =
+          make_float4(sums[m][0][r], sums[m][1][r], sums[m][2][r], sums[m][3][r]);
+    }
+  }
+}
+
+__device__ float4 sum_of_shares(const float4* shared, int shares, int stride) {
+  float4 sum = shared[0];
+  for (int share = 1; share < shares; ++share) {
+    const float4 v = shared[share * stride];
+    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+  }
+  return sum;
+}
+
+__device__ float sum4(float4 v) { return (v.x + v.y) + (v.z + v.w); }
+
+__device__ float squared_deviations(float4 v, float mean) {
+  return (v.x - mean) * (v.x - mean) + (v.y - mean) * (v.y - mean) + (v.z - mean) * (v.z - mean) +
+         (v.w - mean) * (v.w - mean);
+}
+
+// {mean, sum of squared deviations} of two sets of values as one, as Chan, Golub and LeVeque do.
+__device__ float2 merge(float2 a, float count_a, float2 b, float count_b) {
+  const float difference = b.x - a.x, share = count_b / fmaxf(count_a + count_b, 1.f);
+  return make_float2(fmaf(difference, share, a.x),
+                     a.y + b.y + difference * difference * count_a * share);
+}
+
+// Grid: (parts, jobs).
+template <int M, bool kExact>
+__global__ void __launch_bounds__(Block<M>::kThreads) fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
+  constexpr int kItems = 2 * M;
+  const Shape& shape = launch.shape;
+  const Job& job = launch.jobs[blockIdx.y];
+  const int shares = launch.split.shares, groups = Block<M>::kWarps / shares;
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
+  const int share = threadIdx.x / 32 % shares, group = threadIdx.x / 32 / shares;
+  const int C = shape.C, O = shape.O, pixels = shape.pixels, chunks = C / kChunk;
+  const int first_group = blockIdx.x * launch.split.iterations * groups + group;
+  extern __shared__ __align__(16) float4 shared[];
+  float2* moments = reinterpret_cast<float2*>(shared + Block<M>::kWarps * kItems * 64);
+  const auto pixels_of_group = [&](int i) { return min(max(shape.batch * pixels - i * kGroup, 0), kGroup); };
+
+  const auto source = [&](int iteration) {
+    const Quad quad(shape, (first_group + iteration * groups) * (kGroup / 4) + quad_of_column(g));
+    return input(job.x) + quad.offset(job.x_batch_stride);
+  };
+  Operands operands;
+  operands.load(source(0), pixels, C, share, shares);
+  for (int iteration = 0; iteration < launch.split.iterations; ++iteration) {
+    Sums<M> sums = {};
+    for (int first = share; first < chunks; first += kChunksInFlight * shares) {
+      if (first != share) operands.load(source(iteration), pixels, C, first, shares);
+#pragma unroll
+      for (int i = 0; i < kChunksInFlight; ++i) {
+        const int chunk = first + i * shares;
+        if (chunk >= chunks) break;
+        multiply_chunk<M, kExact>(sums, operands.v[i], input(job.weight) + chunk * kChunk + 4 * q, C, O);
+      }
+    }
+    if (iteration + 1 < launch.split.iterations) operands.load(source(iteration + 1), pixels, C, share, shares);
+    __syncthreads();  // the sums of the iteration before have been read
+    share_sums<M>(shared + threadIdx.x / 32 * kItems * 64, sums);
+    __syncthreads();
+
+    const int this_group = first_group + iteration * groups;
+    const float count = pixels_of_group(this_group), before = iteration * kGroup;
+    for (int item = share; item < kItems && item * 8 < O; item += shares) {
+      const int channel = item * 8 + g;
+      float4 v[2];
+      bool exists[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        v[e] = sum_of_shares(shared + ((group * shares * kItems + item) * 2 + e) * 32 + lane, shares, kItems * 64);
+        const Quad quad(shape, this_group * (kGroup / 4) + quad_of_column(2 * q + e));
+        exists[e] = quad.exists;
+        if (exists[e]) store4(output(job.z) + quad.offset(job.z_batch_stride) + int64_t(channel) * pixels, v[e]);
+      }
+      const float sum = sum_over_quad((exists[0] ? sum4(v[0]) : 0.f) + (exists[1] ? sum4(v[1]) : 0.f));
+      const float mean = sum / fmaxf(count, 1.f);
+      const float squares = sum_over_quad((exists[0] ? squared_deviations(v[0], mean) : 0.f) +
+                                          (exists[1] ? squared_deviations(v[1], mean) : 0.f));
+      if (q == 0) {
+        const float2 own = make_float2(mean, squares);
+        float2& all = moments[group * O + channel];
+        all = iteration == 0 ? own : merge(all, before, own, count);
+      }
+    }
+  }
+  __syncthreads();
+  const int channel = threadIdx.x;
+  if (channel >= O) return;
+  float2 sum = make_float2(0.f, 0.f);
+  float count = 0.f;
+  for (int i = 0; i < groups; ++i) {
+    float own = 0.f;
+    for (int iteration = 0; iteration < launch.split.iterations; ++iteration) {
+      own += pixels_of_group((blockIdx.x * launch.split.iterations + iteration) * groups + i);
+    }
+    sum = merge(sum, count, moments[i * O + channel], own);
+    count += own;
+  }
+  float* target = output(job.moments) + blockIdx.x * job.moments_stride + 3 * channel;
+  target[0] = count, target[1] = sum.x, target[2] = sum.y;
+}
+
+// --- Backward --------------------------------------------------------------------------------------------------
+
+constexpr int kBackwardThreads = 256, kBackwardWarps = kBackwardThreads / 32;
+
+struct Tile {
+  int channels;  // of the input, a block's share
+  int pixels;    // 64 or 128, so that every thread stays in its column of quads
+
+  // Rows of x and dz in shared memory: so that neither lanes that read four rows of two quads meet in a bank nor
+  // those that read two rows of four quads.
+  __host__ __device__ int pitch() const { return pixels + 4; }
+  __host__ __device__ int weight_pitch() const { return (channels + 31) / 32 * 32 + 8; }
+  int shared_floats(const Shape& shape) const { return (channels + shape.O) * pitch() + shape.O * weight_pitch(); }
+};
+
+Tile tile_of(const Shape& shape) {
+  int channels = 64;
+  while (shape.C % channels != 0) channels -= 16;
+  const int total = shape.batch * shape.pixels, blocks = ceil_div(total, 128) * (shape.C / channels);
+  return {channels, blocks >= 2 * kMultiprocessors ? 128 : 64};
+}
+
+struct BackwardLaunch {
+  Shape shape;
+  Tile tile;
+  GradJob jobs[kMaxJobs];
+};
+
+// 16 bytes into shared memory that are not waited for, or zeros.
+__device__ void copy_async(float* target, const float* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(target))),
+               "l"(source), "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+__device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// dz = A · g + B · z + D of the tile's pixels; zero for those past the last.
+__device__ void load_dz(float* target, const GradJob& job, const Shape& shape, const Quad& quad, int row,
+                        int row_step, int pitch) {
+  constexpr int kBatch = 4;  // rows in flight
+  const float* g = input(job.g) + quad.offset(job.g_batch_stride);
+  const float* z = input(job.z) + quad.offset(job.z_batch_stride);
+  for (; row < shape.O; row += kBatch * row_step) {
+    float4 gs[kBatch], zs[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int o = min(row + i * row_step, shape.O - 1);
+      gs[i] = load4(g + int64_t(o) * shape.pixels), zs[i] = load4(z + int64_t(o) * shape.pixels);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int o = row + i * row_step;
+      if (o >= shape.O) break;
+      const float4 coef = load4(input(job.coef) + 4 * o);
+      float4 dz = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (quad.exists) {
+        dz.x = fmaf(coef.x, gs[i].x, fmaf(coef.y, zs[i].x, coef.z));
+        dz.y = fmaf(coef.x, gs[i].y, fmaf(coef.y, zs[i].y, coef.z));
+        dz.z = fmaf(coef.x, gs[i].z, fmaf(coef.y, zs[i].z, coef.z));
+        dz.w = fmaf(coef.x, gs[i].w, fmaf(coef.y, zs[i].w, coef.z));
+      }
+      *reinterpret_cast<float4*>(target + o * pitch) = dz;
+    }
+  }
+}
+
+__device__ float4 read4(const float* shared) { return *reinterpret_cast<const float4*>(shared); }
+
+__device__ float4 masked(float4 v, float4 x) {  // by relu'(x); NaN lets gradients pass, as in PyTorch
+  return make_float4(x.x <= 0.f ? 0.f : v.x, x.y <= 0.f ? 0.f : v.y, x.z <= 0.f ? 0.f : v.z, x.w <= 0.f ? 0.f : v.w);
+}
+
+// dx = relu'(x) · Wᵀ · dz of the tile. A warp takes 16 channels by 32 pixels at a time.
+template <bool kExact>
+__device__ void input_gradient(float* dx, const float* x, const float* dz, const float* weight, const Shape& shape,
+                               const Tile& tile, int first_quad) {
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
+  const int pitch = tile.pitch(), weight_pitch = tile.weight_pitch(), groups = tile.pixels / kGroup;
+  for (int task = threadIdx.x / 32; task < tile.channels / 16 * groups; task += kBackwardWarps) {
+    const int pixel = task % groups * kGroup, channel = task / groups * 16 + g;
+    const float* w = weight + q * weight_pitch + channel;
+    const float* right_of_lane = dz + q * pitch + pixel + 4 * quad_of_column(g);
+    float sums[4][4] = {};
+#pragma unroll 2
+    for (int o = 0; o < shape.O; o += 8) {
+      Fragment<4, kExact> left;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) left.set(i, w[(o + i / 2 * 4) * weight_pitch + i % 2 * 8]);
+      const float4 upper = read4(right_of_lane + o * pitch), lower = read4(right_of_lane + (o + 4) * pitch);
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        Fragment<2, kExact> right;
+        right.set(0, component(upper, t)), right.set(1, component(lower, t));
+        multiply<kExact>(sums[t], left, right);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = pixel / 4 + quad_of_column(2 * q + e);
+      const Quad quad(shape, first_quad + column);
+      if (!quad.exists) continue;
+      float* target = dx + quad.offset(int64_t(shape.C) * shape.pixels);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int c = channel + h * 8, r = h * 2 + e;
+        const float4 v = make_float4(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
+        store4(target + int64_t(c) * shape.pixels, masked(v, read4(x + c * pitch + 4 * column)));
+      }
+    }
+  }
+}
+
+// dW = dz · relu(x)ᵀ of the tile. A warp takes all O by 8 input channels at a time.
+template <int M, bool kExact>
+__device__ void weight_gradient(float* partial, const float* x, const float* dz, const Shape& shape,
+                                const Tile& tile) {
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, pitch = tile.pitch();
+  for (int first = threadIdx.x / 32 * 8; first < tile.channels; first += kBackwardWarps * 8) {
+    float sums[M][4] = {};
+    // A lane contracts eight neighbouring pixels of 32.
+    for (int pixel = 8 * q; pixel < tile.pixels; pixel += kGroup) {
+#pragma unroll 1
+      for (int e = 0; e < 2; ++e) {
+        const float4 v = read4(x + (first + g) * pitch + pixel + 4 * e);
+        Fragment<2, kExact> right[2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) right[i / 2].set(i % 2, relu(component(v, i)));
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          const float* row = dz + pixel + 4 * e;
+          const float4 upper = read4(row + min(m * 16 + g, shape.O - 1) * pitch);
+          const float4 lower = read4(row + min(m * 16 + g + 8, shape.O - 1) * pitch);
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            Fragment<4, kExact> left;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              left.set(2 * i, component(upper, 2 * step + i));
+              left.set(2 * i + 1, component(lower, 2 * step + i));
+            }
+            multiply<kExact>(sums[m], left, right[step]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int o = m * 16 + h * 8 + g;
+        if (o >= shape.O) continue;
+        float* target = partial + o * shape.C + first + 2 * q;
+        *reinterpret_cast<float2*>(target) = make_float2(sums[m][2 * h], sums[m][2 * h + 1]);
+      }
+    }
+  }
+}
+
+// Shared memory: x [channels, pitch], dz [O, pitch], W [O, weight_pitch].
+// Grid: (parts, blocks of channels, jobs).
+template <int M, bool kExact>
+__global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_constant__ BackwardLaunch launch) {
+  const Shape& shape = launch.shape;
+  const Tile& tile = launch.tile;
+  const GradJob& job = launch.jobs[blockIdx.z];
+  const int pitch = tile.pitch(), first_channel = blockIdx.y * tile.channels;
+  extern __shared__ __align__(16) float shared_floats[];
+  float* x = shared_floats;
+  float* dz = x + tile.channels * pitch;
+  float* weight = dz + shape.O * pitch;
+
+  const int across = tile.pixels / 4, column = threadIdx.x % across, row = threadIdx.x / across;
+  const int row_step = kBackwardThreads / across, first_quad = blockIdx.x * across;
+  const Quad quad(shape, first_quad + column);
+  const float* source =
+      input(job.x) + quad.offset(job.x_batch_stride) + int64_t(first_channel) * shape.pixels;
+  for (int c = row; c < tile.channels; c += row_step) {
+    copy_async(x + c * pitch + 4 * column, source + int64_t(c) * shape.pixels, quad.exists);
+  }
+  const int weight_quads = tile.channels / 4;
+  for (int i = threadIdx.x; i < shape.O * weight_quads; i += kBackwardThreads) {
+    const int o = i / weight_quads, c = i % weight_quads * 4;
+    copy_async(weight + o * tile.weight_pitch() + c, input(job.weight) + o * shape.C + first_channel + c, true);
+  }
+  load_dz(dz + 4 * column, job, shape, quad, row, row_step, pitch);
+  wait_for_copies();
+  __syncthreads();
+
+  if (job.dx != 0) {
+    float* dx = output(job.dx) + int64_t(first_channel) * shape.pixels;
+    input_gradient<kExact>(dx, x, dz, weight, shape, tile, first_quad);
+  }
+  if (job.partial != 0) {
+    float* partial = output(job.partial) + int64_t(blockIdx.x) * shape.O * shape.C + first_channel;
+    weight_gradient<M, kExact>(partial, x, dz, shape, tile);
+  }
+}
+
+// Calls f with the tiles of 16 output channels and with the precision as compile-time constants.
+template <typename F>
+auto specialise(const Shape& shape, F f) {
+  const auto with_precision = [&](auto M) {
+    return shape.exact ? f(M, std::true_type()) : f(M, std::false_type());
+  };
+  if (shape.O <= 16) return with_precision(std::integral_constant<int, 1>());
+  if (shape.O <= 32) return with_precision(std::integral_constant<int, 2>());
+  return with_precision(std::integral_constant<int, 4>());
+}
+
+template <typename Parameters, typename Job>
+void copy_jobs(Parameters& parameters, const std::vector<Job>& jobs) {
+  if (jobs.size() > kMaxJobs) throw std::invalid_argument("too many 1x1 convolutions in one launch");
+  std::copy(jobs.begin(), jobs.end(), parameters.jobs);
+}
+
+}  // namespace
+
+int forward_parts(const Shape& shape) {
+  return specialise(shape, [&](auto M, auto) { return split_of(shape, Block<M()>::kWarps).parts; });
+}
+
+int backward_parts(const Shape& shape) {
+  return ceil_div(shape.batch * shape.pixels, tile_of(shape).pixels);
+}
+
+void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
+  specialise(shape, [&](auto M, auto exact) {
+    constexpr int kWarps = Block<M()>::kWarps;
+    ForwardLaunch parameters{shape, split_of(shape, kWarps), {}};
+    copy_jobs(parameters, jobs);
+    const int moments = kWarps / parameters.split.shares * shape.O * sizeof(float2);
+    launch(fwd_kernel<M(), exact()>, dim3(parameters.split.parts, jobs.size()), Block<M()>::kThreads,
+           kWarps * 2 * M() * 64 * sizeof(float4) + moments, stream, parameters);
+  });
+}
+
+void backward(const Shape& shape, const std::vector<GradJob>& jobs, Address stream) {
+  const Tile tile = tile_of(shape);
+  BackwardLaunch parameters{shape, tile, {}};
+  copy_jobs(parameters, jobs);
+  specialise(shape, [&](auto M, auto exact) {
+    launch(bwd_kernel<M(), exact()>, dim3(backward_parts(shape), shape.C / tile.channels, jobs.size()),
+           kBackwardThreads, tile.shared_floats(shape) * sizeof(float), stream, parameters);
+  });
+}
+
+}  // namespace pointwise
