@@ -93,6 +93,9 @@ class SearchConfig(RunConfig):
         "fused",
         "fused, reference (module by module), compile (torch.compile an edge) or fastest (measured once)",
     )
+    table: Path | None = setting(
+        None, "table of the space's accuracies to follow the search in: CSV, or NATS-Bench's files"
+    )
     recompute: bool = setting(False, "compute cells again in backward passes: far less memory, longer steps")
     train_epochs: int = setting(10, "epochs of the derived network with the inherited weights; 0: none")
     control: bool = setting(True, "also train the derived network from scratch, as long, to compare")
@@ -207,10 +210,15 @@ def make_config(cls: type[Config], overrides: dict[str, Any], file: Path | None 
     the strategy, those of the space, and the defaults.
     """
     names = [f.name for f in dataclasses.fields(cls)]
-    given = {**(_read(file) if file else {}), **overrides}
+    saved = _read(file) if file else {}
+    given = {**saved, **overrides}
     for name in given:
         if name not in names:
             raise UserError(f"unknown setting {name!r} for {cls.__name__}; known are {', '.join(names)}")
+    if given.get("recipe") != saved.get("recipe", given.get("recipe")):
+        raise UserError(
+            f"{file} holds the settings of recipe {saved['recipe']}; leave out --recipe or --config"
+        )
     dataset = given.get("dataset", cls.__dataclass_fields__["dataset"].default)
     given = {**PRESETS.get(dataset, {}).get(cls, {}), **_recipe(given.get("recipe"), dataset), **given}
     if issubclass(cls, SearchConfig):

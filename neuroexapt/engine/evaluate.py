@@ -1,13 +1,21 @@
-"""Training a given genotype from scratch and testing it."""
+"""Training a given genotype from scratch and testing it, over several seeds and next to controls."""
 
+import functools
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from neuroexapt.core.derived import check_auxiliary_size, count_parameters
-from neuroexapt.core.genotypes import Genotype, load_genotype
+from neuroexapt.core.genotypes import AnyGenotype, genotype_from_dict, load_genotype
 from neuroexapt.engine.config import EvaluateConfig
 from neuroexapt.engine.result import RunResult, finish, read_curves
-from neuroexapt.engine.session import OpenRun, open_run, running
+from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.spaces import get_space
 
@@ -19,7 +27,9 @@ def evaluate(
 ) -> RunResult:
     """Train the network of ``genotype`` on all training pictures and test it.
 
-    ``settings`` are the fields of ``EvaluateConfig``; ``resume`` and ``config`` as in ``search``.
+    With ``seeds`` as often, and with ``control`` other networks alike: ``random``, a genotype that is drawn
+    anew for every seed, and ``resnet18``. ``settings`` are the fields of ``EvaluateConfig``; ``resume`` and
+    ``config`` as in ``search``.
     """
     run_config, folder = open_run(
         EvaluateConfig,
@@ -32,46 +42,136 @@ def evaluate(
         return _evaluate(run, new=resume is None)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What one phase made: the genotype that it trained if there is one, the network, how long it took."""
+
+    phase: str
+    genotype: AnyGenotype | None
+    network: nn.Module
+    seconds: float
+
+
 def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
     config, data = run.config, run.data
     genotype = _genotype(run, new)
     get_space(config.space).check(data.image_size, config.init_channels, config.layers, config.batch_size)
     if config.auxiliary:
         check_auxiliary_size(data.image_size)
-    network = run.derived_network(genotype, PHASE, auxiliary=config.auxiliary)
-    phase = TrainPhase(
-        PHASE,
+    first = _make_phase(run, PHASE, PHASE, genotype)
+    if new:
+        run.create_folder()
+        run.folder.write_json("genotype.json", genotype.to_dict())
+    run.session.progress.say(
+        f"training {config.genotype} on {config.dataset}: {first.epochs} epochs of "
+        f"{first.steps_per_epoch} steps{_repeated(config)} on {run.where}, run folder {run.folder.path}"
+    )
+    trained = _train_all(run, genotype, first)
+    curves = read_curves(run.folder)
+    seconds = {training.phase: training.seconds for training in itertools.chain(*trained.values())}
+    result = {
+        "genotype": genotype.to_dict(),
+        **_summary(trained[PHASE], curves),
+        "controls": {
+            kind: {**_summary(trained[kind], curves), "genotypes": _genotypes(trained[kind])}
+            for kind in config.controls
+        },
+        "seconds": sum(seconds.values()),
+        "seconds_by_phase": seconds,
+        **run.measurements(PHASE),
+        **run.environment(),
+    }
+    finish(run, result)
+    return RunResult(genotype, trained[PHASE][0].network, curves, result, run.folder.path)
+
+
+def _genotype(run: OpenRun[EvaluateConfig], new: bool) -> AnyGenotype:
+    """The genotype that was asked for; a resumed run keeps the copy it made, whatever became of the file."""
+    if new:
+        return load_genotype(run.config.genotype)
+    return genotype_from_dict(run.folder.read_json("genotype.json"))
+
+
+def _repeated(config: EvaluateConfig) -> str:
+    seeds = f", {config.seeds} times" if config.seeds > 1 else ""
+    return seeds + "".join(f", next to {control}" for control in config.controls)
+
+
+def _train_all(
+    run: OpenRun[EvaluateConfig], genotype: AnyGenotype, first: TrainPhase
+) -> dict[str, list[Trained]]:
+    """The genotype (under ``PHASE``, of which ``first`` is the first phase) and the controls, each as often
+    as there are seeds.
+    """
+    trained: dict[str, list[Trained]] = {kind: [] for kind in (PHASE, *run.config.controls)}
+    phase: TrainPhase | None = first
+    for kind, number in itertools.product(trained, range(run.config.seeds)):
+        seeded = run.with_seed(run.config.seed + number)
+        name = kind if number == 0 else f"{kind}-seed{seeded.config.seed}"
+        chosen = _chosen(seeded, kind, genotype)
+        phase = phase or _make_phase(seeded, kind, name, chosen)
+        trained[kind].append(Trained(name, chosen, phase.trained, run.train(phase)))
+        phase = None  # Its graphs are freed before the next network is made.
+    return trained
+
+
+def _chosen(run: OpenRun[EvaluateConfig], kind: str, genotype: AnyGenotype) -> AnyGenotype | None:
+    if kind == "random":
+        generator = torch.Generator().manual_seed(seed_for(run.config.seed, "random genotype"))
+        return get_space(run.config.space).random_genotype(generator)
+    return genotype if kind == PHASE else None
+
+
+def _make_phase(
+    run: OpenRun[EvaluateConfig], kind: str, name: str, genotype: AnyGenotype | None
+) -> TrainPhase:
+    """Of the network of ``genotype``, or where there is none of the ResNet, by the recipe of the run."""
+    config = run.config
+    if genotype is None:
+        make_resnet = functools.partial(resnet18, run.data.in_channels, run.data.num_classes)
+        network: nn.Module = run.initial_network(make_resnet, kind)
+    else:
+        network = run.derived_network(genotype, kind, auxiliary=config.auxiliary)
+    has_auxiliary = config.auxiliary and genotype is not None
+    return TrainPhase(
+        name,
         network,
         run.loader("train", training=True, stream="derived"),
         run.loader("test", training=False),
         config,
         epochs=config.epochs,
-        auxiliary_weight=config.auxiliary_weight,
-        drop_path=config.drop_path,
+        auxiliary_weight=config.auxiliary_weight if has_auxiliary else 0.0,
+        drop_path=config.drop_path if genotype is not None else 0.0,
+        warmup=config.learning_rate_warmup,
+        label_smoothing=config.label_smoothing,
+        ema=config.ema,
     )
-    if new:
-        run.create_folder()
-        run.folder.write_json("genotype.json", genotype.to_dict())
-    run.session.progress.say(
-        f"training {config.genotype} on {config.dataset}: {phase.epochs} epochs of "
-        f"{phase.steps_per_epoch} steps on {run.where}, run folder {run.folder.path}"
-    )
-    seconds = run.train(phase)
-    curves = read_curves(run.folder)
-    result = {
-        "genotype": genotype.to_dict(),
-        "test_accuracy": curves[PHASE]["test_accuracy"][-1],
-        "seconds": seconds,
-        **run.measurements(PHASE),
-        "parameters": count_parameters(network),
-        **run.environment(),
+
+
+def _summary(trainings: Sequence[Trained], curves: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean, and where there are several seeds standard deviation, of what was trained from each of them."""
+    accuracies = [curves[training.phase]["test_accuracy"][-1] for training in trainings]
+    return {
+        "test_accuracy": statistics.mean(accuracies),
+        "test_accuracy_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "test_accuracies": accuracies,
+        "parameters": round(statistics.mean(count_parameters(training.network) for training in trainings)),
+        "training_seconds": statistics.mean(training.seconds for training in trainings),
     }
-    finish(run, result)
-    return RunResult(genotype, network, curves, result, run.folder.path)
 
 
-def _genotype(run: OpenRun[EvaluateConfig], new: bool) -> Genotype:
-    """The genotype that was asked for; a resumed run keeps the copy it made, whatever became of the file."""
-    if new:
-        return load_genotype(run.config.genotype)
-    return Genotype.from_dict(run.folder.read_json("genotype.json"))
+def _genotypes(trainings: Sequence[Trained]) -> list[dict[str, Any]]:
+    return [training.genotype.to_dict() for training in trainings if training.genotype is not None]
+
+
+def resnet18(in_channels: int, num_classes: int) -> nn.Module:
+    """torchvision's ResNet-18 (He et al., CVPR 2016) for small pictures.
+
+    As is usual for CIFAR, the first convolution is 3x3 without a stride and no pool follows it.
+    """
+    from torchvision import models
+
+    network = models.resnet18(num_classes=num_classes)
+    network.conv1 = nn.Conv2d(in_channels, network.conv1.out_channels, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network

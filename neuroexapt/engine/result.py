@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neuroexapt.core.derived import DerivedNetwork
-from neuroexapt.core.genotypes import Genotype
+from torch import nn
+
+from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.session import OpenRun
 
@@ -15,12 +16,13 @@ from neuroexapt.engine.session import OpenRun
 class RunResult:
     """What a search found, or what came of training a genotype.
 
-    ``model``: the trained network of the genotype, after a search the one that inherited its weights;
+    ``model``: the trained network of the genotype, after a search the one that inherited its weights, with
+    ``ema`` the average; of several seeds the first one's;
     ``curves[phase][name]``: a value for every epoch that recorded it; ``result``: what is in result.json.
     """
 
-    genotype: Genotype
-    model: DerivedNetwork
+    genotype: AnyGenotype
+    model: nn.Module
     curves: dict[str, dict[str, list[Any]]]
     result: dict[str, Any]
     run_dir: Path
@@ -43,7 +45,16 @@ def finish(run: OpenRun[Any], result: dict[str, Any]) -> None:
     report = write_report(run.folder.path)
     scratch = result.get("scratch_test_accuracy")
     compared = f" (from scratch {scratch:.2%})" if scratch is not None else ""
+    for name, control in result.get("controls", {}).items():
+        run.session.progress.say(f"{name}: {_outcome(control)}, {control['parameters']:,} parameters")
     run.session.progress.say(
-        f"test accuracy {result['test_accuracy']:.2%}{compared}, {result['parameters']:,} parameters, "
+        f"{_outcome(result)}{compared}, {result['parameters']:,} parameters, "
         f"{result['seconds']:.0f} s; report: {report}"
     )
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    """Test accuracy, with its standard deviation where it is a mean over seeds."""
+    mean, deviation = result["test_accuracy"], result.get("test_accuracy_deviation")
+    spread = "" if deviation is None else f" ± {deviation:.2%} over {len(result['test_accuracies'])} seeds"
+    return f"test accuracy {mean:.2%}{spread}"

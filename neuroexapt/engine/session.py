@@ -7,7 +7,7 @@ import logging
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from neuroexapt.backend import Backend, get_backend, list_backends, use_backend
 from neuroexapt.core.derived import DerivedNetwork
-from neuroexapt.core.genotypes import Genotype
+from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.data import ImageDataset, Loader, load_dataset, make_loader
 from neuroexapt.data.augment import Augmentation
 from neuroexapt.engine.config import RunConfig, make_config
-from neuroexapt.engine.device import get_device_name, place
+from neuroexapt.engine.device import Network, get_device_name, place
 from neuroexapt.engine.interrupt import StopRequest
 from neuroexapt.engine.phase import Phase, PhaseRunner, Session
 from neuroexapt.engine.progress import Progress
@@ -43,6 +43,7 @@ PLACEMENT = frozenset(
         "out",
         "overwrite",
         "quiet",
+        "table",
         "workers",
     }
 )
@@ -123,18 +124,28 @@ class OpenRun(Generic[Config]):
             self.data.augmentation, **{k: v for k, v in chosen.items() if v is not None}
         )
 
-    def derived_network(self, genotype: Genotype, phase: str, auxiliary: bool = False) -> DerivedNetwork:
+    def derived_network(self, genotype: AnyGenotype, phase: str, auxiliary: bool = False) -> DerivedNetwork:
         """The genotype's network in the size of this run, with the initial weights of ``phase``."""
-        torch.manual_seed(seed_for(self.config.seed, phase))
-        network = get_space(self.config.space).network(
-            genotype,
-            in_channels=self.data.in_channels,
-            num_classes=self.data.num_classes,
-            channels=self.config.init_channels,
-            layers=self.config.layers,
-            auxiliary=auxiliary,
+        return self.initial_network(
+            lambda: get_space(self.config.space).network(
+                genotype,
+                in_channels=self.data.in_channels,
+                num_classes=self.data.num_classes,
+                channels=self.config.init_channels,
+                layers=self.config.layers,
+                auxiliary=auxiliary,
+            ),
+            phase,
         )
-        return place(network, self.device)
+
+    def initial_network(self, make: Callable[[], Network], phase: str) -> Network:
+        """A network on this run's device, with the initial weights of ``phase``."""
+        torch.manual_seed(seed_for(self.config.seed, phase))
+        return place(make(), self.device)
+
+    def with_seed(self, seed: int) -> "OpenRun[Config]":
+        """The same run, whose initial weights and batches come from another seed."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, seed=seed))
 
     def create_folder(self) -> None:
         """Make the folder of a new run. To be called once everything that may be refused has been checked."""

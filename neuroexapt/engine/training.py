@@ -1,5 +1,6 @@
-"""Training a derived network: after a search with inherited weights, or from scratch."""
+"""Training a network on all training pictures: after a search with inherited weights, or from scratch."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuroexapt.core.derived import DerivedNetwork
 from neuroexapt.data import Loader
 from neuroexapt.engine.bilevel import accuracy
 from neuroexapt.engine.captured import Step, capture
@@ -69,16 +69,50 @@ def evaluate_loss(score_batch: Step, loader: Loader) -> tuple[float, float]:
     return loss / count, correct / count
 
 
+class WeightAverage:
+    """An exponential moving average of a network's weights and running statistics.
+
+    After step t, counted from 0: ``average += (1 - d) · (network - average)`` with
+    ``d = min(decay, (1 + t) / (10 + t))``, so that the first weights are soon forgotten. ``network`` is the
+    averaged one. ``update`` can be captured into a graph, since d comes from a tensor.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self._decay = decay
+        self._averaged, self._latest = _floating(self.network), _floating(network)
+        self._weight = torch.zeros((), device=self._latest[0].device)
+
+    def set_step(self, t: int) -> None:
+        self._weight.fill_(1 - min(self._decay, (1 + t) / (10 + t)))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        change = torch._foreach_sub(self._latest, self._averaged)
+        torch._foreach_mul_(change, self._weight)
+        torch._foreach_add_(self._averaged, change)
+
+
+def _floating(network: nn.Module) -> list[Tensor]:
+    """Parameters and buffers but for BatchNorm's counts of batches."""
+    return [x for x in (*network.parameters(), *network.buffers()) if x.is_floating_point()]
+
+
 class TrainPhase(Phase):
     """SGD with a cosine schedule on all training pictures, tested after every epoch.
 
-    With an auxiliary head its loss counts ``auxiliary_weight``; drop-path grows linearly to ``drop_path``.
+    Args:
+        auxiliary_weight: of the loss of the network's auxiliary head; 0 where it has none.
+        drop_path: probability of dropping an operation, which grows linearly to it.
+        warmup: share of the steps over which the learning rate rises to the cosine.
+        label_smoothing: share of each label that is spread over all classes while training.
+        ema: decay of the ``WeightAverage`` that is tested in place of the network; 0: none.
     """
 
     def __init__(
         self,
         name: str,
-        network: DerivedNetwork,
+        network: nn.Module,
         loader: Loader,
         test_loader: Loader,
         config: RunConfig,
@@ -86,6 +120,9 @@ class TrainPhase(Phase):
         epochs: int,
         auxiliary_weight: float = 0.0,
         drop_path: float = 0.0,
+        warmup: float = 0.0,
+        label_smoothing: float = 0.0,
+        ema: float = 0.0,
     ) -> None:
         self.name = name
         self.epochs = epochs
@@ -95,16 +132,23 @@ class TrainPhase(Phase):
         self.optimizer = make_sgd(self.parameters(), config)
         self._loader, self._test_loader = loader, test_loader
         self._config = config
-        self._auxiliary_weight, self._drop_path = auxiliary_weight, drop_path
+        self._auxiliary_weight, self._label_smoothing = auxiliary_weight, label_smoothing
+        self._drop_path, self._warmup_steps = drop_path, warmup * epochs * loader.steps_per_epoch
         # On the device, so that a captured step sees it change.
         self._drop_probability = torch.zeros((), device=self.device)
         if drop_path:
             network.drop_path_probability = self._drop_probability
+        self._average = WeightAverage(network, ema) if ema else None
         self._capture_steps()
+
+    @property
+    def trained(self) -> nn.Module:
+        """What is tested: the network, or the average of its weights."""
+        return self._average.network if self._average else self.network
 
     def _capture_steps(self) -> None:
         self._take_step = capture(self._step, self.device, self.network)
-        self._score = capture(functools.partial(score, self.network), self.device, self.network)
+        self._score = capture(functools.partial(score, self.trained), self.device, self.trained)
 
     def metric_names(self, epoch: int) -> Sequence[str]:
         return ("train_loss", "train_accuracy")
@@ -112,28 +156,44 @@ class TrainPhase(Phase):
     def parameters(self) -> list[nn.Parameter]:
         return list(self.network.parameters())
 
-    def learning_rate(self, epoch: int) -> float:
-        return cosine(epoch, self.epochs, self._config.learning_rate, self._config.learning_rate_min)
+    def learning_rate(self, epoch: int, step: int) -> float:
+        """The cosine's, which changes once an epoch; below it in the first steps."""
+        rate = cosine(epoch, self.epochs, self._config.learning_rate, self._config.learning_rate_min)
+        steps = epoch * self.steps_per_epoch + step + 1
+        return rate * min(1.0, steps / self._warmup_steps) if self._warmup_steps else rate
 
     def steps(self, epoch: int, start: int) -> Iterator[Tensor]:
         self.network.train()
-        set_learning_rate(self.optimizer, self.learning_rate(epoch))
         self._drop_probability.fill_(self._drop_path * epoch / self.epochs)
-        for batch in self._loader.epoch(epoch, start):
+        for step, batch in enumerate(self._loader.epoch(epoch, start), start):
+            set_learning_rate(self.optimizer, self.learning_rate(epoch, step))
+            if self._average:
+                self._average.set_step(epoch * self.steps_per_epoch + step)
             yield self._take_step(*batch)
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._autocast():
-            logits, auxiliary_logits = self.network.forward_with_auxiliary(images)
-        loss = F.cross_entropy(logits.float(), labels)
+            logits, auxiliary_logits = self._forward(images)
+        loss = self._loss(logits, labels)
         objective = loss
         if auxiliary_logits is not None:
-            objective = loss + self._auxiliary_weight * F.cross_entropy(auxiliary_logits.float(), labels)
+            objective = loss + self._auxiliary_weight * self._loss(auxiliary_logits, labels)
         self.optimizer.zero_grad()
         objective.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self._config.grad_clip)
         self.optimizer.step()
+        if self._average:
+            self._average.update()
         return torch.stack([loss.detach(), accuracy(logits, labels)])
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the classifier and, if its loss counts, of the auxiliary head."""
+        if self._auxiliary_weight:
+            return self.network.forward_with_auxiliary(images)  # type: ignore[operator]
+        return self.network(images), None
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
 
     def _autocast(self) -> torch.autocast:
         """No cache: every weight is cast once a step, and a graph must not find one of another step."""
@@ -141,18 +201,21 @@ class TrainPhase(Phase):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
-        self.network.eval()
+        self.trained.eval()
         test_loss, test_accuracy = evaluate_loss(self._score, self._test_loader)
         return {
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            "learning_rate": self.learning_rate(epoch),
+            "learning_rate": self.learning_rate(epoch, self.steps_per_epoch - 1),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state | ({"average": self._average.network.state_dict()} if self._average else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         load_optimizer(self.optimizer, state["optimizer"])
+        if self._average:
+            self._average.network.load_state_dict(state["average"])
         self._capture_steps()

@@ -238,13 +238,14 @@ def make_train_phase(**changes: Any) -> TrainPhase:
         CUDA
     )
     return TrainPhase(
-        "evaluate", network, loader(1), loader(2, 44, drop_last=False), config, epochs=4, drop_path=0.3
-    )
+        "evaluate", network, loader(1), loader(2, 44, drop_last=False), config,
+        epochs=4, drop_path=0.3, warmup=0.4, label_smoothing=0.1, ema=0.9,
+    )  # fmt: skip
 
 
 @gpu
 def test_a_captured_training_equals_the_one_launched_one_by_one(reproducible: None) -> None:
-    """Drop-path included, whose probability and random numbers change from step to step."""
+    """Drop-path, warm-up and the average of weights included: what they read changes from step to step."""
     replayed, eager = make_train_phase(), make_train_phase()
     eager._take_step = eager._step
     results = []
@@ -253,3 +254,17 @@ def test_a_captured_training_equals_the_one_launched_one_by_one(reproducible: No
         results.append(run(phase, range(3)))
     assert_same(*results)
     assert replayed._take_step.reason == ""
+
+
+@gpu
+def test_a_captured_training_resumes_from_its_state(reproducible: None) -> None:
+    def train(phase: TrainPhase, epochs: range) -> Tensor:
+        torch.cuda.manual_seed(epochs.start)
+        return run(phase, epochs)
+
+    through, first, resumed = make_train_phase(), make_train_phase(), make_train_phase()
+    train(through, range(2))
+    train(first, range(2))
+    train(resumed, range(1))  # graphs, states and an average of another moment, which loading replaces
+    resumed.load_state_dict(first.state_dict())
+    assert_same(train(resumed, range(2, 3)), train(through, range(2, 3)))

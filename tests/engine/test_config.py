@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from neuroexapt.engine.config import PRESETS, EvaluateConfig, SearchConfig, make_config
+from neuroexapt.engine.config import PRESETS, RECIPES, EvaluateConfig, SearchConfig, make_config
 from neuroexapt.errors import UserError
 
 
@@ -24,6 +24,26 @@ def test_defaults_are_those_of_the_paper() -> None:
     retrain = make_config(EvaluateConfig, {"dataset": "cifar10"})
     assert (retrain.epochs, retrain.batch_size, retrain.layers, retrain.init_channels) == (600, 96, 20, 36)
     assert (retrain.drop_path, retrain.auxiliary_weight, retrain.cutout) == (0.2, 0.4, 16)
+
+
+def test_a_recipe_changes_what_was_not_asked_for() -> None:
+    fast = make_config(EvaluateConfig, {"dataset": "cifar10", "recipe": "fast", "batch_size": 128})
+    published = make_config(EvaluateConfig, {"dataset": "cifar10", "batch_size": 128})
+    changed = {name for name in vars(fast) if getattr(fast, name) != getattr(published, name)}
+    assert changed == {"recipe", *RECIPES["fast"]} - {"batch_size"}
+    assert fast.epochs == published.epochs / 10
+    assert (fast.layers, fast.init_channels, fast.cutout) == (20, 36, 16)
+    digits = make_config(EvaluateConfig, {"recipe": "fast"})
+    assert (digits.epochs, digits.layers) == (10, PRESETS["digits"][EvaluateConfig]["layers"])
+
+
+def test_a_saved_config_stands_for_its_recipe(tmp_path: Path) -> None:
+    saved = make_config(EvaluateConfig, {"recipe": "fast", "epochs": 3})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(saved.to_dict()))
+    assert make_config(EvaluateConfig, {"out": saved.out}, file) == saved
+    with pytest.raises(UserError, match="holds the settings of recipe fast; leave out --recipe or --config"):
+        make_config(EvaluateConfig, {"recipe": "published"}, file)
 
 
 def test_saved_config_reads_back() -> None:
@@ -59,6 +79,29 @@ def test_presets_are_valid(dataset: str, cls: type) -> None:
 def test_refuses(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_config(SearchConfig, settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recipe": "slow"}, "unknown recipe 'slow'; choose one of published, fast"),
+        ({"recipe": 3}, "recipe=3: expected str"),
+        ({"seeds": 0}, "seeds=0: choose a value above 0"),
+        ({"control": "random, resnet50"}, "unknown control 'resnet50'; choose of random, resnet18"),
+        ({"ema": 1.0}, "ema=1.0: choose a value from 0 to below 1"),
+        ({"label_smoothing": -0.1}, "label_smoothing=-0.1: choose a value from 0 to below 1"),
+        ({"drop_path": 1}, "drop_path=1.0: choose a value from 0 to below 1"),
+        ({"learning_rate_warmup": 1.5}, "learning_rate_warmup=1.5: choose a value from 0 to below 1"),
+    ],
+)
+def test_refuses_to_evaluate(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config(EvaluateConfig, settings)
+
+
+def test_controls_are_told_once_each() -> None:
+    assert EvaluateConfig(control="random, resnet18,random,").controls == ("random", "resnet18")
+    assert EvaluateConfig().controls == ()
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", ""])

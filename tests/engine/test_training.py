@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neuroexapt.engine.config import SearchConfig
-from neuroexapt.engine.training import cosine, load_optimizer, make_sgd, set_learning_rate
+from neuroexapt.engine.training import WeightAverage, cosine, load_optimizer, make_sgd, set_learning_rate
 
 
 def test_cosine_is_the_published_schedule() -> None:
@@ -40,3 +40,23 @@ def test_a_learning_rate_on_the_device_stays_where_it_is() -> None:
     set_learning_rate(optimizer, 0.5)
     assert optimizer.param_groups[0]["lr"] is rate
     assert rate.item() == 0.5
+
+
+def test_the_average_follows_the_network_by_its_formula() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+    average = WeightAverage(network, decay=0.5)
+    expected = {name: x.clone().double() for name, x in network.state_dict().items()}
+    for t, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5, 0.5)):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn(parameter.shape))
+        network(torch.randn(4, 1, 3, 3))
+        average.set_step(t)
+        average.update()
+        for name, x in network.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * x
+    averaged = average.network.state_dict()
+    for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
+        torch.testing.assert_close(averaged[name], expected[name].float())
+    assert not average.network.training
+    assert not any(parameter.requires_grad for parameter in average.network.parameters())
