@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from neuroexapt.benchmarks import load_table
 from neuroexapt.core.derived import DerivedNetwork, count_parameters, inherit_weights
-from neuroexapt.core.genotypes import Genotype
+from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import split_indices
 from neuroexapt.engine.checkpoint import load_checkpoint
@@ -44,7 +45,7 @@ def search(
         return _search(run, new=resume is None)
 
 
-def derive(run_dir: str | Path) -> Genotype:
+def derive(run_dir: str | Path) -> AnyGenotype:
     """The genotype that α stands for in the last search checkpoint of a run, finished or not."""
     folder = RunFolder.open(Path(run_dir))
     if not folder.checkpoint(SearchPhase.name).exists():
@@ -81,6 +82,7 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
         "genotype": genotype.to_dict(),
         "valid_accuracy": curves["search"]["valid_accuracy"][-1],
         "test_accuracy": test_accuracy,
+        **phase.table_accuracies(genotype),
         "scratch_test_accuracy": scratch_accuracy,
         "seconds": sum(seconds.values()),
         "seconds_by_phase": seconds,
@@ -106,7 +108,10 @@ def _search_phase(run: OpenRun[SearchConfig]) -> SearchPhase:
         channels=config.init_channels,
         layers=config.layers,
     )
-    return SearchPhase(place(supernet, run.device), train_loader, valid_loader, config)
+    table = load_table(config.table) if config.table else None
+    phase = SearchPhase(place(supernet, run.device), train_loader, valid_loader, config, table)
+    phase.table_accuracies(phase.genotype())  # refuses a table of another space before anything is computed
+    return phase
 
 
 def _split(run: OpenRun[SearchConfig]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,7 +127,7 @@ def _create_folder(run: OpenRun[SearchConfig]) -> None:
 
 
 def _train_derived(
-    run: OpenRun[SearchConfig], name: str, genotype: Genotype, supernet: Supernet | None
+    run: OpenRun[SearchConfig], name: str, genotype: AnyGenotype, supernet: Supernet | None
 ) -> tuple[DerivedNetwork, float, float]:
     """The trained network, the seconds that took, and its test accuracy."""
     config = run.config

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt.backend.measure import time_calls
+from neuroexapt.benchmarks import Table
 from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import Loader
@@ -36,12 +37,20 @@ ARCH_BETAS = (0.5, 0.999)
 
 
 class SearchPhase(Phase):
-    """SGD with a cosine schedule for w, Adam for α after ``warmup_epochs``, validated after every epoch."""
+    """SGD with a cosine schedule for w, Adam for α after ``warmup_epochs``, validated after every epoch.
+
+    With a ``table`` every epoch's record tells the true accuracy of its genotype, which nothing else uses.
+    """
 
     name = "search"
 
     def __init__(
-        self, supernet: Supernet, train_loader: Loader, valid_loader: Loader, config: SearchConfig
+        self,
+        supernet: Supernet,
+        train_loader: Loader,
+        valid_loader: Loader,
+        config: SearchConfig,
+        table: Table | None = None,
     ) -> None:
         self.epochs = config.epochs
         self.steps_per_epoch = train_loader.steps_per_epoch
@@ -51,6 +60,7 @@ class SearchPhase(Phase):
         self.strategy = get_strategy(config.strategy).to(self.device)
         self._config = config
         self._train_loader, self._valid_loader = train_loader, valid_loader
+        self._table = table
         self._execution = "reference"
         self._make_step()
 
@@ -163,7 +173,13 @@ class SearchPhase(Phase):
             "alpha": {cell: w.tolist() for cell, w in weights.items()},
             "alpha_entropy": {cell: entropy(w).tolist() for cell, w in weights.items()},
             "genotype": self.genotype().to_dict(),
+            **self.table_accuracies(self.genotype()),
         }
+
+    def table_accuracies(self, genotype: AnyGenotype) -> dict[str, float]:
+        """Test accuracies of the genotype as the table has them."""
+        figures = self._table.query(genotype) if self._table else {}
+        return {f"table_{name}": value for name, value in figures.items() if name.endswith("_test")}
 
     @torch.no_grad()
     def mixing_weights(self) -> dict[str, Tensor]:

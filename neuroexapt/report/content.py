@@ -31,10 +31,15 @@ PHASES = {
     "resnet18": "ResNet-18, from scratch",
 }
 """Titles of phases. A phase of a further seed has its name with ``-seed`` and the seed after it."""
+_TABLE_DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet16": "ImageNet16-120"}
 _NUMBERS = {
     "test_accuracy": ("test accuracy", percent),
     "test_accuracy_deviation": ("its standard deviation over seeds", percent),
     "scratch_test_accuracy": ("test accuracy from scratch, as many epochs", percent),
+    **{
+        f"table_{name}_test": (f"test accuracy on {label}, from the table", percent)
+        for name, label in _TABLE_DATASETS.items()
+    },
     "valid_accuracy": ("validation accuracy in the search", percent),
     "parameters": ("parameters", large),
     "seconds": ("time in all", duration),
@@ -231,6 +236,17 @@ class Report:
         held_out = "valid" if phase == "search" else "test"
         values = {part: self._values(phase, f"{part}_{quantity}") for part in ("train", held_out)}
         return self._svg(curves(values, quantity), f"{phase_title(phase)}: {_ends(values, quantity)}")
+
+    @cached_property
+    def table(self) -> Markup | None:
+        """The accuracies that a table knows of the genotype of each epoch."""
+        known = self._metrics["search"][0] if self._metrics["search"] else {}
+        values = {
+            label: self._values("search", f"table_{name}_test")
+            for name, label in _TABLE_DATASETS.items()
+            if f"table_{name}_test" in known
+        }
+        return self._svg(curves(values, "test accuracy"), _ends(values, "test accuracy")) if values else None
 
     @cached_property
     def comparison(self) -> Comparison | None:

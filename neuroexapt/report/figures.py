@@ -94,9 +94,9 @@ def entropy_history(history: ArrayLike, op_count: int, title: str = "") -> Figur
 
 @matplotlib.rc_context(RC_PARAMS)
 def curves(values: Mapping[str, Sequence[float]], quantity: str, title: str = "") -> Figure:
-    """One or two named curves over the epochs; `quantity` labels them and is in per cent if an accuracy."""
+    """Up to three named curves over the epochs; `quantity` labels them and is in per cent if an accuracy."""
     figure, axes = _axes(_CURVE_SIZE, 0.7, title)
-    for (name, curve), colour in zip(values.items(), (ACCENT, CONTRAST), strict=False):
+    for (name, curve), colour in zip(values.items(), (ACCENT, CONTRAST, MUTED), strict=False):
         _plot(axes, curve, color=colour, label=name)
     axes.set_ylabel(quantity)
     if quantity.endswith("accuracy"):
