@@ -1,6 +1,7 @@
 """The fused cell in CUDA C++ against fp64: each kernel, then whole cells; without a GPU, its compilation."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -13,7 +14,7 @@ from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.cuda_ops import cell_kernels, preprocess
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, ReduceGrad, Summand
+from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, ReduceGrad, StateGrad, Summand
 from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
 from tests.cuda_ops.test_cell import (
@@ -119,25 +120,26 @@ def test_moments_and_statistics(shape, training):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kinds", [{"max", "avg"}, {"max"}, {"avg"}])
 def test_pools(shape, stride, kinds):
-    x = strided(*shape)
-    zs, moments = cell_kernels.pool(x, stride, kinds)
-    expected, _ = torch_kernels.pool(exact(x), stride, kinds)
-    assert zs.keys() == kinds
-    for kind in kinds:
-        assert_close(zs[kind], expected[kind])
-        bns = batch_norms(shape[1], 1)
-        (got,) = cell_kernels.statistics(bns, [moments[kind]], True)
-        bns[0].double()
-        (wanted,) = torch_kernels.statistics(bns, torch_kernels.plane_moments([expected[kind]]), True)
-        assert_close(got, wanted)
+    xs = [strided(*shape), randn(*shape), strided(*shape)]
+    zs, moments = cell_kernels.pool(xs, stride, kinds)
+    expected, _ = torch_kernels.pool(exact(xs), stride, kinds)
+    for got_z, got_moments, wanted_z in zip(zs, moments, expected, strict=True):
+        assert got_z.keys() == kinds
+        for kind in kinds:
+            assert_close(got_z[kind], wanted_z[kind])
+            bns = batch_norms(shape[1], 1)
+            (got,) = cell_kernels.statistics(bns, [got_moments[kind]], True)
+            bns[0].double()
+            (wanted,) = torch_kernels.statistics(bns, torch_kernels.plane_moments([wanted_z[kind]]), True)
+            assert_close(got, wanted)
 
 
 @gpu
 def test_pools_let_nan_and_infinity_through():
     x = randn(2, 16, 8, 8)
     x[0, 1, 3, 3], x[1, 2, 0, 0], x[1, 3] = float("nan"), float("inf"), -float("inf")
-    zs, _ = cell_kernels.pool(x, 1, {"max", "avg"})
-    expected, _ = torch_kernels.pool(exact(x), 1, {"max", "avg"})
+    (zs,), _ = cell_kernels.pool([x], 1, {"max", "avg"})
+    (expected,), _ = torch_kernels.pool([exact(x)], 1, {"max", "avg"})
     for kind, z in zs.items():
         torch.testing.assert_close(z.double(), expected[kind], equal_nan=True, rtol=1e-5, atol=1e-6)
 
@@ -206,22 +208,25 @@ def test_affine_gradients(shape):
 def test_gradient_of_a_state(shape, stride, kinds, ties):
     batch, channels, height, width = shape
     out = (batch, channels, -(-height // stride), -(-width // stride))
-    x = strided(*shape)
-    x = x.round() if ties else x
     weights = randn(4, 2)
-    grads = [
-        PoolGrad(
-            strided(*out) if edge % 2 else randn(*out),
-            coef(channels) if "max" in kinds and edge != 1 else None,
-            coef(channels) if "avg" in kinds and edge != 2 else None,
-            (edge, 1) if stride == 1 and edge != 0 else None,
-        )
-        for edge in range(4)
-    ]
-    addends = [randn(*shape), strided(*shape)]
-    actual = cell_kernels.state_gradient(x, stride, grads, weights, addends)
-    expected = torch_kernels.state_gradient(*map(exact, (x, stride, grads, weights, addends)))
-    assert_close(actual, expected)
+
+    def state(edges: int) -> StateGrad:
+        x = strided(*shape)
+        grads = [
+            PoolGrad(
+                strided(*out) if edge % 2 else randn(*out),
+                coef(channels) if "max" in kinds and edge != 1 else None,
+                coef(channels) if "avg" in kinds and edge != 2 else None,
+                (edge, 1) if stride == 1 and edge != 0 else None,
+            )
+            for edge in range(edges)
+        ]
+        return StateGrad(x.round() if ties else x, grads, [randn(*shape) for _ in range(edges + 1)])
+
+    states = [state(edges) for edges in (4, 0, 2)]
+    actual = cell_kernels.state_gradients(states, stride, weights)
+    expected = torch_kernels.state_gradients(exact(states), stride, exact(weights))
+    assert_all_close(actual, expected)
 
 
 @gpu
@@ -250,16 +255,21 @@ def test_preprocessing(shape, kind, wants):
 
 
 def random_convs(shape: tuple[int, ...], second: bool, count: int) -> list[Conv]:
+    """Second halves of separable convolutions, each with its input, or convolutions of two states."""
     channels = shape[1]
     kinds = [(3, 1), (5, 1)] if second else [(3, 1), (5, 1), (3, 2), (5, 2)]
-    x = strided(*shape)
+    states = [strided(*shape), randn(*shape)]
     convs = []
     for i in range(count):
         size, dilation = kinds[i % len(kinds)]
         weights = randn(channels, 1, size, size) / size, randn(channels, channels, 1, 1) / channels**0.5
-        source = (randn(*shape), stats(channels)) if second else (x, None)
+        source = (randn(*shape), stats(channels)) if second else (states[2 * i // count], None)
         convs.append(Conv(*source, *weights, dilation))
     return convs
+
+
+def by_state(grads: list[ConvGrad]) -> list[list[ConvGrad]]:
+    return [list(same) for _, same in itertools.groupby(grads, key=lambda grad: id(grad.conv.x))]
 
 
 @gpu
@@ -305,9 +315,9 @@ def test_backward_of_convolutions(shape, second, ieee, wants_weights, count):
         right = torch_kernels.affine_gradients(exact(us), exact([c.x for c in convs]), right_coefs)
         assert_all_close(dzs, right)
     else:
-        dxs, partials = cell_kernels.backward_first(grads, ieee, wants_weights)
-        right_dxs, right_partials = torch_kernels.backward_first(exact(grads), ieee, wants_weights)
-        assert_close(sum(exact(dxs)), sum(right_dxs), tolerance)
+        dxs, partials = cell_kernels.backward_first(states := by_state(grads), ieee, wants_weights)
+        right_dxs, right_partials = torch_kernels.backward_first(exact(states), ieee, wants_weights)
+        assert_all_close([sum(exact(dx)) for dx in dxs], list(map(sum, right_dxs)), tolerance)
     assert bool(partials.depthwise) == wants_weights
     if wants_weights:
         for weights, partial, right_partial in (
@@ -325,8 +335,7 @@ def test_backward_of_convolutions(shape, second, ieee, wants_weights, count):
 def test_strided_convolutions(shape, wants_weights):
     batch, channels, height, width = shape
     out = (batch, channels, -(-height // 2), -(-width // 2))
-    x = randn(*shape)
-    convs = [conv._replace(x=x, stride=2) for conv in random_convs(shape, False, 9)]
+    convs = [conv._replace(stride=2) for conv in random_convs(shape, False, 9)]
     zs, moments = cell_kernels.convolve(convs, True)
     expected, _ = torch_kernels.convolve(exact(convs), True)
     assert_all_close(zs, expected, 2e-5)
@@ -342,9 +351,9 @@ def test_strided_convolutions(shape, wants_weights):
         ConvGrad(conv, randn(*out), strided(*out) if i % 2 else randn(*out), coef(channels))
         for i, conv in enumerate(convs)
     ]
-    dxs, partials = cell_kernels.backward_first(grads, True, wants_weights)
-    right_dxs, right_partials = torch_kernels.backward_first(exact(grads), True, wants_weights)
-    assert_close(sum(exact(dxs)), sum(right_dxs), 2e-5)
+    dxs, partials = cell_kernels.backward_first(states := by_state(grads), True, wants_weights)
+    right_dxs, right_partials = torch_kernels.backward_first(exact(states), True, wants_weights)
+    assert_all_close([sum(exact(dx)) for dx in dxs], list(map(sum, right_dxs)), 2e-5)
     assert bool(partials.depthwise) == bool(partials.pointwise) == wants_weights
     for name in ("depthwise", "pointwise") if wants_weights else ():
         weights = [getattr(conv, name) for conv in convs]
@@ -523,9 +532,14 @@ def test_is_chosen_for_fp32():
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-def test_keeps_everything_in_registers(tmp_path, arch):
-    report = assembler_report("node.cu", arch, tmp_path)
+@pytest.mark.parametrize(
+    # All for wide and narrow accesses but for two that have no such; those of windows also for stride 2.
+    ("source", "kernels"),
+    [("node_pools.cu", 8), ("node_statistics.cu", 3), ("node_sums.cu", 7)],
+)
+def test_keeps_everything_in_registers(tmp_path, source, kernels, arch):
+    report = assembler_report(source, arch, tmp_path)
     # Spills show there, and so do arrays that a loop left rolled indexes at run time.
     frames = [int(n) for n in re.findall(r"(\d+) bytes stack frame", report)]
-    assert len(frames) == 16  # all but two for wide and narrow accesses, those of windows also for stride 2
+    assert len(frames) == kernels
     assert not any(frames)

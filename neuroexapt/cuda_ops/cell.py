@@ -1,14 +1,15 @@
 """The fused search cell in CUDA C++, for fp32 and 16, 32 or 64 channels.
 
-A cell runs by its plan (``neuroexapt.core.plan``) as two kinds of autograd functions. ``_LeaveState``
-computes all that leaves a state: convolutions, pools, the statistics of their BatchNorms. ``_EnterNode``
-adds up all that enters a node. Between them autograd sees *handles*, tensors without content, one from each
-state to each node that it feeds: as its gradient a handle carries the gradient g of the node. From that and
-from a few coefficients a channel the gradient of every term follows as ``dz = A · g + B · z + D`` where a
-kernel reads ``z``, so neither normalised tensors nor gradients of single terms are ever stored.
+A cell runs by its plan (``neuroexapt.core.plan``) as two kinds of autograd functions. ``_LeaveStates``
+computes all that leaves a state, or states that are there at the same time, as a cell's inputs are:
+convolutions, pools, the statistics of their BatchNorms. ``_EnterNode`` adds up all that enters a node.
+Between them autograd sees *handles*, tensors without content, one from each set of states to each node that
+it feeds: as its gradient a handle carries the gradient g of the node. From that and from a few coefficients
+a channel the gradient of every term follows as ``dz = A · g + B · z + D`` where a kernel reads ``z``, so
+neither normalised tensors nor gradients of single terms are ever stored.
 
 What is no separable convolution, pool, identity or factorized reduction runs *outside*: as a module under
-autograd, on the state itself. Its output enters ``_LeaveState`` beside the state.
+autograd, on the state itself. Its output enters ``_LeaveStates`` beside the states.
 """
 
 from collections import defaultdict
@@ -35,7 +36,7 @@ from neuroexapt.core.plan import (
     WholeEdge,
 )
 from neuroexapt.cuda_ops import cell_kernels
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, ReduceGrad, Summand
+from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, ReduceGrad, StateGrad, Summand
 
 CHANNELS = (16, 32, 64)
 
@@ -58,7 +59,7 @@ def supports(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Suppo
 
 def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
     """What stands in the way."""
-    flows = [_Flow(group) for group in plan.states]
+    flows = [_Flow([group]) for group in plan.states]
     convs = [term for state in plan.states for term in state.convs]
     pools = [term for state in plan.states for term in state.pools]
     tensors = (*states, weights, *_own_tensors(plan, flows))
@@ -111,7 +112,6 @@ def _own_tensors(plan: CellPlan, flows: "Sequence[_Flow]") -> Iterator[Tensor]:
 def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any) -> Tensor:
     """The cell by the functions of ``kernels``: those of ``cell_kernels``, or others that do the same."""
     weights = weights.contiguous()
-    flows = [_Flow(group) for group in plan.states]
     output = _empty_output(plan, states[0])
     exact = cell_kernels.products_are_exact()
     pass_ = _Pass(kernels, exact, _is_training(plan), weights.detach(), len(plan.nodes), output)
@@ -119,20 +119,21 @@ def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any)
     handles: defaultdict[int, list[Tensor]] = defaultdict(list)
     entered: list[Tensor] = []
 
-    def leave(flow: _Flow, x: Tensor) -> Tensor:
+    def leave(first: int, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The states from number ``first`` on, for other uses."""
+        flow = _Flow(plan.states[first : first + len(xs)])
         if not flow.targets:
-            return x
-        x, outside = _run_outside(pass_, flow, _planes(x), weights)
-        x, *leaving = _LeaveState.apply(pass_, flow, x, *outside, *flow.weights)
-        for target, handle in zip(flow.targets, leaving, strict=True):
+            return xs
+        xs, outside = _run_outside(pass_, flow, xs, weights)
+        leaving = _LeaveStates.apply(pass_, flow, *xs, *outside, *flow.weights)
+        for target, handle in zip(flow.targets, leaving[len(xs) :], strict=True):
             handles[target].append(handle)
-        return x
+        return leaving[: len(xs)]
 
-    for flow, state in zip(flows, states, strict=False):
-        leave(flow, state)
+    leave(0, states)
     for i, node in enumerate(plan.nodes):
         y = _EnterNode.apply(pass_, i, node, shared_weights[i], *handles.pop(node.node, ()))
-        entered.append(leave(flows[node.node], y) if node.node < len(flows) else y)
+        entered += leave(node.node, [y])
     if len(plan.outputs) == len(plan.nodes):
         return _Concatenate.apply(pass_, *entered)
     pass_.output = None
@@ -169,16 +170,21 @@ class _Pass:
 
 
 class _Flow:
-    """All that leaves one state, in the order in which ``_LeaveState`` takes it."""
+    """All that leaves some states of one shape and stride, state by state, as ``_LeaveStates`` takes it."""
 
-    def __init__(self, group: StateGroup) -> None:
-        self.group = group
-        self.first = group.convs
-        self.second = tuple(term for term in group.convs if len(term.blocks) == 2)
-        self.reductions = tuple(term for term in group.modules if _is_reduction(term))
-        others = (term for term in group.modules if not _is_reduction(term))
-        self.outside: tuple[ModuleTerm | WholeEdge, ...] = (*others, *group.edges)
-        inside: tuple[Term, ...] = (*self.first, *self.reductions, *group.pools, *group.identities)
+    def __init__(self, groups: Sequence[StateGroup]) -> None:
+        self.states = tuple(group.state for group in groups)
+        self.stride = groups[0].stride if groups else 1
+        self.first = tuple(term for group in groups for term in group.convs)
+        self.second = tuple(term for term in self.first if len(term.blocks) == 2)
+        self.pools = tuple(term for group in groups for term in group.pools)
+        self.identities = tuple(term for group in groups for term in group.identities)
+        modules = [term for group in groups for term in group.modules]
+        self.reductions = tuple(term for term in modules if _is_reduction(term))
+        others = (term for term in modules if not _is_reduction(term))
+        edges = (edge for group in groups for edge in group.edges)
+        self.outside: tuple[ModuleTerm | WholeEdge, ...] = (*others, *edges)
+        inside: tuple[Term, ...] = (*self.first, *self.reductions, *self.pools, *self.identities)
         self.targets = sorted({member.target for member in (*inside, *self.outside)})
 
     @cached_property
@@ -188,11 +194,11 @@ class _Flow:
         ops: list[Any] = [term.module for term in self.reductions]
         return [*_weights(blocks), *(conv.weight for op in ops for conv in (op.conv_1, op.conv_2))]
 
-    def convs(self, x: Tensor, weights: Sequence[Tensor]) -> list[Conv]:
-        """The convolutions in ``first`` of the state ``x``."""
+    def convs(self, xs: dict[int, Tensor], weights: Sequence[Tensor]) -> list[Conv]:
+        """The convolutions in ``first`` of the states ``xs``."""
         pairs = _pairs(weights)[: len(self.first)]
         return [
-            Conv(x, None, *pair, term.dilation, term.stride)
+            Conv(xs[term.source], None, *pair, term.dilation, term.stride)
             for term, pair in zip(self.first, pairs, strict=True)
         ]
 
@@ -203,13 +209,13 @@ class _Flow:
         pairs = _pairs(weights)[len(self.first) :][: len(self.second)]
         return [Conv(z, s, *pair, 1) for z, s, pair in zip(zs, stats, pairs, strict=True)]
 
-    def halves(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def halves(self, weights: Sequence[Tensor]) -> dict[Any, tuple[Tensor, Tensor]]:
         """The weights of ``reductions``."""
-        return _pairs(weights)[len(self.first) + len(self.second) :]
+        return dict(zip(self.reductions, _pairs(weights)[len(self.first) + len(self.second) :], strict=True))
 
 
 class _Outputs:
-    """``z`` of all that leaves a state, and ``stats`` of what has a BatchNorm, as they come about."""
+    """``z`` of all that leaves some states, and ``stats`` of what has a BatchNorm, as they come about."""
 
     def __init__(self, pass_: _Pass) -> None:
         self.z: dict[Any, Tensor] = {}
@@ -232,30 +238,40 @@ class _Outputs:
 
 
 def _compute_first(
-    outputs: _Outputs, flow: _Flow, x: Tensor, outside: Sequence[Tensor], weights: Sequence[Tensor]
-) -> Tensor | None:
-    """Put all but ``flow.second`` and the identities into ``outputs``; returns the reductions' grids."""
-    pass_, kernels, grids = outputs.pass_, outputs.pass_.kernels, None
+    outputs: _Outputs,
+    flow: _Flow,
+    xs: dict[int, Tensor],
+    outside: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> list[Tensor]:
+    """Put all but ``flow.second`` and the identities into ``outputs``; returns the reductions' grids, for
+    every state that has some."""
+    pass_, kernels, grids = outputs.pass_, outputs.pass_.kernels, []
     outputs.z.update(zip(flow.outside, map(_planes, outside), strict=True))
     if flow.first:
-        outputs.put(flow.first, *kernels.convolve(flow.convs(x, weights), pass_.exact))
-    if flow.reductions:
-        grids, *reduced = kernels.reduce(x, flow.halves(weights), pass_.exact)
-        outputs.put(flow.reductions, *reduced)
+        outputs.put(flow.first, *kernels.convolve(flow.convs(xs, weights), pass_.exact))
+    halves = flow.halves(weights)
+    for state, reductions in _by_state(flow.reductions).items():
+        of_state = [halves[term] for term in reductions]
+        grid, *reduced = kernels.reduce(xs[state], of_state, pass_.exact)
+        outputs.put(reductions, *reduced)
+        grids.append(grid)
     normalised = [member for member in flow.outside if _batch_norm(member, 0) is not None]
     if normalised:
         zs = [outputs.z[member] for member in normalised]
         outputs.put(normalised, zs, kernels.plane_moments(zs))
-    pools = flow.group.pools
-    if pools:
-        pooled = kernels.pool(x, flow.group.stride, {term.pool.kind for term in pools})
-        outputs.put(pools, *([of_kind[term.pool.kind] for term in pools] for of_kind in pooled))
+    if flow.pools:
+        kinds = {term.pool.kind for term in flow.pools}
+        pools = _by_state(flow.pools)
+        pooled = kernels.pool([xs[state] for state in pools], flow.stride, kinds)
+        for terms, *results in zip(pools.values(), *pooled, strict=True):
+            outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
     outputs.normalise(0)
     return grids
 
 
 class _Saved:
-    """What ``_LeaveState`` keeps for its backward pass, in the order of ``tensors``.
+    """What ``_LeaveStates`` keeps for its backward pass, in the order of ``tensors``.
 
     ``source``, which its methods take: what the gradient of each z starts from, and its coefficients.
     """
@@ -263,7 +279,9 @@ class _Saved:
     def __init__(self, flow: _Flow, tensors: Sequence[Tensor]) -> None:
         saved = iter(tensors)
         self._flow = flow
-        self.x, self.mixing, self.grids = next(saved), next(saved), next(saved)
+        self.xs = {state: next(saved) for state in flow.states}
+        self.mixing = next(saved)
+        self.grids = {state: next(saved) for state in _by_state(flow.reductions)}
         self.weights = [next(saved) for _ in flow.weights]
         self.first_z: dict[Any, Tensor] = {
             member: next(saved) for member in (*flow.first, *flow.reductions, *flow.outside)
@@ -280,19 +298,21 @@ class _Saved:
             for term, conv, z in zip(terms, convs, self._second_z, strict=True)
         ]
 
-    def first_grads(self, source: dict[Any, Any]) -> list[ConvGrad]:
-        convs = self._flow.convs(self.x, self.weights)
-        return [
-            ConvGrad(conv, self.first_z[term], *source[term])
-            for term, conv in zip(self._flow.first, convs, strict=True)
-        ]
+    def first_grads(self, source: dict[Any, Any]) -> dict[int, list[ConvGrad]]:
+        """Of every state that has convolutions."""
+        convs = dict(zip(self._flow.first, self._flow.convs(self.xs, self.weights), strict=True))
+        return {
+            state: [ConvGrad(convs[term], self.first_z[term], *source[term]) for term in terms]
+            for state, terms in _by_state(self._flow.first).items()
+        }
 
-    def reduce_grads(self, source: dict[Any, Any]) -> list[ReduceGrad]:
+    def reduce_grads(self, source: dict[Any, Any]) -> dict[int, list[ReduceGrad]]:
+        """Of every state that has factorized reductions."""
         halves = self._flow.halves(self.weights)
-        return [
-            ReduceGrad(pair, self.first_z[term], *source[term])
-            for term, pair in zip(self._flow.reductions, halves, strict=True)
-        ]
+        return {
+            state: [ReduceGrad(halves[term], self.first_z[term], *source[term]) for term in terms]
+            for state, terms in _by_state(self._flow.reductions).items()
+        }
 
 
 class _ShareWeights(torch.autograd.Function):
@@ -324,48 +344,59 @@ class _ShareState(torch.autograd.Function):
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[None, None, Tensor | None]:
         addends = [_planes(g) for g in gs if g is not None]
         pass_ = ctx.pass_
-        total = pass_.kernels.state_gradient(addends[0], 1, [], pass_.weights, addends) if addends else None
-        return None, None, total
+        if not addends:
+            return None, None, None
+        return None, None, *pass_.kernels.state_gradients([StateGrad(addends[0], [], addends)], 1, None)
 
 
-class _LeaveState(torch.autograd.Function):
-    """x and the outputs of what runs outside → x again, for other uses, and a handle for every target."""
+class _LeaveStates(torch.autograd.Function):
+    """States and the outputs of what runs outside → the states again, for other uses, and a handle for every
+    target."""
 
     @staticmethod
-    def forward(ctx: Any, pass_: _Pass, flow: _Flow, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        outside, weights = tensors[: len(flow.outside)], tensors[len(flow.outside) :]
+    def forward(ctx: Any, pass_: _Pass, flow: _Flow, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = iter(tensors)
+        xs = {state: next(inputs) for state in flow.states}
+        outside = [next(inputs) for _ in flow.outside]
+        weights = list(inputs)
         outputs = _Outputs(pass_)
-        grids = _compute_first(outputs, flow, x, outside, weights)
+        grids = _compute_first(outputs, flow, xs, outside, weights)
         z, stats = outputs.z, outputs.stats
         first_z, first_stats = dict(z), dict(stats)
         if flow.second:
-            inputs, input_stats = [z[term] for term in flow.second], [stats[term] for term in flow.second]
-            convs = flow.second_convs(inputs, input_stats, weights)
+            convs = flow.second_convs(
+                [z[term] for term in flow.second], [stats[term] for term in flow.second], weights
+            )
             outputs.put(flow.second, *pass_.kernels.convolve(convs, pass_.exact))
             outputs.normalise(1)
-        z.update((term, x.detach()) for term in flow.group.identities)
+        z.update((term, xs[term.source].detach()) for term in flow.identities)
 
         for member, output in z.items():
             pass_.entries[member.target].append(_Entry(member, output, stats.get(member)))
         ctx.set_materialize_grads(False)
         ctx.pass_, ctx.flow = pass_, flow
         ctx.save_for_backward(
-            *(x, pass_.weights, grids),
-            *weights,
+            *(*xs.values(), pass_.weights, *grids, *weights),
             *(first_z[member] for member in (*flow.first, *flow.reductions, *flow.outside)),
             *(first_stats[term] for term in flow.second),
             *(z[term] for term in flow.second),
         )
-        size = next(iter(z.values())).shape
-        return x.view_as(x), *(x.new_empty(()).expand(size) for _ in flow.targets)
+        like = next(iter(z.values()))
+        handles = (like.new_empty(()).expand(like.shape) for _ in flow.targets)
+        return *(x.view_as(x) for x in xs.values()), *handles
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor | None, *gs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         pass_, flow, kernels = ctx.pass_, ctx.flow, ctx.pass_.kernels
         saved = _Saved(flow, ctx.saved_tensors)
-        wants_weights = any(ctx.needs_input_grad[3 + len(flow.outside) :])
-        g = dict(zip(flow.targets, map(_planes, gs), strict=True))
+        received = [None if gradient is None else _planes(gradient) for gradient in gradients]
+        g = dict(zip(flow.targets, received[len(flow.states) :], strict=True))
+        addends: dict[int, list[Tensor]] = {
+            state: [] if own is None else [own] for state, own in zip(flow.states, received, strict=False)
+        }
+        wants_state = dict(zip(flow.states, ctx.needs_input_grad[2:], strict=False))
+        wants_weights = any(ctx.needs_input_grad[2 + len(flow.states) + len(flow.outside) :])
         # What the gradient of each z starts from, and its coefficients: of the last z, then of the first.
         source = {member: (g[member.target], pass_.coefs.pop(member, None)) for member in saved.first_z}
         partials: list[Any] = []
@@ -376,30 +407,32 @@ class _LeaveState(torch.autograd.Function):
             )
             source.update(zip(flow.second, zip(us, coefs, strict=True), strict=True))
             partials.append(second_partials)
-        addends = [] if grad_x is None else [_planes(grad_x)]
         if flow.first:
-            dxs, first_partials = kernels.backward_first(
-                saved.first_grads(source), pass_.exact, wants_weights
-            )
-            addends += dxs
+            grads = saved.first_grads(source)
+            dxs, first_partials = kernels.backward_first(list(grads.values()), pass_.exact, wants_weights)
+            for state, of_state in zip(grads, dxs, strict=True):
+                addends[state] += of_state
             partials.insert(0, first_partials)
-        if flow.reductions:
+        for state, reduce_grads in saved.reduce_grads(source).items():
             dx, reduce_partials = kernels.backward_reduce(
-                saved.x, saved.grids, saved.reduce_grads(source), pass_.exact, wants_weights
+                saved.xs[state], saved.grids[state], reduce_grads, pass_.exact, wants_weights
             )
-            addends.append(dx)
+            addends[state].append(dx)
             partials.append(reduce_partials)
 
-        dx = None
-        pool_grads = _pool_grads(flow.group, g, pass_.coefs)
-        if ctx.needs_input_grad[2] and (pool_grads or addends):
-            dx = kernels.state_gradient(saved.x, flow.group.stride, pool_grads, saved.mixing, addends)
+        totals = {
+            state: StateGrad(saved.xs[state], pool_grads, addends[state])
+            for state, pool_grads in _pool_grads(flow, g, pass_.coefs).items()
+            if wants_state[state] and (pool_grads or addends[state])
+        }
+        grad_states = kernels.state_gradients(list(totals.values()), flow.stride, saved.mixing)
+        grad_of_state = dict(zip(totals, grad_states, strict=True))
         grad_outside = _outside_gradients(kernels, flow.outside, saved.first_z, source)
         weights = saved.weights
         grad_weights = (
             _weight_gradients(kernels, partials, weights) if wants_weights else [None] * len(weights)
         )
-        return None, None, dx, *grad_outside, *grad_weights
+        return None, None, *map(grad_of_state.get, flow.states), *grad_outside, *grad_weights
 
 
 class _EnterNode(torch.autograd.Function):
@@ -462,16 +495,30 @@ class _Concatenate(torch.autograd.Function):
         return None, *g.contiguous().chunk(ctx.nodes, dim=1)
 
 
-def _run_outside(pass_: _Pass, flow: _Flow, x: Tensor, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """x for further use, and the outputs of what runs outside."""
-    if not flow.outside:
-        return x, []
-    x, *shares = _ShareState.apply(pass_, 1 + len(flow.outside), x)
+def _run_outside(
+    pass_: _Pass, flow: _Flow, states: Sequence[Tensor], weights: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The states for further use, and the outputs of what runs outside."""
+    xs = dict(zip(flow.states, map(_planes, states), strict=True))
+    shares: dict[Any, Tensor] = {}
+    for state, members in _by_state(flow.outside).items():
+        xs[state], *of_state = _ShareState.apply(pass_, 1 + len(members), xs[state])
+        shares.update(zip(members, of_state, strict=True))
     outputs = [
-        member.module(share, weights[member.edge]) if isinstance(member, WholeEdge) else member.body(share)
-        for member, share in zip(flow.outside, shares, strict=True)
+        member.module(shares[member], weights[member.edge])
+        if isinstance(member, WholeEdge)
+        else member.body(shares[member])
+        for member in flow.outside
     ]
-    return x, outputs
+    return list(xs.values()), outputs
+
+
+def _by_state(members: Sequence[Any]) -> dict[int, list[Any]]:
+    """Terms or edges, by the state that they leave."""
+    found: dict[int, list[Any]] = {}
+    for member in members:
+        found.setdefault(member.source, []).append(member)
+    return found
 
 
 def _is_reduction(term: ModuleTerm) -> bool:
@@ -517,17 +564,18 @@ def _planes(x: Tensor) -> Tensor:
     return x if x[0].is_contiguous() else x.contiguous()
 
 
-def _pool_grads(group: StateGroup, g: dict[int, Tensor], coefs: dict[Term, Tensor]) -> list[PoolGrad]:
-    """Of every node that a pool or an identity of this state enters."""
-    of_kind: dict[str, dict[int, Tensor]] = {"max": {}, "avg": {}}
-    for pool in group.pools:
-        of_kind[pool.pool.kind][pool.target] = coefs.pop(pool)
-    identities = {term.target: (term.edge, term.column) for term in group.identities}
-    targets = sorted({*of_kind["max"], *of_kind["avg"], *identities})
-    return [
-        PoolGrad(g[target], of_kind["max"].get(target), of_kind["avg"].get(target), identities.get(target))
-        for target in targets
-    ]
+def _pool_grads(flow: _Flow, g: dict[int, Tensor], coefs: dict[Term, Tensor]) -> dict[int, list[PoolGrad]]:
+    """For every state, of every node that a pool or an identity of it enters."""
+    of_kind: dict[str, dict[tuple[int, int], Tensor]] = {"max": {}, "avg": {}}
+    for pool in flow.pools:
+        of_kind[pool.pool.kind][pool.source, pool.target] = coefs.pop(pool)
+    identities = {(term.source, term.target): (term.edge, term.column) for term in flow.identities}
+    found: dict[int, list[PoolGrad]] = {state: [] for state in flow.states}
+    for place in sorted({*of_kind["max"], *of_kind["avg"], *identities}):
+        state, target = place
+        of_place = (of_kind["max"].get(place), of_kind["avg"].get(place), identities.get(place))
+        found[state].append(PoolGrad(g[target], *of_place))
+    return found
 
 
 def _outside_gradients(

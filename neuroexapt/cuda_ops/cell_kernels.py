@@ -1,4 +1,4 @@
-"""Launchers of the kernels of a fused cell (``csrc/cell_conv_*.cu``, ``csrc/node.cu``), taking tensors.
+"""Launchers of the kernels of a fused cell (``csrc/cell_conv_*.cu``, ``csrc/node_*.cu``), taking tensors.
 
 Legend: B pictures of C channels, fp32; ``z``: [B, C, H, W], an input of a BatchNorm; ``stats``: [C, 2], mean
 and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count, mean, sum of squared deviations};
@@ -8,6 +8,7 @@ and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count, mean, 
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -83,15 +84,28 @@ class PoolGrad(NamedTuple):
     identity: tuple[int, int] | None
 
 
+class StateGrad(NamedTuple):
+    """What the gradient of the state ``x`` adds up: what its pools and identities pass back, and addends."""
+
+    x: Tensor
+    pools: Sequence[PoolGrad]
+    addends: Sequence[Tensor]
+
+
 def products_are_exact() -> bool:
     """Whether products are to be of fp32 grade, as those of PyTorch's own convolutions are, or of TF32."""
     return torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
 
 
 def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """``z`` and ``moments`` of each convolution; all have one stride, and with 1 are one launch."""
+    """``z`` and ``moments`` of each convolution; all have one shape and stride, and with 1 are one launch.
+
+    Those of one state stand side by side.
+    """
     if convs[0].stride > 1:
-        return _convolve_strided(convs)
+        of_states = (list(same) for _, same in groupby(convs, key=lambda conv: id(conv.x)))
+        found = [_convolve_strided(of_state) for of_state in of_states]
+        return list(chain(*(zs for zs, _ in found))), list(chain(*(moments for _, moments in found)))
     kernels, shape = extension(), _conv_shape(convs[0].x, exact)
     zs = _empty_like(convs[0].x, len(convs))
     moments = _empty(convs[0].x, len(convs), kernels.cell_conv_forward_parts(shape), zs[0].shape[1], 3)
@@ -129,9 +143,17 @@ def backward_second(
 
 
 def backward_first(
+    grads: Sequence[Sequence[ConvGrad]], exact: bool, wants_weights: bool
+) -> tuple[list[list[Tensor]], Partials]:
+    """Of the convolutions of each state: tensors whose sum is the state's gradient; partials of them all."""
+    found = [_backward_state(of_state, exact, wants_weights) for of_state in grads]
+    dxs, partials = zip(*found, strict=True)
+    return list(dxs), Partials(*(list(chain(*same)) for same in zip(*partials, strict=True)))
+
+
+def _backward_state(
     grads: Sequence[ConvGrad], exact: bool, wants_weights: bool
 ) -> tuple[list[Tensor], Partials]:
-    """Of convolutions of one state: tensors whose sum is the state's gradient."""
     if grads[0].conv.stride > 1:
         return _backward_strided(grads, wants_weights)
     kernels, shape = extension(), _conv_shape(grads[0].z, exact)
@@ -198,7 +220,7 @@ def backward_reduce(
     dx = x.new_zeros(x.shape)
     for corner in (0, 1):
         target = dx[:, :, corner::2, corner::2]
-        total = state_gradient(grids[corner], 1, [], None, dgrids[corner::2])
+        (total,) = state_gradients([StateGrad(grids[corner], [], dgrids[corner::2])], 1, None)
         target.copy_(total[:, :, : target.shape[2], : target.shape[3]])
     return dx, partials
 
@@ -267,17 +289,26 @@ def plane_moments(zs: Sequence[Tensor]) -> list[Tensor]:
     return moments
 
 
-def pool(x: Tensor, stride: int, kinds: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The outputs of the pools of ``kinds``, "max" and "avg", and their ``moments``."""
-    kernels, shape = extension(), _pool_shape(x, stride)
-    batch, channels, height, width = x.shape
+def pool(
+    xs: Sequence[Tensor], stride: int, kinds: set[str]
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """For each of some states of one shape the outputs of the pools of ``kinds``, "max" and "avg", and their
+    ``moments``."""
+    kernels, shape = extension(), _pool_shape(xs[0], stride)
+    batch, channels, height, width = xs[0].shape
     size = (len(kinds), batch, channels, -(-height // stride), -(-width // stride))
-    zs = dict(zip(sorted(kinds), _empty(x, *size), strict=True))
-    moments = _empty(x, len(kinds), kernels.node_pool_parts(shape), channels, 3)
-    moments_of = dict(zip(sorted(kinds), moments, strict=True))
-    outputs = (zs.get("max"), moments_of.get("max"), zs.get("avg"), moments_of.get("avg"))
-    kernels.node_pool(shape, kernels.PoolJob(_tensor(x), *addresses(*outputs)), current_stream())
-    return zs, moments_of
+    parts = kernels.node_pool_parts(shape)
+    zs = [dict(zip(sorted(kinds), z, strict=True)) for z in _empty(xs[0], len(xs), *size)]
+    moments = [
+        dict(zip(sorted(kinds), m, strict=True))
+        for m in _empty(xs[0], len(xs), len(kinds), parts, channels, 3)
+    ]
+    jobs = [
+        kernels.PoolJob(_tensor(x), *addresses(z.get("max"), m.get("max"), z.get("avg"), m.get("avg")))
+        for x, z, m in zip(xs, zs, moments, strict=True)
+    ]
+    kernels.node_pool(shape, jobs, current_stream())
+    return zs, moments
 
 
 def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
@@ -344,29 +375,31 @@ def affine_gradients(gs: Sequence[Tensor], zs: Sequence[Tensor], coefs: Sequence
     return dzs
 
 
-def state_gradient(
-    x: Tensor, stride: int, grads: Sequence[PoolGrad], weights: Tensor | None, addends: Sequence[Tensor]
-) -> Tensor:
-    """Σ addends and what the pools and identities of every edge pass back to the state ``x``."""
+def state_gradients(states: Sequence[StateGrad], stride: int, weights: Tensor | None) -> list[Tensor]:
+    """For each of some states of one shape the sum of its addends and of what the pools and identities of
+    every edge pass back to it."""
+    if not states:
+        return []
     kernels = extension()
-    (dx,) = _empty_like(x, 1)
-    edges = [
-        kernels.StateEdge(
-            _tensor(grad.g),
-            *addresses(grad.max_coef, grad.avg_coef),
-            _element(weights, grad.identity),
+    dxs = _empty_like(states[0].x, len(states))
+    jobs = [
+        kernels.StateJob(
+            _tensor(state.x),
+            [
+                kernels.StateEdge(
+                    _tensor(grad.g),
+                    *addresses(grad.max_coef, grad.avg_coef),
+                    _element(weights, grad.identity),
+                )
+                for grad in state.pools
+            ],
+            list(map(_tensor, state.addends)),
+            dx.data_ptr(),
         )
-        for grad in grads
+        for state, dx in zip(states, dxs, strict=True)
     ]
-    kernels.node_state_gradient(
-        _pool_shape(x, stride),
-        _tensor(x),
-        edges,
-        list(map(_tensor, addends)),
-        dx.data_ptr(),
-        current_stream(),
-    )
-    return dx
+    kernels.node_state_gradients(_pool_shape(states[0].x, stride), jobs, current_stream())
+    return dxs
 
 
 def _convolve_strided(convs: Sequence[Conv]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,6 +1,7 @@
 """The functions of ``neuroexapt.cuda_ops.cell_kernels`` in plain PyTorch, for any device and dtype."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from neuroexapt.core.operations import shift_by_one
 from neuroexapt.core.plan import EPS, MOMENTUM
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, Partials, PoolGrad, ReduceGrad, Summand
+from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, Partials, ReduceGrad, StateGrad, Summand
 from neuroexapt.kernels import reference
 
 POOLS = {"max": reference.max_pool, "avg": reference.avg_pool}
@@ -35,13 +36,14 @@ def backward_second(
 
 
 def backward_first(
-    grads: Sequence[ConvGrad], exact: bool, wants_weights: bool
-) -> tuple[list[Tensor], Partials]:
-    gradients = [_gradients(grad) for grad in grads]
-    dxs = [dx for dx, _, _ in gradients]
+    grads: Sequence[Sequence[ConvGrad]], exact: bool, wants_weights: bool
+) -> tuple[list[list[Tensor]], Partials]:
+    gradients = [[_gradients(grad) for grad in of_state] for of_state in grads]
+    dxs = [[dx for dx, _, _ in of_state] for of_state in gradients]
     if not wants_weights:
         return dxs, Partials([], [])
-    return dxs, Partials([_split(dw) for _, dw, _ in gradients], [_split(pw) for _, _, pw in gradients])
+    in_order = list(chain(*gradients))
+    return dxs, Partials([_split(dw) for _, dw, _ in in_order], [_split(pw) for _, _, pw in in_order])
 
 
 def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -90,9 +92,11 @@ def plane_moments(zs: Sequence[Tensor]) -> list[Tensor]:
     return [_moments(z) for z in zs]
 
 
-def pool(x: Tensor, stride: int, kinds: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    zs = {kind: POOLS[kind](x, 3, stride) for kind in kinds}
-    return zs, {kind: _moments(z) for kind, z in zs.items()}
+def pool(
+    xs: Sequence[Tensor], stride: int, kinds: set[str]
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    zs = [{kind: POOLS[kind](x, 3, stride) for kind in kinds} for x in xs]
+    return zs, [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
 
 
 def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
@@ -137,11 +141,14 @@ def affine_gradients(gs: Sequence[Tensor], zs: Sequence[Tensor], coefs: Sequence
     return [_affine(g, z, coef) for g, z, coef in zip(gs, zs, coefs, strict=True)]
 
 
-def state_gradient(
-    x: Tensor, stride: int, grads: Sequence[PoolGrad], weights: Tensor, addends: Sequence[Tensor]
-) -> Tensor:
+def state_gradients(states: Sequence[StateGrad], stride: int, weights: Tensor) -> list[Tensor]:
+    return [_state_gradient(state, stride, weights) for state in states]
+
+
+def _state_gradient(state: StateGrad, stride: int, weights: Tensor) -> Tensor:
+    x, pools, addends = state
     dx = sum(addends, start=torch.zeros_like(x))
-    for grad in grads:
+    for grad in pools:
         if grad.identity is not None:
             dx = dx + weights[grad.identity] * grad.g
         for kind, coef in (("max", grad.max_coef), ("avg", grad.avg_coef)):

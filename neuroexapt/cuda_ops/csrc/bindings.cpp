@@ -72,6 +72,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(pybind11::init<node::Tensor, node::Tensor, Address, Address>());
   pybind11::class_<node::StateEdge>(m, "StateEdge")
       .def(pybind11::init<node::Tensor, Address, Address, Address>());
+  pybind11::class_<node::StateJob>(m, "StateJob")
+      .def(pybind11::init<node::Tensor, std::vector<node::StateEdge>, std::vector<node::Tensor>, Address>());
   m.def("node_parts", &node::parts);
   m.def("node_pool_parts", &node::pool_parts);
   m.def("node_moments", &node::plane_moments);
@@ -81,5 +83,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("node_dots", &node::dots);
   m.def("node_coefficients", &node::coefficients);
   m.def("node_affine_gradient", &node::affine_gradient);
-  m.def("node_state_gradient", &node::state_gradient);
+  m.def("node_state_gradients", &node::state_gradients);
 }

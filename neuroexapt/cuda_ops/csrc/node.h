@@ -56,7 +56,7 @@ struct PoolJob {
   Tensor x;
   Address max, max_moments, avg, avg_moments;
 };
-void pool(const PoolShape& shape, const PoolJob& job, Address stream);
+void pool(const PoolShape& shape, const std::vector<PoolJob>& jobs, Address stream);
 
 // A summand of a node: weight · (z − mean) · rstd, or weight · z where stats is 0; weight 0 stands for 1.
 struct Term {
@@ -89,7 +89,12 @@ struct StateEdge {
   Tensor g;
   Address max_coef, avg_coef, identity_weight;
 };
-void state_gradient(const PoolShape& shape, Tensor x, const std::vector<StateEdge>& edges,
-                    const std::vector<Tensor>& addends, Address dx, Address stream);
+struct StateJob {
+  Tensor x;
+  std::vector<StateEdge> edges;
+  std::vector<Tensor> addends;
+  Address dx;
+};
+void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, Address stream);
 
 }  // namespace node

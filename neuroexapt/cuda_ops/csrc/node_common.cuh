@@ -1,0 +1,180 @@
+// What the kernels around a cell's convolutions share; node.h has the legend.
+//
+// All of them are bound by memory. The elementwise ones see a channel's pixels of all pictures as one row and give
+// each thread `V` neighbours: four or two, or one where such rows do not fit. Where sums are taken a warp owns a
+// span of that row, so a partial sum is a few registers and five shuffles, without barriers.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <type_traits>
+
+#include "launch.cuh"
+#include "node.h"
+
+namespace node {
+
+using launching::launch;
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kSpan = 512;  // pixels of a part
+constexpr float kInfinity = __builtin_huge_valf();
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+__host__ __device__ inline int part_count(const Shape& shape) {
+  return int((int64_t(shape.batch) * shape.pixels + kSpan - 1) / kSpan);
+}
+
+template <typename T>
+__device__ T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <int V>
+struct Values {
+  float v[V];
+
+  __device__ static Values load(const float* source) {
+    Values values;
+    if constexpr (V == 4) {
+      const float4 bits = __ldg(reinterpret_cast<const float4*>(source));
+      values.v[0] = bits.x, values.v[1] = bits.y, values.v[2] = bits.z, values.v[3] = bits.w;
+    } else if constexpr (V == 2) {
+      const float2 bits = __ldg(reinterpret_cast<const float2*>(source));
+      values.v[0] = bits.x, values.v[1] = bits.y;
+    } else {
+      values.v[0] = __ldg(source);
+    }
+    return values;
+  }
+
+  __device__ void store(float* target) const {
+    // Intrinsics, since the compiler splits a plain assignment into narrow stores.
+    if constexpr (V == 4) __stwb(reinterpret_cast<float4*>(target), make_float4(v[0], v[1], v[2], v[3]));
+    else if constexpr (V == 2) __stwb(reinterpret_cast<float2*>(target), make_float2(v[0], v[1]));
+    else target[0] = v[0];
+  }
+};
+
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  return value;
+}
+
+// Where V neighbouring pixels of a channel lie.
+struct Position {
+  int picture, pixel;
+
+  // The i-th V pixels of a channel in the order of the pictures.
+  template <int V>
+  static __device__ Position of(unsigned i, const Shape& shape) {
+    const unsigned per_plane = unsigned(shape.pixels) / V;
+    const unsigned picture = i / per_plane;
+    return {int(picture), int(i - picture * per_plane) * V};
+  }
+
+  __device__ const float* in(const Tensor& tensor, int channel, const Shape& shape) const {
+    return pointer<const float>(tensor.data) + picture * tensor.batch_stride + offset(channel, shape);
+  }
+  __device__ float* in_contiguous(Address data, int channel, const Shape& shape) const {
+    return pointer<float>(data) + int64_t(picture) * shape.channels * shape.pixels + offset(channel, shape);
+  }
+
+ private:
+  __device__ int64_t offset(int channel, const Shape& shape) const {
+    return int64_t(channel) * shape.pixels + pixel;
+  }
+};
+
+// A lane's share of a part: kSlots times V pixels.
+template <int V>
+struct Share {
+  static constexpr int kSlots = kSpan / kWarp / V;
+  Position at[kSlots];
+  int count;  // slots that hold pixels are the first ones
+
+  __device__ Share(int part, const Shape& shape) : count(0) {
+    const unsigned end = unsigned(shape.batch) * shape.pixels / V;
+    const unsigned first = unsigned(part) * (kSpan / V) + threadIdx.x % kWarp;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const unsigned i = first + slot * kWarp;
+      at[slot] = Position::of<V>(min(i, end - 1), shape);
+      count += i < end;
+    }
+  }
+
+  __device__ void load(Values<V> (&values)[kSlots], const Tensor& tensor, int channel,
+                       const Shape& shape) const {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (slot < count) values[slot] = Values<V>::load(at[slot].in(tensor, channel, shape));
+    }
+  }
+};
+
+// Moments of a warp's values, of which `count` slots a lane are there.
+template <int V, int Slots>
+__device__ void store_moments(float* target, const Values<V> (&values)[Slots], int count) {
+  float sum = 0.f;
+#pragma unroll
+  for (int slot = 0; slot < Slots; ++slot) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) sum += slot < count ? values[slot].v[v] : 0.f;
+  }
+  const float total = warp_sum(float(count * V)), mean = warp_sum(sum) / total;
+  float squares = 0.f;
+#pragma unroll
+  for (int slot = 0; slot < Slots; ++slot) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float deviation = values[slot].v[v] - mean;
+      if (slot < count) squares = fmaf(deviation, deviation, squares);
+    }
+  }
+  squares = warp_sum(squares);
+  if (threadIdx.x % kWarp == 0) target[0] = total, target[1] = mean, target[2] = squares;
+}
+
+__device__ inline float2 stats_of(Address stats, int channel) {
+  return stats == 0 ? make_float2(0.f, 1.f) : __ldg(pointer<const float2>(stats) + channel);
+}
+
+__device__ inline float weight_of(Address weight) { return weight == 0 ? 1.f : __ldg(pointer<const float>(weight)); }
+
+inline bool wide(Address data) { return data % 16 == 0; }
+inline bool wide(const Tensor& tensor) { return wide(tensor.data) && tensor.batch_stride % 4 == 0; }
+
+template <typename Items, typename Tensor_>
+bool all_wide(const Items& items, Tensor_ tensor) {
+  return std::all_of(items.begin(), items.end(), [&](const auto& item) { return wide(tensor(item)); });
+}
+
+// Calls f with the number of neighbours that a thread takes.
+template <typename F>
+void with_width(bool is_wide, F f) {
+  if (is_wide) f(std::integral_constant<int, 4>());
+  else f(std::integral_constant<int, 1>());
+}
+
+// Calls f(first, jobs of this launch) as often as it takes to run all jobs.
+template <typename Jobs, typename F>
+void in_batches(const Jobs& jobs, size_t most, F f) {
+  for (size_t first = 0; first < jobs.size(); first += most) f(first, std::min(jobs.size() - first, most));
+}
+
+template <typename Job, size_t N>
+void copy_into(Job (&target)[N], const std::vector<Job>& jobs, const char* what) {
+  if (jobs.size() > N) throw std::invalid_argument(what);
+  std::copy(jobs.begin(), jobs.end(), target);
+}
+
+inline int blocks_of(const Shape& shape, int neighbours) {
+  return int((int64_t(shape.batch) * shape.pixels / neighbours + kThreads - 1) / kThreads);
+}
+
+}  // namespace node

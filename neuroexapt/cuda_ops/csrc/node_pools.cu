@@ -1,0 +1,306 @@
+// Pools and the gradient of a state; node.h has the legend.
+
+#include "node_windows.cuh"
+
+namespace node {
+namespace {
+
+constexpr int kMaxPools = 16, kMaxStates = 2;  // of a launch
+constexpr int kStateThreads = 256;
+constexpr int kTilePixels = 1024;
+
+struct PoolLaunch {
+  PoolShape shape;
+  PoolJob jobs[kMaxPools];
+};
+
+// Grid: (parts / kWarps, channels, jobs).
+template <int K, int S, int V>
+__global__ void __launch_bounds__(kThreads, 5) pool_kernel(const __grid_constant__ PoolLaunch launch) {
+  const PoolShape& shape = launch.shape;
+  const PoolJob& job = launch.jobs[blockIdx.z];
+  const Shape out = output_shape(shape);
+  const int part = blockIdx.x * kWarps + threadIdx.x / kWarp, channel = blockIdx.y;
+  if (part >= part_count(out)) return;
+  const Share<V> share(part, out);
+  Values<V> max[Share<V>::kSlots], avg[Share<V>::kSlots];
+#pragma unroll
+  for (int slot = 0; slot < Share<V>::kSlots; ++slot) {
+    const Position at = share.at[slot];
+    const float* plane = pointer<const float>(job.x.data) + at.picture * job.x.batch_stride +
+                         int64_t(channel) * shape.height * shape.width;
+    const Windows<K, S, V> windows(plane, at.pixel / shape.out_width, at.pixel % shape.out_width, shape);
+#pragma unroll
+    for (int v = 0; v < V; ++v) max[slot].v[v] = windows.max[v], avg[slot].v[v] = windows.avg[v];
+    if (slot >= share.count) continue;
+    if (job.max != 0) max[slot].store(at.in_contiguous(job.max, channel, out));
+    if (job.avg != 0) avg[slot].store(at.in_contiguous(job.avg, channel, out));
+  }
+  const int64_t moments = (int64_t(part) * out.channels + channel) * 3;
+  if (job.max_moments != 0) store_moments(pointer<float>(job.max_moments) + moments, max, share.count);
+  if (job.avg_moments != 0) store_moments(pointer<float>(job.avg_moments) + moments, avg, share.count);
+}
+
+struct State {
+  Tensor x;
+  float* dx;
+  int edges, addends;
+  bool max, avg;  // whether there are such pools
+  StateEdge edge[kMaxEdges];
+  Tensor addend[kMaxAddends];
+};
+
+struct StateLaunch {
+  PoolShape shape;
+  State states[kMaxStates];
+};
+
+// The planes and rows of a block: several whole planes where they are small, else a band of one.
+template <int K, int S>
+struct Tile {
+  int planes, rows;
+
+  __host__ __device__ Tile(const PoolShape& shape)
+      : planes(max(1, kTilePixels / (shape.height * shape.width))),
+        rows(planes > 1 ? shape.height : min(shape.height, max(1, kTilePixels / shape.width))) {}
+
+  __host__ __device__ int bands(const PoolShape& shape) const { return ceil_div(shape.height, rows); }
+
+  // Rows of windows that reach into `rows` rows.
+  __host__ __device__ int window_rows(const PoolShape& shape) const {
+    return min(shape.out_height, (rows + K - 2) / S + 1);
+  }
+};
+
+// What the windows pass back, in shared memory: rows of them, in each of which four columns precede the first
+// window and at least one follows the last; of these the nearest are zeros.
+struct WindowGradients {
+  static constexpr int kLeft = 4, kNowhere = 255;
+  int pitch;
+  float *max, *avg;  // avg already divided by the window's number of pixels
+  unsigned char* first_maximum;
+
+  __device__ WindowGradients(float* shared, int rows, int width)
+      : pitch(pitch_of(width)),
+        max(shared),
+        avg(max + rows * pitch),
+        first_maximum(reinterpret_cast<unsigned char*>(avg + rows * pitch)) {}
+
+  __device__ int column(int row, int x) const { return row * pitch + kLeft + x; }
+
+  __device__ void clear(int i) const { max[i] = avg[i] = 0.f, first_maximum[i] = kNowhere; }
+
+  __host__ __device__ static int pitch_of(int width) { return kLeft + ceil_div(width + 1, 4) * 4; }
+  static int bytes(int rows, int width) { return rows * pitch_of(width) * (2 * sizeof(float) + 1); }
+};
+
+// gradient += A · g + B · pooled + D for V windows.
+template <int V>
+__device__ void add_gradient(float (&gradient)[V], const Values<V>& g, Address coef_, int channel,
+                             const float (&pooled)[V]) {
+  if (coef_ == 0) return;
+  const float4 coef = __ldg(pointer<const float4>(coef_) + channel);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    gradient[v] = fmaf(coef.x, g.v[v], gradient[v] + fmaf(coef.y, pooled[v], coef.z));
+  }
+}
+
+// dx += what the windows of a row pass back to the pixels x, x + 1, … of a row that is their row ky.
+template <int K, int S, int V>
+__device__ void gather_row(Values<V>& dx, const WindowGradients& windows, int row, int ky, int x) {
+  constexpr int kRadius = K / 2;
+  const auto add = [&](int v, float max, float avg, int first_maximum, int kx) {
+    dx.v[v] += avg;
+    if (first_maximum == ky * K + kx) dx.v[v] += max;
+  };
+  if constexpr (V % S == 0) {  // x is a multiple of S, so it is known which windows hold a pixel
+    constexpr int kFirst = -(K - 1 - kRadius) / S, kCount = (V - 1 + kRadius) / S - kFirst + 1;
+    const int start = windows.column(row, x / S + kFirst);
+    float max[kCount], avg[kCount];
+    int first_maximum[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      max[i] = windows.max[start + i];
+      avg[i] = windows.avg[start + i];
+      first_maximum[i] = windows.first_maximum[start + i];
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int kx = 0; kx < K; ++kx) {
+        if ((v + kRadius - kx) % S != 0) continue;
+        const int i = (v + kRadius - kx) / S - kFirst;
+        add(v, max[i], avg[i], first_maximum[i], kx);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int kx = 0; kx < K; ++kx) {
+      const int window_x = x + kRadius - kx;  // times S
+      if (window_x % S != 0) continue;
+      const int i = windows.column(row, window_x / S);
+      add(0, windows.max[i], windows.avg[i], windows.first_maximum[i], kx);
+    }
+  }
+}
+
+// Grid: (planes / Tile::planes times bands, states). Phase one leaves the gradients of windows, W of them a thread,
+// in shared memory; phase two gathers for every pixel of x, V of them a thread, those of the windows that hold it.
+template <int K, int S, int W, int V>
+__global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_constant__ StateLaunch launch) {
+  extern __shared__ __align__(16) float shared[];
+  constexpr int kRadius = K / 2;
+  const PoolShape& shape = launch.shape;
+  const State& state = launch.states[blockIdx.y];
+  const Tile<K, S> tile(shape);
+  const int bands = tile.bands(shape), first_plane = blockIdx.x / bands * tile.planes;
+  const int planes = min(tile.planes, shape.batch * shape.channels - first_plane);
+  const int top = blockIdx.x % bands * tile.rows, bottom = min(shape.height, top + tile.rows);
+  // The windows that reach into rows [top, bottom).
+  const int first_window = max(0, (top - kRadius + S - 1) / S);
+  const int window_rows = min(shape.out_height, (bottom - 1 + kRadius) / S + 1) - first_window;
+  const int64_t out_plane = int64_t(shape.out_height) * shape.out_width;
+  const int64_t plane_pixels = int64_t(shape.height) * shape.width;
+  const WindowGradients windows(shared, tile.planes * tile.window_rows(shape), shape.out_width);
+
+  if (state.max || state.avg) {
+    for (int i = threadIdx.x; i < 2 * planes * window_rows; i += kStateThreads) {
+      windows.clear(windows.column(i / 2, i % 2 == 0 ? -1 : shape.out_width));
+    }
+    const int across = shape.out_width / W;
+    for (int i = threadIdx.x; i < planes * window_rows * across; i += kStateThreads) {
+      const int row = i / across, x = i % across * W;
+      const int plane = first_plane + row / window_rows, y = first_window + row % window_rows;
+      const int picture = plane / shape.channels, channel = plane % shape.channels;
+      const Windows<K, S, W> pooled(
+          pointer<const float>(state.x.data) + picture * state.x.batch_stride + channel * plane_pixels, y, x,
+          shape);
+      float max_gradient[W] = {}, avg_gradient[W] = {};
+#pragma unroll 4
+      for (int e = 0; e < state.edges; ++e) {
+        const StateEdge& edge = state.edge[e];
+        const Values<W> g =
+            Values<W>::load(pointer<const float>(edge.g.data) + picture * edge.g.batch_stride +
+                            channel * out_plane + y * shape.out_width + x);
+        add_gradient(max_gradient, g, edge.max_coef, channel, pooled.max);
+        add_gradient(avg_gradient, g, edge.avg_coef, channel, pooled.avg);
+      }
+      const int target = windows.column(row, x);
+#pragma unroll
+      for (int v = 0; v < W; ++v) {
+        windows.max[target + v] = max_gradient[v];
+        windows.avg[target + v] = avg_gradient[v] / float(window_pixels(y, x + v, kRadius, S, shape));
+        windows.first_maximum[target + v] = pooled.first_maximum(v);
+      }
+    }
+    __syncthreads();
+  }
+
+  const int rows = bottom - top, across = shape.width / V;
+  for (int i = threadIdx.x; i < planes * rows * across; i += kStateThreads) {
+    const int row = i / across, x = i % across * V;
+    const int plane = first_plane + row / rows, y = top + row % rows;
+    const int picture = plane / shape.channels, channel = plane % shape.channels;
+    const int64_t pixel = channel * plane_pixels + int64_t(y) * shape.width + x;
+    Values<V> dx = {};
+    const auto add = [&](const Tensor& tensor, float weight) {
+      const Values<V> values =
+          Values<V>::load(pointer<const float>(tensor.data) + picture * tensor.batch_stride + pixel);
+#pragma unroll
+      for (int v = 0; v < V; ++v) dx.v[v] = fmaf(weight, values.v[v], dx.v[v]);
+    };
+#pragma unroll 4
+    for (int a = 0; a < state.addends; ++a) add(state.addend[a], 1.f);
+    for (int e = 0; e < state.edges; ++e) {
+      const StateEdge& edge = state.edge[e];
+      if (edge.identity_weight != 0) add(edge.g, weight_of(edge.identity_weight));
+    }
+    if (state.max || state.avg) {
+      const int window_plane = row / rows * window_rows - first_window;
+#pragma unroll
+      for (int ky = 0; ky < K; ++ky) {
+        const int window_y = y + kRadius - ky;  // times S
+        if (window_y < 0 || window_y % S != 0 || window_y / S >= shape.out_height) continue;
+        gather_row<K, S>(dx, windows, window_plane + window_y / S, ky, x);
+      }
+    }
+    dx.store(state.dx + int64_t(picture) * shape.channels * plane_pixels + pixel);
+  }
+}
+
+// Calls f with window size and stride and how many windows a thread takes, which are one or those of a row's four
+// pixels.
+template <typename F>
+void with_windows(const PoolShape& shape, bool is_wide, F f) {
+  const auto with_width = [&](auto size, auto stride) {
+    if (is_wide && shape.width % 4 == 0) f(size, stride, std::integral_constant<int, 4 / stride()>());
+    else f(size, stride, std::integral_constant<int, 1>());
+  };
+  const auto with_stride = [&](auto size) {
+    if (shape.stride == 2) with_width(size, std::integral_constant<int, 2>());
+    else with_width(size, std::integral_constant<int, 1>());
+  };
+  if (shape.stride != 1 && shape.stride != 2) throw std::invalid_argument("pools take stride 1 or 2");
+  switch (shape.kernel_size) {
+    case 3: return with_stride(std::integral_constant<int, 3>());
+    default: throw std::invalid_argument("pools take windows of 3 pixels");
+  }
+}
+
+State state_of(const StateJob& job) {
+  State state{job.x, reinterpret_cast<float*>(job.dx), int(job.edges.size()), int(job.addends.size())};
+  copy_into(state.edge, job.edges, "too many edges leave one state");
+  copy_into(state.addend, job.addends, "too many addends in one state's gradient");
+  for (const StateEdge& edge : job.edges) {
+    state.max |= edge.max_coef != 0;
+    state.avg |= edge.avg_coef != 0;
+  }
+  return state;
+}
+
+bool is_wide(const StateJob& job) {
+  return wide(job.x) && all_wide(job.edges, [](const StateEdge& edge) { return edge.g; }) &&
+         all_wide(job.addends, [](const Tensor& addend) { return addend; });
+}
+
+bool is_wide(const PoolJob& job) { return wide(job.x) && wide(job.max) && wide(job.avg); }
+
+template <typename Jobs>
+bool are_wide(const Jobs& jobs) {
+  return std::all_of(jobs.begin(), jobs.end(), [](const auto& job) { return is_wide(job); });
+}
+
+}  // namespace
+
+int pool_parts(const PoolShape& shape) { return part_count(output_shape(shape)); }
+
+void pool(const PoolShape& shape, const std::vector<PoolJob>& jobs, Address stream) {
+  PoolLaunch parameters{shape, {}};
+  in_batches(jobs, kMaxPools, [&](size_t first, size_t count) {
+    std::copy_n(jobs.begin() + first, count, parameters.jobs);
+    with_windows(shape, are_wide(jobs), [&](auto K, auto S, auto V) {
+      launch(pool_kernel<K(), S(), V()>, dim3(ceil_div(pool_parts(shape), kWarps), shape.channels, count), kThreads,
+             0, stream, parameters);
+    });
+  });
+}
+
+void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, Address stream) {
+  StateLaunch parameters{shape, {}};
+  in_batches(jobs, kMaxStates, [&](size_t first, size_t count) {
+    std::transform(jobs.begin() + first, jobs.begin() + first + count, parameters.states, state_of);
+    const bool has_pools = std::any_of(parameters.states, parameters.states + count,
+                                       [](const State& state) { return state.max || state.avg; });
+    with_windows(shape, are_wide(jobs), [&](auto K, auto S, auto W) {
+      constexpr int V = W() == 1 ? 1 : 4;
+      const Tile<K(), S()> tile(shape);
+      const int groups = ceil_div(shape.batch * shape.channels, tile.planes);
+      const int window_rows = has_pools ? tile.planes * tile.window_rows(shape) : 0;
+      launch(state_kernel<K(), S(), W(), V>, dim3(groups * tile.bands(shape), count), kStateThreads,
+             WindowGradients::bytes(window_rows, shape.out_width), stream, parameters);
+    });
+  });
+}
+
+}  // namespace node

@@ -1,0 +1,218 @@
+// The sum of a node and what its gradient starts from; node.h has the legend.
+
+#include "node_common.cuh"
+
+namespace node {
+namespace {
+
+constexpr int kInFlight = 8;  // terms whose loads a thread issues before it uses the first
+
+struct SumLaunch {
+  Shape shape;
+  int count;
+  Tensor y;
+  Term terms[kMaxTerms];
+};
+
+// Grid: (blocks of a channel's pixels, channels).
+template <int V>
+__global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumLaunch launch) {
+  __shared__ float2 scales[kMaxTerms];  // mean and weight · rstd
+  const Shape& shape = launch.shape;
+  const int channel = blockIdx.y, count = launch.count;
+  const unsigned end = unsigned(shape.batch) * shape.pixels / V;
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
+  const Position at = Position::of<V>(min(i, end - 1), shape);
+  Values<V> z[kInFlight];
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      if (first + j < count) z[j] = Values<V>::load(at.in(launch.terms[first + j].z, channel, shape));
+    }
+  };
+  load(0);  // on its way while the scales are computed
+  for (int k = threadIdx.x; k < count; k += kThreads) {
+    const float2 stats = stats_of(launch.terms[k].stats, channel);
+    scales[k] = make_float2(stats.x, stats.y * weight_of(launch.terms[k].weight));
+  }
+  __syncthreads();
+  Values<V> y = {};
+  for (int first = 0; first < count; first += kInFlight) {
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      if (first + j >= count) break;
+      const float2 scale = scales[first + j];
+#pragma unroll
+      for (int v = 0; v < V; ++v) y.v[v] = fmaf(scale.y, z[j].v[v] - scale.x, y.v[v]);
+    }
+    load(first + kInFlight);
+  }
+  if (i < end) y.store(const_cast<float*>(at.in(launch.y, channel, shape)));
+}
+
+struct DotsLaunch {
+  Shape shape;
+  int count;
+  Tensor g;
+  float* dots;
+  Term terms[kMaxTerms];
+};
+
+// Grid: (parts, channels, splits); the warps of all splits take turns with the terms.
+template <int V>
+__global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ DotsLaunch launch) {
+  constexpr int kSlots = Share<V>::kSlots;
+  const Shape& shape = launch.shape;
+  const int part = blockIdx.x, channel = blockIdx.y;
+  const Share<V> share(part, shape);
+  Values<V> g[kSlots] = {};
+  share.load(g, launch.g, channel, shape);
+  const auto store = [&](int row, float sum) {
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) {
+      launch.dots[(int64_t(row) * shape.channels + channel) * part_count(shape) + part] = sum;
+    }
+  };
+  const int warp = blockIdx.z * kWarps + threadIdx.x / kWarp;
+  if (warp == 0) {
+    float sum = 0.f;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum += g[slot].v[v];
+    }
+    store(0, sum);
+  }
+#pragma unroll 2
+  for (int k = warp; k < launch.count; k += gridDim.z * kWarps) {
+    const Term& term = launch.terms[k];
+    Values<V> z[kSlots] = {};
+    share.load(z, term.z, channel, shape);
+    const float mean = stats_of(term.stats, channel).x;
+    float sum = 0.f;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum = fmaf(g[slot].v[v], z[slot].v[v] - mean, sum);
+    }
+    store(1 + k, sum);
+  }
+}
+
+constexpr int kCoefficientThreads = 512;
+constexpr int kCoefficientWarps = kCoefficientThreads / kWarp;
+
+struct CoefficientsLaunch {
+  int channels, parts;
+  float scale;  // 1 / (B · H · W), or 0 where the statistics are constants
+  const float* dots;
+  TermGradient terms[kMaxTerms];
+};
+
+// Grid: terms. A warp adds up the parts of a channel.
+__global__ void __launch_bounds__(kCoefficientThreads)
+    coefficients_kernel(const __grid_constant__ CoefficientsLaunch launch) {
+  __shared__ float by_warp[kCoefficientWarps];
+  const TermGradient& term = launch.terms[blockIdx.x];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const auto sum_over_parts = [&](int row, int channel) {
+    const float* dots = launch.dots + (int64_t(row) * launch.channels + channel) * launch.parts;
+    float sum = 0.f;
+#pragma unroll 4
+    for (int part = lane; part < launch.parts; part += kWarp) sum += __ldg(dots + part);
+    return warp_sum(sum);
+  };
+  const float weight = weight_of(term.weight);
+  float grad_weight = 0.f;
+  for (int channel = warp; channel < launch.channels; channel += kCoefficientWarps) {
+    const float2 stats = stats_of(term.stats, channel);
+    const float rstd = stats.y, dot = sum_over_parts(1 + blockIdx.x, channel);
+    grad_weight = fmaf(dot, rstd, grad_weight);
+    if (term.coef == 0) continue;
+    const float scale = term.stats == 0 ? 0.f : launch.scale;
+    const float slope = -weight * rstd * rstd * rstd * dot * scale;
+    const float offset = -weight * rstd * sum_over_parts(0, channel) * scale - slope * stats.x;
+    if (lane == 0) pointer<float4>(term.coef)[channel] = make_float4(weight * rstd, slope, offset, 0.f);
+  }
+  if (term.grad_weight == 0) return;
+  if (lane == 0) by_warp[warp] = grad_weight;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < kCoefficientWarps; ++w) sum += by_warp[w];
+  *pointer<float>(term.grad_weight) = sum;
+}
+
+struct AffineLaunch {
+  Shape shape;
+  AffineJob jobs[64];
+};
+
+// Grid: (blocks of a channel's pixels, channels, jobs).
+template <int V>
+__global__ void __launch_bounds__(kThreads) affine_kernel(const __grid_constant__ AffineLaunch launch) {
+  const Shape& shape = launch.shape;
+  const AffineJob& job = launch.jobs[blockIdx.z];
+  const int channel = blockIdx.y;
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= unsigned(shape.batch) * shape.pixels / V) return;
+  const Position at = Position::of<V>(i, shape);
+  const Values<V> g = Values<V>::load(at.in(job.g, channel, shape));
+  const Values<V> z = Values<V>::load(at.in(job.z, channel, shape));
+  const float4 coef = __ldg(pointer<const float4>(job.coef) + channel);
+  Values<V> dz;
+#pragma unroll
+  for (int v = 0; v < V; ++v) dz.v[v] = fmaf(coef.x, g.v[v], fmaf(coef.y, z.v[v], coef.z));
+  dz.store(at.in_contiguous(job.dz, channel, shape));
+}
+
+}  // namespace
+
+void sum(const Shape& shape, const std::vector<Term>& terms, Tensor y, Address stream) {
+  const bool is_wide =
+      shape.pixels % 4 == 0 && wide(y) && all_wide(terms, [](const Term& term) { return term.z; });
+  SumLaunch parameters{shape, int(terms.size()), y, {}};
+  copy_into(parameters.terms, terms, "too many terms in one node");
+  with_width(is_wide, [&](auto V) {
+    launch(sum_kernel<V()>, dim3(blocks_of(shape, V()), shape.channels), kThreads, 0, stream, parameters);
+  });
+}
+
+void dots(const Shape& shape, const std::vector<Term>& terms, Tensor g, Address dots, Address stream) {
+  const bool is_wide =
+      shape.pixels % 4 == 0 && wide(g) && all_wide(terms, [](const Term& term) { return term.z; });
+  DotsLaunch parameters{shape, int(terms.size()), g, reinterpret_cast<float*>(dots), {}};
+  copy_into(parameters.terms, terms, "too many terms in one node");
+  constexpr int kWantedBlocks = 1024;  // about eight for each of 132 multiprocessors
+  const int blocks = parts(shape) * shape.channels;
+  const int most_splits = std::max(1, ceil_div(terms.size(), kWarps));
+  const int splits = std::clamp(ceil_div(kWantedBlocks, blocks), 1, most_splits);
+  with_width(is_wide, [&](auto V) {
+    launch(dots_kernel<V()>, dim3(parts(shape), shape.channels, splits), kThreads, 0, stream, parameters);
+  });
+}
+
+void coefficients(const Shape& shape, bool training, const std::vector<TermGradient>& terms, Address dots,
+                  Address stream) {
+  const float count = float(shape.batch) * shape.pixels;
+  CoefficientsLaunch parameters{shape.channels, parts(shape), training ? 1.f / count : 0.f,
+                                reinterpret_cast<const float*>(dots), {}};
+  copy_into(parameters.terms, terms, "too many terms in one node");
+  launch(coefficients_kernel, dim3(terms.size()), kCoefficientThreads, 0, stream, parameters);
+}
+
+void affine_gradient(const Shape& shape, const std::vector<AffineJob>& jobs, Address stream) {
+  const bool is_wide = shape.pixels % 4 == 0 && all_wide(jobs, [](const AffineJob& job) { return job.g; }) &&
+                       all_wide(jobs, [](const AffineJob& job) { return job.z; });
+  AffineLaunch parameters{shape, {}};
+  in_batches(jobs, std::size(parameters.jobs), [&](size_t first, size_t count) {
+    std::copy_n(jobs.begin() + first, count, parameters.jobs);
+    with_width(is_wide, [&](auto V) {
+      launch(affine_kernel<V()>, dim3(blocks_of(shape, V()), shape.channels, count), kThreads, 0, stream,
+             parameters);
+    });
+  });
+}
+
+}  // namespace node

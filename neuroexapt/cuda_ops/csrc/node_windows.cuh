@@ -1,0 +1,96 @@
+// Windows of pools.
+#pragma once
+
+#include "node_common.cuh"
+
+namespace node {
+
+__host__ __device__ inline Shape output_shape(const PoolShape& shape) {
+  return {shape.batch, shape.channels, shape.out_height * shape.out_width};
+}
+
+// Lets NaN through.
+__device__ inline float larger(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+__device__ inline int window_pixels(int y, int x, int radius, int stride, const PoolShape& shape) {
+  const int rows = min(y * stride + radius, shape.height - 1) - max(y * stride - radius, 0) + 1;
+  const int columns = min(x * stride + radius, shape.width - 1) - max(x * stride - radius, 0) + 1;
+  return rows * columns;
+}
+
+// V neighbouring windows of K x K pixels, S apart. With more than one their centres are four pixels of a row that
+// is read in one access.
+template <int K, int S, int V>
+struct Windows {
+  static constexpr int kRadius = K / 2, kColumns = (V - 1) * S + K;
+  static_assert(V == 1 || V * S == 4);
+  float pixels[K][kColumns];  // −∞ outside the picture
+  float max[V], avg[V];
+
+  // Those of the output pixels (y, x), (y, x + 1), …
+  __device__ Windows(const float* plane, int y, int x, const PoolShape& shape) {
+    const int left = x * S - kRadius, top = y * S - kRadius;
+#pragma unroll
+    for (int ky = 0; ky < K; ++ky) load_row(ky, plane, top + ky, left, shape);
+    float column_max[kColumns], column_sum[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const bool inside = in_picture(i, left, shape);
+      column_max[i] = pixels[0][i], column_sum[i] = 0.f;
+#pragma unroll
+      for (int ky = 0; ky < K; ++ky) {
+        column_max[i] = larger(column_max[i], pixels[ky][i]);
+        if (inside && unsigned(top + ky) < unsigned(shape.height)) column_sum[i] += pixels[ky][i];
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      max[v] = column_max[v * S];
+      float sum = column_sum[v * S];
+#pragma unroll
+      for (int kx = 1; kx < K; ++kx) {
+        max[v] = larger(max[v], column_max[v * S + kx]);
+        sum += column_sum[v * S + kx];
+      }
+      avg[v] = __fdividef(sum, float(window_pixels(y, x + v, kRadius, S, shape)));
+    }
+  }
+
+  // The place in window v, row by row, of the first maximum; as in PyTorch it is the one that gets a gradient.
+  __device__ int first_maximum(int v) const {
+    int first = 0;
+#pragma unroll
+    for (int place = K * K - 1; place >= 0; --place) {
+      if (!(pixels[place / K][v * S + place % K] < max[v])) first = place;
+    }
+    return first;
+  }
+
+ private:
+  static __device__ bool is_center(int column) { return V > 1 && column >= kRadius && column < kRadius + 4; }
+
+  static __device__ bool in_picture(int column, int left, const PoolShape& shape) {
+    return is_center(column) || unsigned(left + column) < unsigned(shape.width);
+  }
+
+  __device__ void load_row(int ky, const float* plane, int y, int left, const PoolShape& shape) {
+    const bool inside = unsigned(y) < unsigned(shape.height);
+    const float* row = plane + int64_t(y) * shape.width + left;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      pixels[ky][i] = -kInfinity;
+      if (!is_center(i) && inside && in_picture(i, left, shape)) pixels[ky][i] = __ldg(row + i);
+    }
+    if (V > 1 && inside) {
+      const Values<4> center = Values<4>::load(row + kRadius);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pixels[ky][(kRadius + i) % kColumns] = center.v[i];
+    }
+  }
+};
+
+}  // namespace node
