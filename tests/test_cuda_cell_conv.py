@@ -140,13 +140,18 @@ class Gradients:
     sums: list[Tensor]
 
 
-def run_backward(shape, convs, gs, zs, coefs, second: bool, exact: bool, weights: bool) -> Gradients:
+def run_backward(
+    shape, convs, gs, zs, coefs, second: bool, exact: bool, weights: bool, splits: int | None = None
+) -> Gradients:
+    """Convolutions of a second stage, or of the states that their inputs are."""
     batch, channels, height, width = shape
     cuda = extension()
     conv_shape = cuda.ConvShape(batch, channels, height, width, exact)
     parts = cuda.cell_conv_backward_parts(conv_shape)
-    splits = 1 if second else cuda.cell_conv_dx_splits(conv_shape, len(convs))
-    dxs = [torch.empty(splits, *shape, device="cuda") for _ in (convs if second else convs[:1])]
+    inputs = list(dict.fromkeys(address(conv.x) for conv in convs))
+    if splits is None:
+        splits = 1 if second else cuda.cell_conv_dx_splits(conv_shape, len(convs), len(inputs), weights)
+    dxs = [torch.empty(splits, *shape, device="cuda") for _ in inputs]
     sums = [torch.empty(parts, channels, 2, device="cuda") for _ in convs]
     weights_of = [(conv.depthwise, conv.pointwise) for conv in convs]
     partials = [[torch.empty(parts, *w.shape, device="cuda") for w in pair] for pair in weights_of]
@@ -154,14 +159,16 @@ def run_backward(shape, convs, gs, zs, coefs, second: bool, exact: bool, weights
         cuda.ConvGradJob(
             *(address(gs[i]), gs[i].stride(0), address(zs[i]), address(coefs[i])),
             *(address(conv.x), conv.x.stride(0), address(conv.stats)),
-            *(address(conv.depthwise), address(conv.pointwise), address(dxs[i if second else 0])),
+            *(address(conv.depthwise), address(conv.pointwise), address(dxs[inputs.index(address(conv.x))])),
             *(address(sums[i]), *(address(p) if weights else 0 for p in partials[i])),
             *(conv.kernel_size, conv.dilation),
         )
         for i, conv in enumerate(convs)
     ]
-    run = cuda.cell_conv_backward_second if second else cuda.cell_conv_backward_first
-    run(conv_shape, jobs, stream())
+    if second:
+        cuda.cell_conv_backward_second(conv_shape, jobs, stream())
+    else:
+        cuda.cell_conv_backward_first(conv_shape, jobs, splits, stream())
     grads = [[torch.empty_like(w) for w in pair] for pair in weights_of]
     if weights:
         cuda.cell_conv_reduce(
@@ -210,6 +217,24 @@ def test_backward_matches_fp64(shape, second, exact, weights):
             assert (sums[:, 1] - centered.sum((0, 2, 3))).abs().max() < tolerance * scale, f"{name} dot"
     if not second:
         assert_close(actual.dx[0], total, tolerance, "dx")
+
+
+@gpu
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("shape", [*SHAPES[:3], SHAPES[4]])
+def test_states_differentiate_together_as_by_themselves(shape, weights):
+    states = [make_convs(shape, second=False), make_convs(shape, second=False)[2:]]
+    convs = [conv for state in states for conv in state]
+    gs, zs = [[torch.randn(shape, device="cuda") for _ in convs] for _ in range(2)]
+    coefs = [torch.randn(shape[1], 4, device="cuda") for _ in convs]
+    together = run_backward(shape, convs, gs, zs, coefs, False, False, weights, splits=2)
+    for number, own in enumerate((slice(len(states[0])), slice(len(states[0]), None))):
+        alone = run_backward(shape, convs[own], gs[own], zs[own], coefs[own], False, False, weights, splits=2)
+        assert torch.equal(together.dx[number], alone.dx[0])
+        if weights:
+            for name in ("depthwise", "pointwise"):
+                pairs = zip(getattr(together, name)[own], getattr(alone, name), strict=True)
+                assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @gpu

@@ -157,10 +157,11 @@ def _backward_state(
     if grads[0].conv.stride > 1:
         return _backward_strided(grads, wants_weights)
     kernels, shape = extension(), _conv_shape(grads[0].z, exact)
-    dxs = _empty_like(grads[0].z, kernels.cell_conv_dx_splits(shape, len(grads)))
+    splits = kernels.cell_conv_dx_splits(shape, len(grads), 1, wants_weights)
+    dxs = _empty_like(grads[0].z, splits)
     partials = _partials(grads, kernels.cell_conv_backward_parts(shape), wants_weights)
     jobs = _grad_jobs(grads, [dxs[0]] * len(grads), [None] * len(grads), partials)
-    kernels.cell_conv_backward_first(shape, jobs, current_stream())
+    kernels.cell_conv_backward_first(shape, jobs, splits, current_stream())
     return dxs, partials
 
 

@@ -49,10 +49,10 @@ struct GradJob {
 // {Σ dx, Σ dx · (x − mean)}.
 void backward_second(const Shape& shape, const std::vector<GradJob>& jobs, Address stream);
 
-// Convolutions of one state: every job has the same x. jobs[0].dx is [dx_splits, B, C, H, W], whose sum over
-// the first dimension is the gradient.
-int dx_splits(const Shape& shape, int jobs);
-void backward_first(const Shape& shape, const std::vector<GradJob>& jobs, Address stream);
+// Convolutions of up to four states: jobs of one state have the same x and the same dx, [splits, B, C, H, W], whose
+// sum over the first dimension is the gradient. dx_splits: how many of them occupy the device, `jobs` of one state.
+int dx_splits(const Shape& shape, int jobs, int states, bool wants_weights);
+void backward_first(const Shape& shape, const std::vector<GradJob>& jobs, int splits, Address stream);
 
 // From `sums` the coef of the BatchNorm between the two halves of a separable convolution; in evaluation mode
 // its statistics are constants.

@@ -1,10 +1,11 @@
 // The backward convolution stages of a fused cell; cell_conv.h has the legend.
 //
-// A block owns a tile of one picture. For each convolution it computes e = W_pwᵀ · dz on the tile and its halo
-// (phase one: dz is formed from g and z as they are loaded, so it never exists in memory) and then, strip by
-// strip, adds W_dwᵀ ⋆ e to the input gradient in registers, and takes the weight gradients while e, dz and x
-// are at hand (phase two). Where a stage joins the convolutions of one state, the block walks through all of
-// them and stores their common input gradient once.
+// A block owns a tile of one picture. For each convolution it forms dz from g and z as they are loaded, on the
+// tile and its halo, replaces it in shared memory by e = W_pwᵀ · dz (phase one) and then, strip by strip, adds
+// W_dwᵀ ⋆ e to the input gradient in registers, and takes the weight gradients while e, dz and x are at hand
+// (phase two). Where a stage joins the convolutions of one state, the block walks through all of them and stores
+// their common input gradient once. Few blocks fit a multiprocessor, so nothing hides the latency of a load but
+// other loads: all of a convolution are asked for together.
 //
 // Phase two gives a lane eight neighbouring pixels of one channel. Both operands of the pointwise weight
 // gradient dz · dᵀ are then where the tensor cores want them: pixels are contracted, in any order.
@@ -14,14 +15,15 @@
 namespace cell_conv {
 namespace {
 
-constexpr int kMaxGradJobs = 32;
+constexpr int kMaxGradJobs = 64, kMaxStates = 4;  // of a launch
 constexpr int kFirstPad = 4, kSecondPad = 2;  // rows around a tile that a stage's largest kernel reads
 constexpr int kReduceColumns = 32, kReduceSplits = 8;
 constexpr int kMaxSharedBytes = 227 * 1024;
 
 struct BackwardLaunch {
   Shape shape;
-  int count, splits;
+  int splits;
+  int ends[kMaxStates];  // of each state's jobs; in the second stage of all
   GradJob jobs[kMaxGradJobs];
 };
 
@@ -52,6 +54,7 @@ struct Block {
   static constexpr int kMinBlocks = kThreads == 256 ? 2 : 1;
   static constexpr int kWeightFloats = 8 * C + 8 * kTapsPitch;        // a warp's partial weight gradients
   static_assert(kPasses * kWarpsPerGroup * 4 == Tile<C>::kRuns, "every run has a lane");
+  static_assert(kChannelGroups * kWeightFloats >= C * C, "pointwise weights fit where their gradients will be");
 };
 
 template <int C, bool kWeights>
@@ -60,6 +63,7 @@ struct Memory {  // of a block, in shared memory
   static constexpr int kGradientPlane = Tile<C>::kRows * Tile<C>::kWidth + 4;
   int plane;  // chosen against bank conflicts of phase two's windows
   float *e, *taps, *x, *dz, *partial;
+  float4* weights;  // where later `partial` is: pointwise weights in the order in which lanes multiply with them
 
   __host__ __device__ static int plane_floats(const Shape& shape, int pad) {
     return pad_to_bank(stored_rows<C>(shape, pad) * kPitch, C == 16 ? 4 : 16);
@@ -68,7 +72,7 @@ struct Memory {  // of a block, in shared memory
     using B = Block<C, kWeights>;
     const int base = C * plane_floats(shape, pad) + C * kTapsPitch;
     const int weights = C * plane_floats(shape, pad) + C * kGradientPlane;
-    return base + (kWeights ? weights + slots(shape, pad) * B::kChannelGroups * B::kWeightFloats : 0);
+    return base + (kWeights ? weights + slots(shape, pad) * B::kChannelGroups * B::kWeightFloats : C * C);
   }
   // How many warps of the same channels have room to store their weight gradients at a time.
   __host__ __device__ static int slots(const Shape& shape, int pad) {
@@ -82,7 +86,8 @@ struct Memory {  // of a block, in shared memory
     taps = e + C * plane;
     x = taps + C * kTapsPitch;
     dz = x + C * plane;
-    partial = dz + C * kGradientPlane;
+    partial = kWeights ? dz + C * kGradientPlane : x;
+    weights = reinterpret_cast<float4*>(partial);
   }
   __device__ const float* row(const float* slot_plane, const Place<C>& at, int y) const {
     return slot_plane + at.stored(y) * kPitch;
@@ -94,95 +99,151 @@ __device__ inline float4 affine(float4 coef, float4 g, float4 z) {
   return make_float4(one(g.x, z.x), one(g.y, z.y), one(g.z, z.z), one(g.w, z.w));
 }
 
-// Phase one. A warp computes e of sixteen channels on eight strips of four pixels.
-template <int C, int Pad, bool kWeights, bool kExact>
-__device__ void compute_e(const Memory<C, kWeights>& memory, const GradJob& job, const Place<C>& at,
-                          const Shape& shape) {
-  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, width = shape.width;
-  const int plane = shape.height * width;
+// The strips of four pixels of the tile with its halo that lie inside the picture.
+template <int C, int Pad>
+struct Strips {
+  int top, rows, left, right;
+  int shift;  // 1 << shift strips a row
+
+  __device__ Strips(const Place<C>& at, const Shape& shape)
+      : top(max(0, at.y0 - Pad)), rows(min(shape.height, at.y0 + Tile<C>::kRows + Pad) - top) {
+    // Columns only where the picture goes on beside the tile, and then as many as keep a power of two a row.
+    const bool wide = shape.width > Tile<C>::kWidth;
+    left = at.x0 - (wide ? kHalo : 0);
+    right = min(at.x0 + Tile<C>::kWidth + (wide ? kHalo : 0), shape.width);
+    shift = __ffs(Tile<C>::kWidth / 4) - 1 + wide;
+  }
+  __device__ int count() const { return rows << shift; }
+  __device__ int column(int strip) const { return left + (strip & ((1 << shift) - 1)) * 4; }
+  __device__ bool contains(int x) const { return 0 <= x && x < right; }
+  // Where a strip lies in a plane of shared memory, -1 where it is none of ours.
+  __device__ int offset(int strip, const Place<C>& at, int pitch) const {
+    const int x = column(strip);
+    return strip < count() && contains(x) ? (top + (strip >> shift) - at.first) * pitch + kHalo + x - at.x0 : -1;
+  }
+};
+
+// Forms dz where e will be, and for the weight gradients also by itself. Its channels lie in gradient_slot order.
+template <int C, int Pad, bool kWeights>
+__device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& job, const Place<C>& at,
+                              const Shape& shape) {
+  constexpr int kThreads = Block<C, kWeights>::kThreads, kPitch = Memory<C, kWeights>::kPitch;
+  constexpr int kBatch = 4;  // pairs of loads in flight
+  const int width = shape.width, plane = shape.height * width;
   const float* gradient = reinterpret_cast<const float*>(job.g) + at.picture * job.g_batch_stride;
   const float* z = reinterpret_cast<const float*>(job.z) + int64_t(at.picture) * C * plane;
   const float4* coef = reinterpret_cast<const float4*>(job.coef);
-  const float* weights = reinterpret_cast<const float*>(job.pointwise);
   const bool aligned = rows_aligned(reinterpret_cast<const void*>(job.g), job.g_batch_stride, width);
-
-  const auto contracted = [&](int step, int half) { return step / 2 * 16 + 4 * q + step % 2 * 2 + half; };
-
-  // The strips of the tile with its halo that lie inside the picture.
-  const int top = max(0, at.y0 - Pad), bottom = min(shape.height, at.y0 + Tile<C>::kRows + Pad);
-  // Columns only where the picture goes on beside the tile, and then as many as keep `across` a power of two.
-  const bool wide = width > Tile<C>::kWidth;
-  const int left = at.x0 - (wide ? kHalo : 0), right = at.x0 + Tile<C>::kWidth + (wide ? kHalo : 0);
-  const int shift = __ffs(Tile<C>::kWidth / 4) - 1 + wide, strips = (bottom - top) << shift;
-  const auto place = [&](int strip) {  // its row and column, and whether it is any of ours
-    const int y = top + (strip >> shift), x = left + (strip & ((1 << shift) - 1)) * 4;
-    return make_int3(y, x, strip < strips && 0 <= x && x < min(right, width));
+  const Strips<C, Pad> strips(at, shape);
+  const int x = strips.column(thread_index()), column = x - at.x0;
+  if (!strips.contains(x)) return;
+  const auto store = [&](int channel, int y, float4 dz) {
+    if (!aligned) {
+      if (x + 1 >= width) dz.y = 0.f;
+      if (x + 2 >= width) dz.z = 0.f;
+      if (x + 3 >= width) dz.w = 0.f;
+    }
+    const int slot = gradient_slot(channel), row = y - at.y0;
+    *reinterpret_cast<float4*>(memory.e + slot * memory.plane + (y - at.first) * kPitch + kHalo + column) = dz;
+    if (kWeights && 0 <= row && row < Tile<C>::kRows && 0 <= column && column < Tile<C>::kWidth) {
+      *reinterpret_cast<float4*>(memory.dz + slot * Memory<C, kWeights>::kGradientPlane +
+                                 row * Tile<C>::kWidth + column) = dz;
+    }
   };
-  const int units = (strips + 7) / 8;
-  for (int task = threadIdx.x / 32; task < units * (C / 16); task += Block<C, kWeights>::kWarps) {
-    const int unit = task % units, m = task / units;
-    const int3 own = place(unit * 8 + g);
-    const int y = own.x, x = own.y;
-    const bool inside = own.z;
-    float sums[4][4] = {};
-    // The next channels are on their way while these are multiplied.
-    float4 next_g[2], next_z[2];
-    const auto load = [&](int step) {
+  RowWalk walk(strips.rows, thread_index() >> strips.shift, kThreads >> strips.shift);
+  while (walk.channel < C) {
+    float4 gs[kBatch], zs[kBatch];
+    RowWalk ahead = walk;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int offset = contracted(step, half) * plane + y * width;
-        if (aligned) {
-          next_g[half] = load4(gradient + offset + x), next_z[half] = load4(z + offset + x);
-        } else {
-          next_g[half] = load_row4(gradient + offset, x, width, false);
-          next_z[half] = load_row4(z + offset, x, width, false);
-        }
-      }
-    };
-    if (inside) load(0);
-#pragma unroll 1
-    for (int step = 0; step < C / 8; ++step) {
-      const float4 g_now[2] = {next_g[0], next_g[1]}, z_now[2] = {next_z[0], next_z[1]};
-      if (inside && step + 1 < C / 8) load(step + 1);
-      Fragment<2, kExact> b[4];
+    for (int i = 0; i < kBatch; ++i, ahead.next()) {
+      if (ahead.channel >= C) continue;
+      const int row = ahead.channel * plane + (strips.top + ahead.row) * width;
+      gs[i] = load_row4(gradient + row, x, width, aligned), zs[i] = load_row4(z + row, x, width, aligned);
+    }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int channel = contracted(step, half);
-        float4 dz = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (inside) {
-          dz = affine(__ldg(coef + channel), g_now[half], z_now[half]);
-          if (!aligned) {
-            if (x + 1 >= width) dz.y = 0.f;
-            if (x + 2 >= width) dz.z = 0.f;
-            if (x + 3 >= width) dz.w = 0.f;
-          }
-          const int row = y - at.y0, column = x - at.x0;
-          if (kWeights && m == 0 && 0 <= row && row < Tile<C>::kRows && 0 <= column && column < Tile<C>::kWidth) {
-            *reinterpret_cast<float4*>(memory.dz + gradient_slot(channel) * Memory<C, kWeights>::kGradientPlane +
-                                       row * Tile<C>::kWidth + column) = dz;
-          }
-        }
-        b[0].set(half, dz.x), b[1].set(half, dz.y), b[2].set(half, dz.z), b[3].set(half, dz.w);
-      }
-      const float* row = weights + contracted(step, 0) * C + g * (C / 8) + 2 * m;
+    for (int i = 0; i < kBatch; ++i, walk.next()) {
+      if (walk.channel < C) store(walk.channel, strips.top + walk.row, affine(__ldg(coef + walk.channel), gs[i], zs[i]));
+    }
+  }
+}
+
+// The pointwise weights as the left operand of phase one, a float4 for each lane of each product.
+template <int C, int Threads>
+struct PointwiseWeights {
+  static constexpr int kCount = C * C / 4 / Threads + (C * C / 4 % Threads != 0);
+  float4 values[kCount];
+
+  static __device__ bool has(int i) { return C * C / 4 % Threads == 0 || i < C * C / 4; }
+
+  __device__ void load(const float* pointwise) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const int i = thread_index() + n * Threads, q = i % 4, g = i / 4 % 8, step = i / 32 % (C / 8), m = i / 4 / C;
+      if (!has(i)) continue;
+      const float* row = pointwise + (step / 2 * 16 + 4 * q + step % 2 * 2) * C + g * (C / 8) + 2 * m;
       const float2 first = __ldg(reinterpret_cast<const float2*>(row));
       const float2 second = __ldg(reinterpret_cast<const float2*>(row + C));
-      Fragment<4, kExact> a;
-      a.set(0, first.x), a.set(1, first.y), a.set(2, second.x), a.set(3, second.y);
+      values[n] = make_float4(first.x, first.y, second.x, second.y);
+    }
+  }
+  __device__ void store(float4* target) const {
 #pragma unroll
-      for (int t = 0; t < 4; ++t) multiply<kExact>(sums[t], a, b[t]);
+    for (int n = 0; n < kCount; ++n) {
+      const int i = thread_index() + n * Threads;
+      if (has(i)) target[i] = values[n];
+    }
+  }
+};
+
+// Replaces dz by e. A warp computes sixteen channels of eight strips, or of their halves where there are warps for
+// them; warps that read the same strips do so in the same round.
+template <int C, int Pad, bool kWeights, bool kExact>
+__device__ void compute_e(const Memory<C, kWeights>& memory, const Place<C>& at, const Shape& shape) {
+  constexpr int kWarps = Block<C, kWeights>::kWarps, kPitch = Memory<C, kWeights>::kPitch;
+  constexpr int kParts = C == 64 ? kWarps / 8 : 1, kPixels = 4 / kParts, kTasks = C / 16 * kParts;
+  using Vector = std::conditional_t<kPixels == 4, float4, float2>;
+  const int lane = thread_index() % 32, q = lane % 4, g = lane / 4;
+  const Strips<C, Pad> strips(at, shape);
+  const int units = (strips.count() + 7) / 8;
+  for (int first = 0; first < units * kTasks; first += kWarps) {
+    const int task = first + thread_index() / 32, unit = task / kTasks;
+    const int m = task % kTasks / kParts, pixel = task % kParts * kPixels;
+    const int own = strips.offset(unit * 8 + g, at, kPitch);
+    Vector dz[C / 8][2];
+#pragma unroll
+    for (int step = 0; step < C / 8; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int slot = step / 2 * 16 + (step % 2 * 2 + half) * 4 + q;
+        dz[step][half] = own < 0 ? Vector()
+                                 : *reinterpret_cast<const Vector*>(memory.e + slot * memory.plane + own + pixel);
+      }
+    }
+    __syncthreads();
+    float sums[kPixels][4] = {};
+#pragma unroll
+    for (int step = 0; step < C / 8; ++step) {
+      const float4 weights = memory.weights[(m * (C / 8) + step) * 32 + lane];
+      Fragment<4, kExact> a;
+      a.set(0, weights.x), a.set(1, weights.y), a.set(2, weights.z), a.set(3, weights.w);
+#pragma unroll
+      for (int t = 0; t < kPixels; ++t) {
+        Fragment<2, kExact> b;
+        b.set(0, (&dz[step][0].x)[t]), b.set(1, (&dz[step][1].x)[t]);
+        multiply<kExact>(sums[t], a, b);
+      }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int3 strip = place(unit * 8 + 2 * q + i);  // of the sums' column 2q + i
-      if (!strip.z) continue;
-      float* target =
-          memory.e + (strip.x - at.first) * Memory<C, kWeights>::kPitch + kHalo + strip.y - at.x0;
+      const int target = strips.offset(unit * 8 + 2 * q + i, at, kPitch);  // of the sums' column 2q + i
+      if (target < 0) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int slot = m * 16 + h * 8 + g, r = 2 * h + i;
-        *reinterpret_cast<float4*>(target + slot * memory.plane) =
-            make_float4(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
+        const int slot = m * 16 + h * 8 + g;
+        Vector e;
+#pragma unroll
+        for (int t = 0; t < kPixels; ++t) (&e.x)[t] = sums[t][2 * h + i];
+        *reinterpret_cast<Vector*>(memory.e + slot * memory.plane + target + pixel) = e;
       }
     }
   }
@@ -220,14 +281,14 @@ __device__ void correlate_row(float* grad, const float (&window)[16], const floa
 template <int C, bool kWeights>
 __device__ int2 lane_run(int pass) {
   using B = Block<C, kWeights>;
-  const int warp = threadIdx.x / 32 / B::kChannelGroups;
-  const int run = (warp + pass * B::kWarpsPerGroup) * 4 + threadIdx.x % 4;
+  const int warp = thread_index() / 32 / B::kChannelGroups;
+  const int run = (warp + pass * B::kWarpsPerGroup) * 4 + thread_index() % 4;
   return make_int2(run / Tile<C>::kRunsPerRow, run % Tile<C>::kRunsPerRow * 8);
 }
 
 template <int C, bool kWeights>
 __device__ int lane_slot() {
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+  const int warp = thread_index() / 32, g = thread_index() % 32 / 4;
   return warp % Block<C, kWeights>::kChannelGroups * 8 + g;
 }
 
@@ -236,7 +297,7 @@ template <int C, bool kWeights, bool kExact>
 __device__ void add_pointwise_gradient(float (&pointwise)[C / 16][4], const Memory<C, kWeights>& memory,
                                        const float (&d)[8], int2 run) {
   constexpr int kPlane = Memory<C, kWeights>::kGradientPlane;
-  const int g = threadIdx.x % 32 / 4;
+  const int g = thread_index() % 32 / 4;
   const float* dz = memory.dz + g * kPlane + run.x * Tile<C>::kWidth + run.y;
 #pragma unroll
   for (int t = 0; t < 8; t += 4) {
@@ -261,8 +322,8 @@ template <int C, int K>
 __device__ void store_warp_gradients(float* target, const float (&depthwise)[K * K],
                                      const float (&pointwise)[C / 16][4], int slots) {
   using B = Block<C, true>;
-  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
-  const int group = threadIdx.x / 32 % B::kChannelGroups, turn = threadIdx.x / 32 / B::kChannelGroups;
+  const int q = thread_index() % 4, g = thread_index() % 32 / 4;
+  const int group = thread_index() / 32 % B::kChannelGroups, turn = thread_index() / 32 / B::kChannelGroups;
   float* partial = target + (turn % slots * B::kChannelGroups + group) * B::kWeightFloats;
   for (int round = 0; round < B::kWarpsPerGroup / slots; ++round) {
     if (round > 0) __syncthreads();
@@ -336,12 +397,12 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
     return sum;
   };
   float* pointwise = reinterpret_cast<float*>(job.pointwise_partial) + int64_t(blockIdx.x) * C * C;
-  for (int i = threadIdx.x; i < C * C; i += B::kThreads) {
+  for (int i = thread_index(); i < C * C; i += B::kThreads) {
     const int out = gradient_slot(i / C), slot = channel_slot<C>(i % C);
     pointwise[i] = sum_over_warps(slot, out * 8 + slot % 8);
   }
   float* depthwise = reinterpret_cast<float*>(job.depthwise_partial) + int64_t(blockIdx.x) * C * K * K;
-  for (int i = threadIdx.x; i < C * K * K; i += B::kThreads) {
+  for (int i = thread_index(); i < C * K * K; i += B::kThreads) {
     const int slot = channel_slot<C>(i / (K * K));
     depthwise[i] = sum_over_warps(slot, 8 * C + slot % 8 * kTapsPitch + i % (K * K));
   }
@@ -350,13 +411,23 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
 template <int C, int K, int D, bool kWeights, bool kExact>
 __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memory<C, kWeights>& memory,
                         const GradJob& job, const Place<C>& at, const Shape& shape) {
-  load_taps<C, Block<C, kWeights>::kThreads>(memory.taps, reinterpret_cast<const float*>(job.depthwise), K,
-                                             channel_slot<C>);
-  compute_e<C, D*(K / 2), kWeights, kExact>(memory, job, at, shape);
+  constexpr int kThreads = Block<C, kWeights>::kThreads, kPad = D * (K / 2);
+  Taps<C, K, kThreads> taps;
+  PointwiseWeights<C, kThreads> weights;
+  taps.load(reinterpret_cast<const float*>(job.depthwise));
+  weights.load(reinterpret_cast<const float*>(job.pointwise));
+  load_gradient<C, kPad, kWeights>(memory, job, at, shape);
+  taps.store(memory.taps, channel_slot<C>);
+  weights.store(memory.weights);
+  __syncthreads();
+  compute_e<C, kPad, kWeights, kExact>(memory, at, shape);
   __syncthreads();
   differentiate<C, K, D, kWeights, kExact>(dx, memory, at, shape);
   __syncthreads();
-  if constexpr (kWeights) store_weight_partials<C, K, kWeights>(job, memory.partial, memory.slots(shape, at.pad));
+  if constexpr (kWeights) {
+    store_weight_partials<C, K, kWeights>(job, memory.partial, memory.slots(shape, at.pad));
+    __syncthreads();  // the next convolution's weights will be there
+  }
 }
 
 // Clears e and dz, whose pixels outside the picture stay zero, and loads x where weight gradients need it.
@@ -410,17 +481,20 @@ __device__ float2 store_dx(float* target, const float (&dx)[Block<C, kWeights>::
   return sums;
 }
 
-// Grid: (parts, splits); a block processes every job whose number leaves blockIdx.y when divided by splits.
+// Grid: (parts, splits, states); a block processes every job of its state whose number leaves blockIdx.y when
+// divided by splits.
 template <int C, bool kWeights, bool kExact>
 __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeights>::kMinBlocks)
     backward_first_kernel(const __grid_constant__ BackwardLaunch launch) {
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
   const Place<C> place(shape, kFirstPad);
-  prepare<C, kWeights>(Memory<C, kWeights>(shape, kFirstPad, shared), launch.jobs[0], place, shape);
+  const int first = blockIdx.z == 0 ? 0 : launch.ends[blockIdx.z - 1], end = launch.ends[blockIdx.z];
+  const GradJob& common = launch.jobs[first];
+  prepare<C, kWeights>(Memory<C, kWeights>(shape, kFirstPad, shared), common, place, shape);
   float dx[Block<C, kWeights>::kPasses][8] = {};
 #pragma unroll 1
-  for (int j = blockIdx.y; j < launch.count; j += launch.splits) {
+  for (int j = first + blockIdx.y; j < end; j += launch.splits) {
     const GradJob& job = launch.jobs[j];
     // Unknown to the compiler, which would else compute the addresses of all four kinds ahead of the loop and spill.
     int zero = 0;
@@ -435,11 +509,10 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
       default: process<C, 5, 2, kWeights, kExact>(dx, memory, job, at, shape); break;
     }
   }
-  const GradJob& job = launch.jobs[0];
-  const Source source(job.x, job.x_batch_stride, job.stats, shape, place.picture);
+  const Source source(common.x, common.x_batch_stride, common.stats, shape, place.picture);
   const int64_t picture = int64_t(C) * shape.height * shape.width;
   store_dx<C, kWeights>(
-      reinterpret_cast<float*>(job.dx) + (int64_t(blockIdx.y) * shape.batch + place.picture) * picture, dx, source,
+      reinterpret_cast<float*>(common.dx) + (int64_t(blockIdx.y) * shape.batch + place.picture) * picture, dx, source,
       place, shape);
 }
 
@@ -553,23 +626,35 @@ int multiprocessors() {
 
 int backward_parts(const Shape& shape) { return forward_parts(shape); }
 
-int dx_splits(const Shape& shape, int jobs) {
-  return std::clamp(multiprocessors() / backward_parts(shape), 1, jobs);
+int dx_splits(const Shape& shape, int jobs, int states, bool wants_weights) {
+  const int blocks = with_channels(shape, [&](auto channels) {
+    constexpr int C = channels();
+    return wants_weights ? Block<C, true>::kMinBlocks : Block<C, false>::kMinBlocks;
+  });
+  return std::clamp(blocks * multiprocessors() / (backward_parts(shape) * states), 1, jobs);
 }
 
-void backward_first(const Shape& shape, const std::vector<GradJob>& jobs, Address stream) {
-  if (jobs.size() > kMaxGradJobs) throw std::invalid_argument("too many convolutions leave one state");
-  BackwardLaunch parameters{shape, int(jobs.size()), dx_splits(shape, jobs.size()), {}};
-  std::copy(jobs.begin(), jobs.end(), parameters.jobs);
-  // By length, so that the splits, which take turns, get equal shares.
-  std::stable_sort(parameters.jobs, parameters.jobs + jobs.size(), [](const GradJob& a, const GradJob& b) {
-    return a.kernel_size * 4 + a.dilation > b.kernel_size * 4 + b.dilation;
-  });
-  parameters.jobs[0].dx = jobs.front().dx;
+void backward_first(const Shape& shape, const std::vector<GradJob>& jobs, int splits, Address stream) {
+  if (jobs.size() > kMaxGradJobs) throw std::invalid_argument("too many convolutions leave these states");
+  BackwardLaunch parameters{shape, splits, {}, {}};
+  // By state, and the long ones first, so that the splits, which take turns, get equal shares.
+  int states = 0, count = 0;
+  std::vector<GradJob> rest = jobs;
+  while (!rest.empty()) {
+    if (states == kMaxStates) throw std::invalid_argument("convolutions of too many states");
+    const Address dx = rest.front().dx;
+    const auto others = std::stable_partition(rest.begin(), rest.end(), [&](const GradJob& job) { return job.dx == dx; });
+    std::stable_sort(rest.begin(), others, [](const GradJob& a, const GradJob& b) {
+      return a.kernel_size * 4 + a.dilation > b.kernel_size * 4 + b.dilation;
+    });
+    std::copy(rest.begin(), others, parameters.jobs + count);
+    parameters.ends[states++] = count += others - rest.begin();
+    rest.erase(rest.begin(), others);
+  }
   with_variant(shape, jobs, [&](auto channels, auto weights, auto exact) {
     constexpr int C = channels();
     constexpr bool kWeights = weights();
-    launch(backward_first_kernel<C, kWeights, exact()>, dim3(tile_count<C>(shape), parameters.splits),
+    launch(backward_first_kernel<C, kWeights, exact()>, dim3(tile_count<C>(shape), splits, states),
            Block<C, kWeights>::kThreads, Memory<C, kWeights>::floats(shape, kFirstPad) * sizeof(float), stream, parameters);
   });
 }
@@ -577,7 +662,7 @@ void backward_first(const Shape& shape, const std::vector<GradJob>& jobs, Addres
 void backward_second(const Shape& shape, const std::vector<GradJob>& jobs, Address stream) {
   for (size_t first = 0; first < jobs.size(); first += kMaxGradJobs) {
     const size_t count = std::min(jobs.size() - first, size_t(kMaxGradJobs));
-    BackwardLaunch parameters{shape, int(count), 1, {}};
+    BackwardLaunch parameters{shape, 1, {}, {}};
     std::copy_n(jobs.begin() + first, count, parameters.jobs);
     with_variant(shape, jobs, [&](auto channels, auto weights, auto exact) {
       constexpr int C = channels();

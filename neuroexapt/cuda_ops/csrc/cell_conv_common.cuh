@@ -68,6 +68,13 @@ __host__ __device__ constexpr int pad_to_bank(int floats, int remainder) {
   return floats + ((remainder - floats) % 32 + 32) % 32;
 }
 
+// threadIdx.x, unknown to the compiler: which would else compute all addresses of a loop's body ahead of the loop.
+__device__ inline int thread_index() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
 __device__ inline float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
 
 // As in PyTorch, NaN passes.
@@ -219,13 +226,28 @@ __device__ void load_tap_row(float (&taps)[K], const float* channel_taps, int ky
   if constexpr (K == 5) taps[3] = v.w, taps[4] = channel_taps[20 + ky];
 }
 
-template <int C, int Threads, typename Slot>
-__device__ void load_taps(float* taps, const float* depthwise, int kernel_size, Slot slot) {
-  const int size = kernel_size * kernel_size;
-  for (int i = threadIdx.x; i < C * size; i += Threads) {
-    taps[slot(i / size) * kTapsPitch + tap_position(i % size, kernel_size)] = __ldg(depthwise + i);
+// A convolution's depthwise weights on their way to shared memory: fetched all at once, stored when there is time.
+template <int C, int K, int Threads>
+struct Taps {
+  static constexpr int kSize = C * K * K, kCount = (kSize + Threads - 1) / Threads;
+  float values[kCount];
+
+  __device__ void load(const float* depthwise) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const int i = thread_index() + n * Threads;
+      if (i < kSize) values[n] = __ldg(depthwise + i);
+    }
   }
-}
+  template <typename Slot>
+  __device__ void store(float* taps, Slot slot) const {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const int i = thread_index() + n * Threads;
+      if (i < kSize) taps[slot(i / (K * K)) * kTapsPitch + tap_position(i % (K * K), K)] = values[n];
+    }
+  }
+};
 
 __device__ inline uint32_t to_tf32(float v) {
   uint32_t bits;

@@ -260,11 +260,17 @@ __device__ void forward_group(const Shape& shape, const Group& group) {
   float2* moments = reinterpret_cast<float2*>(taps + Unit<C>::kGroupSize * C * kTapsPitch);
   float* count = reinterpret_cast<float*>(moments + Unit<C>::kGroupSize * Unit<C>::kCount * C);
 
+  Taps<C, K, kForwardThreads> own_taps[Unit<C>::kGroupSize];
+#pragma unroll
+  for (int n = 0; n < Unit<C>::kGroupSize; ++n) {
+    if (n < group.count) own_taps[n].load(group.convs[n].depthwise);
+  }
   const Source source(group.x, group.x_batch_stride, group.stats, shape, at.picture);
   load_tile<C, kForwardThreads>(tile, source, at, shape, Geometry<C>::kPitch, geometry.plane,
                                 contraction_slot);
-  for (int n = 0; n < group.count; ++n) {
-    load_taps<C, kForwardThreads>(taps + n * C * kTapsPitch, group.convs[n].depthwise, K, contraction_slot);
+#pragma unroll
+  for (int n = 0; n < Unit<C>::kGroupSize; ++n) {
+    if (n < group.count) own_taps[n].store(taps + n * C * kTapsPitch, contraction_slot);
   }
   __syncthreads();
 
