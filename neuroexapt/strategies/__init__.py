@@ -7,6 +7,7 @@ from neuroexapt.errors import UserError
 from neuroexapt.strategies.beta_darts import BetaDarts
 from neuroexapt.strategies.darts import Darts, SecondOrderDarts
 from neuroexapt.strategies.drnas import DrNas
+from neuroexapt.strategies.fair_darts import FairDarts
 from neuroexapt.strategies.gdas import Gdas
 from neuroexapt.strategies.pc_darts import PcDarts
 
@@ -17,6 +18,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "drnas": DrNas,
     "beta-darts": BetaDarts,
     "pc-darts": PcDarts,
+    "fair-darts": FairDarts,
 }
 
 

@@ -1,0 +1,33 @@
+"""FairDARTS: Eliminating Unfair Advantages in Differentiable Architecture Search (Chu et al.; ECCV 2020)."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from neuroexapt.strategies.darts import Darts
+
+ZERO_ONE_STRENGTH = 10.0
+"""w of the paper."""
+
+
+class FairDarts(Darts):
+    """Operations do not compete: mixing weights σ(α), which ``−w · mean (σ(α) − ½)²`` drives to 0 or 1.
+
+    The published rule keeps every operation above a threshold; here the space's own rule takes the largest,
+    so that the networks of all strategies can be compared.
+    """
+
+    paper = (
+        "Chu, Zhou, Zhang, Li: Fair DARTS: Eliminating Unfair Advantages in Differentiable Architecture "
+        "Search, ECCV 2020"
+    )
+    defaults: ClassVar = {"batch_size": 128, "learning_rate": 0.005, "arch_learning_rate": 3e-3}
+
+    def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {cell: alpha.sigmoid() for cell, alpha in alphas.items()}
+
+    def penalty(self, alphas: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+        distances = torch.cat([w.flatten() for w in weights.values()]) - 0.5
+        return -ZERO_ONE_STRENGTH * distances.square().mean()
