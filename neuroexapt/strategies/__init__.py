@@ -10,6 +10,7 @@ from neuroexapt.strategies.drnas import DrNas
 from neuroexapt.strategies.fair_darts import FairDarts
 from neuroexapt.strategies.gdas import Gdas
 from neuroexapt.strategies.pc_darts import PcDarts
+from neuroexapt.strategies.snas import Snas
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "darts": Darts,
@@ -19,6 +20,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "beta-darts": BetaDarts,
     "pc-darts": PcDarts,
     "fair-darts": FairDarts,
+    "snas": Snas,
 }
 
 
