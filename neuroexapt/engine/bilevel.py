@@ -71,6 +71,10 @@ class Strategy(nn.Module, ABC):
     def arch_gradient(self, step: "BilevelStep", train: Batch, valid: Batch) -> Gradients:
         """The gradient of the validation loss with respect to each α; w must be left as it was."""
 
+    def weight_gradient(self, step: "BilevelStep", train: Batch) -> Gradients:
+        """The gradient of the training loss with respect to each of w; α must be left as it was."""
+        return step.gradients(train, step.weights)
+
     def shape(self, supernet: Supernet) -> None:
         """Make of ``supernet`` what the method searches in its present state; do nothing the second time.
 
@@ -109,16 +113,20 @@ class BilevelStep:
         self.weights = supernet.weights()
         self.alphas = supernet.arch_parameters()
 
-    def gradients(self, batch: Batch, wanted: Sequence[nn.Parameter]) -> Gradients:
+    def gradients(
+        self, batch: Batch, wanted: Sequence[Tensor], weights: Mapping[str, Tensor] | None = None
+    ) -> Gradients:
         """Those of loss and penalty with respect to ``wanted``, of the search network as the strategy
         relaxes it. The loss that is returned is that of the batch.
+
+        With ``weights``, of the loss alone at these mixing weights, which may be among ``wanted``.
         """
         with torch.enable_grad(), _required_alone(wanted, [*self.weights, *self.alphas]):
             alphas = dict(self.supernet.alphas)
-            weights = self.strategy.relax(alphas)
-            logits = self.supernet(batch.images, weights)
+            relaxed = self.strategy.relax(alphas) if weights is None else weights
+            logits = self.supernet(batch.images, relaxed)
             loss = self.criterion(logits, batch.labels)
-            penalty = self.strategy.penalty(alphas, weights)
+            penalty = self.strategy.penalty(alphas, relaxed) if weights is None else None
             objective = loss if penalty is None else loss + penalty
             return Gradients(torch.autograd.grad(objective, wanted), loss.detach(), logits.detach())
 
@@ -136,13 +144,13 @@ class BilevelStep:
         return arch.loss, accuracy(arch.logits, valid.labels)
 
     def _step_weights(self, train: Batch) -> tuple[Tensor, Tensor]:
-        found = self.gradients(train, self.weights)
+        found = self.strategy.weight_gradient(self, train)
         _apply(self.weight_optimizer, self.weights, found.gradients, self.grad_clip)
         return found.loss, accuracy(found.logits, train.labels)
 
 
 @contextmanager
-def _required_alone(wanted: Sequence[nn.Parameter], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _required_alone(wanted: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, no other of ``parameters`` requires a gradient, so that no operation computes one."""
     chosen = {id(parameter) for parameter in wanted}
     others = [parameter for parameter in parameters if id(parameter) not in chosen]
