@@ -10,6 +10,7 @@ from neuroexapt.strategies.drnas import DrNas
 from neuroexapt.strategies.fair_darts import FairDarts
 from neuroexapt.strategies.gdas import Gdas
 from neuroexapt.strategies.pc_darts import PcDarts
+from neuroexapt.strategies.sdarts import AdversariallySmoothed, RandomlySmoothed
 from neuroexapt.strategies.snas import Snas
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -21,6 +22,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "pc-darts": PcDarts,
     "fair-darts": FairDarts,
     "snas": Snas,
+    "sdarts-rs": RandomlySmoothed,
+    "sdarts-adv": AdversariallySmoothed,
 }
 
 
