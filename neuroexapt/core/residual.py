@@ -2,7 +2,7 @@
 between them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch.nn as nn
 from torch import Tensor
@@ -81,10 +81,13 @@ class ResidualSupernet(Supernet):
         self.head = make_head(channels, num_classes)
         self.alphas = self._make_alphas("cell")
 
-    def _run(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def cell_type(self, cell: SearchCell) -> str:
+        return "cell"
+
+    def _run(self, x: Tensor, weights: Mapping[str, Iterator[Tensor]]) -> Tensor:
         x = self.stem(x)
         for cell in self.cells:
-            x = cell(x) if isinstance(cell, ResidualBlock) else cell(x, weights["cell"])
+            x = cell(x) if isinstance(cell, ResidualBlock) else cell(x, next(weights["cell"]))
         return self.head(x)
 
 

@@ -1,6 +1,7 @@
 """Search networks: stacks of search cells that share one α per cell type."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 
 import torch
 import torch.nn as nn
@@ -31,7 +32,8 @@ class Supernet(nn.Module):
     """A network with every candidate operation in place; each space has one of its own.
 
     ``forward(x, weights)`` maps [B, in_channels, H, W] to logits [B, num_classes]; ``weights`` holds one
-    [E, K] tensor of mixing weights for each type of cell, by default the softmax of ``alphas`` over K.
+    [E, K] tensor of mixing weights for each type of cell, by default the softmax of ``alphas`` over K, or
+    [N, E, K] for the N cells of a type in turn.
     Parameters come in the order of the network, then α. ``cells`` may hold other blocks between search cells.
     """
 
@@ -51,13 +53,18 @@ class Supernet(nn.Module):
     def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         if weights is None:
             weights = {name: torch.softmax(alpha, dim=-1) for name, alpha in self.alphas.items()}
-        return self._run(x, weights)
+        return self._run(x, {name: iter(w) if w.dim() == 3 else repeat(w) for name, w in weights.items()})
 
-    def _run(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def _run(self, x: Tensor, weights: Mapping[str, Iterator[Tensor]]) -> Tensor:
+        """``weights``: those of the next cell of each type."""
         raise NotImplementedError
 
     def search_cells(self) -> Iterator[SearchCell]:
         return (cell for cell in self.cells if isinstance(cell, SearchCell))
+
+    def cell_type(self, cell: SearchCell) -> str:
+        """The name of its α."""
+        raise NotImplementedError
 
     def set_execution(self, execution: str) -> None:
         """``fused``: every cell by its plan (the default); ``reference``: module by module.
@@ -122,8 +129,11 @@ class DartsSupernet(Supernet):
         self.classifier = nn.Linear(channels_s1, num_classes)
         self.alphas = self._make_alphas("normal", "reduce")
 
-    def _run(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def cell_type(self, cell: SearchCell) -> str:
+        return "reduce" if cell.reduction else "normal"
+
+    def _run(self, x: Tensor, weights: Mapping[str, Iterator[Tensor]]) -> Tensor:
         s0 = s1 = self.stem(x)
-        for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, weights["reduce" if cell.reduction else "normal"])
+        for cell in self.search_cells():
+            s0, s1 = s1, cell(s0, s1, next(weights[self.cell_type(cell)]))
         return self.classifier(self.global_pooling(s1).flatten(1))
