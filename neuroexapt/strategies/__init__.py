@@ -9,6 +9,7 @@ from neuroexapt.strategies.darts import Darts, SecondOrderDarts
 from neuroexapt.strategies.drnas import DrNas
 from neuroexapt.strategies.fair_darts import FairDarts
 from neuroexapt.strategies.gdas import Gdas
+from neuroexapt.strategies.lambda_darts import LambdaDarts
 from neuroexapt.strategies.pc_darts import PcDarts
 from neuroexapt.strategies.sdarts import AdversariallySmoothed, RandomlySmoothed
 from neuroexapt.strategies.snas import Snas
@@ -24,6 +25,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "snas": Snas,
     "sdarts-rs": RandomlySmoothed,
     "sdarts-adv": AdversariallySmoothed,
+    "lambda-darts": LambdaDarts,
 }
 
 
