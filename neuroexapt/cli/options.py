@@ -48,7 +48,7 @@ def _option(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
     is_flag = bool in (hint, *typing.get_args(hint))
     names = [f"{name}/--no-{name[2:]}" if is_flag else name, *ALIASES.get(field.name, [])]
     default = field.default if isinstance(field.default, (bool, int, float, str, Path)) else None
-    shown = f" [{default}]" if default is not None and not is_flag else " [on]" if default is True else ""
+    shown = " [on]" if default is True else "" if is_flag or default in (None, "") else f" [{default}]"
     annotation = Annotated[hint | None, typer.Option(*names, help=f"{field.metadata['help']}{shown}")]
     return _keyword(field.name, annotation)
 

@@ -58,15 +58,16 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
     get_space(config.space).check(data.image_size, config.init_channels, config.layers, config.batch_size)
     if config.auxiliary:
         check_auxiliary_size(data.image_size)
+    runs = [run.with_seed(config.seed + number) for number in range(config.seeds)]
     first = _make_phase(run, PHASE, PHASE, genotype)
     if new:
         run.create_folder()
         run.folder.write_json("genotype.json", genotype.to_dict())
     run.session.progress.say(
-        f"training {config.genotype} on {config.dataset}: {first.epochs} epochs of "
-        f"{first.steps_per_epoch} steps{_repeated(config)} on {run.where}, run folder {run.folder.path}"
+        f"training {' and '.join((config.genotype, *config.controls))} on {config.dataset}{_seeds(config)}: "
+        f"{first.epochs} epochs of {first.steps_per_epoch} steps on {run.where}, run folder {run.folder.path}"
     )
-    trained = _train_all(run, genotype, first)
+    trained = _train_all(runs, genotype, first)
     curves = read_curves(run.folder)
     seconds = {training.phase: training.seconds for training in itertools.chain(*trained.values())}
     result = {
@@ -92,24 +93,22 @@ def _genotype(run: OpenRun[EvaluateConfig], new: bool) -> AnyGenotype:
     return genotype_from_dict(run.folder.read_json("genotype.json"))
 
 
-def _repeated(config: EvaluateConfig) -> str:
-    seeds = f", {config.seeds} times" if config.seeds > 1 else ""
-    return seeds + "".join(f", next to {control}" for control in config.controls)
+def _seeds(config: EvaluateConfig) -> str:
+    return f", seeds {config.seed} to {config.seed + config.seeds - 1}" if config.seeds > 1 else ""
 
 
 def _train_all(
-    run: OpenRun[EvaluateConfig], genotype: AnyGenotype, first: TrainPhase
+    runs: Sequence[OpenRun[EvaluateConfig]], genotype: AnyGenotype, first: TrainPhase
 ) -> dict[str, list[Trained]]:
-    """The genotype (under ``PHASE``, of which ``first`` is the first phase) and the controls, each as often
-    as there are seeds.
+    """The genotype (under ``PHASE``, of which ``first`` is the first phase) and the controls, each from the
+    seed of every run.
     """
-    trained: dict[str, list[Trained]] = {kind: [] for kind in (PHASE, *run.config.controls)}
+    trained: dict[str, list[Trained]] = {kind: [] for kind in (PHASE, *runs[0].config.controls)}
     phase: TrainPhase | None = first
-    for kind, number in itertools.product(trained, range(run.config.seeds)):
-        seeded = run.with_seed(run.config.seed + number)
-        name = kind if number == 0 else f"{kind}-seed{seeded.config.seed}"
-        chosen = _chosen(seeded, kind, genotype)
-        phase = phase or _make_phase(seeded, kind, name, chosen)
+    for kind, run in itertools.product(trained, runs):
+        name = kind if run is runs[0] else f"{kind}-seed{run.config.seed}"
+        chosen = _chosen(run, kind, genotype)
+        phase = phase or _make_phase(run, kind, name, chosen)
         trained[kind].append(Trained(name, chosen, phase.trained, run.train(phase)))
         phase = None  # Its graphs are freed before the next network is made.
     return trained

@@ -120,6 +120,7 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture) -> None:
     assert code == 0
     for name in SearchConfig.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in out
+    assert "[]" not in run(capsys, "evaluate", "--help")[1]
 
 
 def test_help_and_version_without_a_command(capsys: pytest.CaptureFixture) -> None:
@@ -150,6 +151,9 @@ def test_help_and_version_without_a_command(capsys: pytest.CaptureFixture) -> No
         (["search", "--resume", "/does/not/exist"], "holds no run"),
         (["evaluate", "--genotype", "DARTS_V9"], "no genotype 'DARTS_V9'"),
         (["evaluate", "--auxiliary"], "auxiliary head needs pictures of at least 21 pixels, these have 8"),
+        (["evaluate", "--recipe", "slow"], "unknown recipe 'slow'; choose one of published, fast"),
+        (["evaluate", "--control", "random,resnet"], "unknown control 'resnet'; choose of random, resnet18"),
+        (["evaluate", "--seed", str(2**63 - 1), "--seeds", "2"], "choose one from 0 to 2**63 - 1"),
         (["search", "--grad-clip", "inf"], "grad_clip=inf: choose a finite number"),
         (["search", "--space", "mine"], "Register one of your own first"),
         (["derive", "/does/not/exist"], "holds no run"),
