@@ -11,6 +11,8 @@ import torch
 from neuroexapt.backend import use_backend
 from neuroexapt.core.genotypes import load_genotype
 from neuroexapt.data import DATASETS, load_dataset
+from neuroexapt.spaces.nas_bench_201 import genotype_of_id
+from tests.engine.tiny import write_tiny_npz
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import full_search
@@ -148,6 +150,67 @@ def test_full_search_times_the_command_line(tmp_path):
     figures = {line["metric"]: line for line in map(json.loads, out.read_text().splitlines())}
     assert figures["wall_s"]["case"] == "noise-100-b8-1epochs"
     assert 0 < figures["first_epoch_s"]["median"] < figures["wall_s"]["median"]
+
+
+@pytest.mark.slow
+def test_nas_bench_201_compares_strategies_by_a_table_and_draws_them(tmp_path):
+    table, out, figure = (tmp_path / name for name in ("table.csv", "results.jsonl", "figure.png"))
+    rows = (f"{genotype_of_id(number)},{number / 200},{number / 200}\n" for number in range(15_625))
+    table.write_text("arch,c10_test_200,c10_valid_12\n" + "".join(rows))
+    data = write_tiny_npz(tmp_path / "tiny.npz")
+    done = run_benchmark(
+        "nas_bench_201.py", f"--table={table}", f"--dataset=npz:{data}", f"--out={out}", f"--figure={figure}",
+        "--strategies", "darts", "gdas", "--seeds=1", "--epochs=2", "--batch-size=8", "--jobs=2",
+        "--options", "layers=3", "init-channels=2", "backend=cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    for strategy in ("darts", "gdas"):
+        of_strategy = {line["metric"]: line for line in lines if line["implementation"] == strategy}
+        (number,), (accuracy,) = of_strategy["genotypes"]["values"], of_strategy["accuracy"]["values"]
+        assert accuracy == pytest.approx(number / 20_000)
+        assert of_strategy["accuracy_curve"]["values"][0][-1] == accuracy
+        assert of_strategy["search_s"]["mean"] < of_strategy["wall_s"]["mean"]
+    queries = {
+        line["implementation"]: line["values"] for line in lines if line["metric"] == "accuracy_by_queries"
+    }
+    assert queries["random search"] == sorted(queries["random search"])
+    assert queries["regularised evolution"][0] < queries["regularised evolution"][-1] <= 15_624 / 20_000
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_nas_bench_201_records_what_its_limit_cuts_short(tmp_path):
+    table, out, figure = (tmp_path / name for name in ("table.csv", "results.jsonl", "figure.png"))
+    rows = (f"{genotype_of_id(number)},1,1\n" for number in range(15_625))
+    table.write_text("arch,c10_test_200,c10_valid_12\n" + "".join(rows))
+    done = run_benchmark(
+        "nas_bench_201.py", f"--table={table}", "--dataset=digits", f"--out={out}", f"--figure={figure}",
+        "--strategies", "darts", "gdas", "--seeds=1", "--epochs=1000", "--jobs=1", "--limit=1",
+        "--options", "backend=cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    status = {
+        line["implementation"]: line["status"]
+        for line in map(json.loads, out.read_text().splitlines())
+        if line["metric"] == "status"
+    }
+    assert status == dict.fromkeys(("darts", "gdas"), "seed 0: cut short by the limit, no epoch done")
+
+
+@pytest.mark.slow
+def test_train_step_times_a_derived_network_in_every_way(tmp_path):
+    out = tmp_path / "results.jsonl"
+    done = run_benchmark(
+        "train_step.py", "--device=cpu", "--batch=8", "--layers=3", "--channels=2", "--side=8", "--seconds=0",
+        "--precisions", "float32", "bfloat16", f"--out={out}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    times = {(line["implementation"], line["dtype"]): line for line in lines if line["metric"] == "step_ms"}
+    assert len(times) == 6 * 2
+    assert all(line["median"] > 0 for line in times.values())
+    assert times["eager", "float32"]["max_error"] == 0 < times["eager", "bfloat16"]["max_error"]
 
 
 def test_noise_has_the_form_of_cifar10(tmp_path):

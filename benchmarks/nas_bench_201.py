@@ -1,0 +1,328 @@
+"""What do searches on nas-bench-201 find, and how fast? Strategies over seeds, by a table of true accuracies.
+
+``python benchmarks/nas_bench_201.py --table TABLE [--dataset cifar10 --data-root DIR]`` runs ``neuroexapt
+search`` for every strategy and seed, each in a process of its own and ``--jobs`` at a time, shared out over
+the GPUs; appends accuracies and seconds to the results; lets random search and regularised evolution ask the
+same table; and draws all of it. ``--draw`` only draws. What the ``--limit`` cuts short is recorded as such.
+
+``accuracy`` is the table's test accuracy on CIFAR-10 of the last epoch's genotype, ``wall_s`` the process
+from start to end, ``search_s`` the epochs of the search, validation included.
+"""
+
+import argparse
+import json
+import os
+import queue
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from _harness import RESULTS, Results, Spread, open_results, results_parser
+
+from neuroexapt.benchmarks import Table, load_table, random_search, regularized_evolution
+from neuroexapt.core.genotypes import CellGenotype
+from neuroexapt.spaces.nas_bench_201 import id_of_genotype
+from neuroexapt.strategies import STRATEGIES
+
+PUBLISHED = {
+    "darts": 0.5430,
+    "gdas": 0.936,
+    "pc-darts": 0.934,
+    "drnas": 0.9436,
+    "beta-darts": 0.9436,
+    "lambda-darts": 0.9436,
+}
+"""Mean test accuracies on CIFAR-10, with the strategies' own settings."""
+OPTIMUM = 0.9437
+DISCRETE = {"random search": random_search, "regularised evolution": regularized_evolution}
+QUERIES = (1, 2, 3, 5, 7, 10, 14, 20, 30, 50, 70, 100, 140, 200, 300, 500)
+DISCRETE_SEEDS = 100
+METRIC = "table_cifar10_test"
+FIGURE = RESULTS.parent.parent / "docs" / "images" / "nas_bench_201.png"
+STRATEGY_COLOURS = {"sep_conv", "contrast", "skip", "accent", "dil_conv", "avg_pool", "conv", "max_pool"}
+"""Of the report's theme."""
+STOP_SECONDS = 20
+"""How long a search may take to write its checkpoint when it is told to stop."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search by one strategy with one seed, in a folder of its own."""
+
+    strategy: str
+    seed: int
+    folder: Path
+
+    def run(self, options: Sequence[str], gpu: int | None, deadline: float) -> float | None:
+        """Seconds that it took; None if the deadline came first."""
+        command = [sys.executable, "-m", "neuroexapt", "search", "--space=nas-bench-201", "--train-epochs=0"]
+        command += [f"--strategy={self.strategy}", f"--seed={self.seed}", f"--out={self.folder}", *options]
+        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        start = time.monotonic()
+        with open(self.folder.with_suffix(".log"), "w") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            try:
+                code = process.wait(max(0.0, deadline - start))
+            except subprocess.TimeoutExpired:
+                _stop(process)
+                return None
+        if code:
+            raise SystemExit(f"{' '.join(command)} failed:\n{self.folder.with_suffix('.log').read_text()}")
+        return time.monotonic() - start
+
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Seconds at the end of each epoch so far, and the true accuracy of its genotype."""
+        metrics, timing = (_read(self.folder / f"{name}.jsonl") for name in ("metrics", "timing"))
+        seconds = [record["seconds"] for record in timing if record["phase"] == "search"]
+        return list(accumulate(seconds)), [record[METRIC] for record in metrics if METRIC in record]
+
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.folder / "config.json").read_text())
+
+    def genotype_id(self) -> int:
+        return id_of_genotype(CellGenotype.from_dict(json.loads((self.folder / "genotype.json").read_text())))
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_all(
+    searches: Sequence[Search], options: Sequence[str], jobs: int, deadline: float
+) -> dict[Search, float | None]:
+    """Seconds of each search, None of those that the deadline cut short or did not let start."""
+    waiting: queue.SimpleQueue[Search] = queue.SimpleQueue()
+    for search in searches:
+        waiting.put(search)
+    seconds: dict[Search, float | None] = dict.fromkeys(searches)
+    failures: list[SystemExit] = []
+    gpus = torch.cuda.device_count()
+
+    def work(worker: int) -> None:
+        gpu = worker % gpus if gpus else None
+        while not failures and time.monotonic() < deadline:
+            try:
+                search = waiting.get_nowait()
+                seconds[search] = search.run(options, gpu, deadline)
+            except queue.Empty:
+                return
+            except SystemExit as failure:
+                failures.append(failure)
+                return
+            print(f"{search.strategy} seed {search.seed}: {_describe(search, seconds[search])}", flush=True)
+
+    workers = [threading.Thread(target=work, args=(worker,)) for worker in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failures:
+        print(failures[0], file=sys.stderr)
+    return seconds
+
+
+def _describe(search: Search, seconds: float | None) -> str:
+    _, accuracies = search.curve()
+    found = f"{accuracies[-1]:.2%} after {len(accuracies)} epochs" if accuracies else "no epoch done"
+    if seconds is None:
+        return f"cut short by the limit, {found}"
+    return f"{found}, {seconds:.0f} s"
+
+
+def record_searches(
+    results: Results, seconds: dict[Search, float | None], dataset: str, share: float
+) -> None:
+    """Of each strategy its finished seeds together, then the others' states; ``share``: searches a GPU."""
+    for strategy in dict.fromkeys(search.strategy for search in seconds):
+        mine = [search for search in seconds if search.strategy == strategy]
+        done = [search for search in mine if seconds[search] is not None]
+        if done:
+            config = done[0].config()
+            case = f"{Path(dataset).stem}-b{config['batch_size']}-{config['epochs']}epochs"
+            record_strategy(results, case, done, [seconds[search] or 0.0 for search in done], share)
+        for search in mine:
+            if search not in done:
+                status = f"seed {search.seed}: {_describe(search, None)}"
+                results.add_status(dataset, strategy, "as shipped", status)
+
+
+def record_strategy(
+    results: Results, case: str, searches: Sequence[Search], wall: list[float], share: float
+) -> None:
+    times, accuracies = zip(*(search.curve() for search in searches), strict=True)
+    strategy, shared = searches[0].strategy, {"searches_per_device": share}
+
+    def add(metric: str, unit: str, values: list[float]) -> None:
+        spread = Spread.of(values) if len(values) > 1 else Spread.exactly(values[0])
+        mean = statistics.fmean(values)
+        figures = {"unit": unit, **asdict(spread), "mean": mean, "values": values, **shared}
+        results.record(case, strategy, "as shipped", metric, **figures)
+        print(f"{case:28} {strategy:13} {metric:10} {mean:10.4f} {unit}  {values}", flush=True)
+
+    add("accuracy", "share", [curve[-1] for curve in accuracies])
+    add("wall_s", "s", wall)
+    add("search_s", "s", [curve[-1] for curve in times])
+    genotypes = [search.genotype_id() for search in searches]
+    seeds = [search.seed for search in searches]
+    results.record(case, strategy, "as shipped", "genotypes", values=genotypes, seeds=seeds)
+    results.record(case, strategy, "as shipped", "accuracy_curve", values=accuracies, seconds=times, **shared)
+
+
+def record_discrete(results: Results, table: Table) -> None:
+    """Test accuracy of what searches without gradients hold best, by the number of their queries."""
+    for name, search in DISCRETE.items():
+        found = [search(table, QUERIES[-1], seed=seed) for seed in range(DISCRETE_SEEDS)]
+        accuracies = [[table.query(best[count - 1])["cifar10_test"] for best in found] for count in QUERIES]
+        spreads = [Spread.of(values) for values in accuracies]
+        results.record(
+            "queries", name, "table", "accuracy_by_queries", queries=QUERIES, runs=DISCRETE_SEEDS,
+            values=[statistics.fmean(values) for values in accuracies],
+            p20=[spread.p20 for spread in spreads], p80=[spread.p80 for spread in spreads],
+        )  # fmt: skip
+        print(f"{name}: {statistics.fmean(accuracies[-1]):.2%} after {QUERIES[-1]} queries", flush=True)
+
+
+def draw(path: Path, figure_path: Path) -> None:
+    """Accuracy against seconds of every strategy's last record, and against queries without gradients."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from neuroexapt.report.style import INK, RC_PARAMS
+
+    lines = _read(path)
+    with matplotlib.rc_context(RC_PARAMS):
+        figure = Figure(figsize=(10, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        _draw_searches(left, [line for line in lines if line["metric"] == "accuracy_curve"])
+        _draw_discrete(right, [line for line in lines if line["metric"] == "accuracy_by_queries"])
+        for axes in (left, right):
+            best = f"best cell {OPTIMUM:.2%}"
+            axes.axhline(OPTIMUM, color=INK, linestyle="dotted", linewidth=1, label=best)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.legend(fontsize=8, loc="lower left" if axes is left else "lower right")
+        figure.savefig(figure_path, dpi=160)
+
+
+def _draw_searches(axes: Any, records: list[dict[str, Any]]) -> None:
+    """Seeds thin, their mean bold, what was published at the right edge."""
+    from neuroexapt.report.style import THEME
+
+    colours = [colour for name, (colour, _) in THEME.items() if name in STRATEGY_COLOURS]
+    axes.set(title="searches by gradient", xlabel="seconds", ylabel="test accuracy on CIFAR-10, by the table")
+    _spread_high_accuracies(axes)
+    latest = {record["implementation"]: record for record in records}
+    for (strategy, record), colour in zip(latest.items(), colours, strict=False):
+        for seconds, accuracies in zip(record["seconds"], record["values"], strict=True):
+            axes.plot(seconds, accuracies, color=colour, linewidth=0.6, alpha=0.5)
+        mean_seconds, means = (
+            [statistics.fmean(epoch) for epoch in zip(*record[name], strict=False)]
+            for name in ("seconds", "values")
+        )
+        published = f", published {PUBLISHED[strategy]:.2%}" if strategy in PUBLISHED else ""
+        axes.plot(mean_seconds, means, color=colour, label=f"{strategy} {means[-1]:.2%}{published}")
+        if strategy in PUBLISHED:
+            mark = {"marker": "D", "markersize": 5, "clip_on": False, "transform": axes.get_yaxis_transform()}
+            axes.plot(1, PUBLISHED[strategy], color=colour, **mark)
+
+
+def _spread_high_accuracies(axes: Any) -> None:
+    """An axis on which errors, not accuracies, are logarithmic."""
+    import numpy as np
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_yscale(
+        "function", functions=(lambda a: -np.log(np.maximum(1 - a, 1e-3)), lambda y: 1 - np.exp(-y))
+    )
+    axes.set_ylim(0.5, 0.95)
+    axes.set_yticks((0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.93, 0.94))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+
+
+def _draw_discrete(axes: Any, records: list[dict[str, Any]]) -> None:
+    """Means, and the middle 60 % of the seeds."""
+    from neuroexapt.report.style import CONTRAST, MUTED
+
+    axes.set(title="searches without gradients", xlabel="networks trained for 12 epochs")
+    axes.set_xscale("log")
+    latest = {record["implementation"]: record for record in records}
+    for (name, record), colour in zip(latest.items(), (MUTED, CONTRAST), strict=False):
+        queries, means = record["queries"], record["values"]
+        axes.fill_between(queries, record["p20"], record["p80"], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(queries, means, color=colour, label=f"{name} {means[-1]:.2%}")
+
+
+def searches_of(arguments: argparse.Namespace, folder: Path) -> Iterator[Search]:
+    """Every strategy once before any has its second seed, in case that time runs out."""
+    for seed in range(arguments.seeds):
+        for strategy in arguments.strategies:
+            yield Search(strategy, seed, folder / f"{strategy}-{seed}")
+
+
+def arguments_from_command_line() -> argparse.Namespace:
+    parser = results_parser("nas_bench_201", __doc__)
+    parser.add_argument("--table", type=Path, help="CSV file, or files of NATS-Bench")
+    parser.add_argument("--dataset", default="cifar10", help="of neuroexapt search")
+    parser.add_argument("--data-root", type=Path, help="of neuroexapt search")
+    default = [name for name in PUBLISHED if name in STRATEGIES]
+    parser.add_argument("--strategies", nargs="*", default=default, choices=[*STRATEGIES, []])
+    parser.add_argument("--seeds", type=int, default=3, help="searches of each strategy")
+    parser.add_argument("--epochs", type=int, help="of each search (default: as published)")
+    parser.add_argument("--batch-size", type=int, help="of each search (default: as published)")
+    parser.add_argument("--options", nargs="+", default=[], help="more of neuroexapt search, without dashes")
+    parser.add_argument("--jobs", type=int, help="searches at a time (default: one for each GPU)")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for all searches")
+    parser.add_argument("--runs", type=Path, help="keep the run folders here (default: a temporary folder)")
+    parser.add_argument("--figure", type=Path, default=FIGURE, help="file to draw to")
+    parser.add_argument("--draw", action="store_true", help="only draw what the results hold")
+    arguments = parser.parse_args()
+    if arguments.table is None and not arguments.draw:
+        parser.error("give the --table, or --draw what the results hold")
+    return arguments
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    gpus = torch.cuda.device_count()
+    results = open_results("nas_bench_201", arguments, "cuda" if gpus else "cpu")
+    record_discrete(results, load_table(arguments.table))
+    options = [f"--{option}" for option in arguments.options]
+    for name in ("dataset", "data_root", "table", "epochs", "batch_size"):
+        if getattr(arguments, name) is not None:
+            options.append(f"--{name.replace('_', '-')}={getattr(arguments, name)}")
+    jobs = arguments.jobs or max(1, gpus)
+    searches = list(searches_of(arguments, folder))
+    seconds = run_all(searches, options, jobs, time.monotonic() + arguments.limit)
+    record_searches(results, seconds, arguments.dataset, jobs / max(1, gpus))
+
+
+def main() -> int:
+    arguments = arguments_from_command_line()
+    if not arguments.draw:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = arguments.runs or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            measure(arguments, folder)
+    draw(arguments.out, arguments.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
