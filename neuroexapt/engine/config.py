@@ -51,6 +51,9 @@ class RunConfig:
     weight_decay: float = setting(3e-4, "weight decay of the weights")
     grad_clip: float = setting(5.0, "largest norm of the weights' gradient")
     precision: str = setting("fp32", "of the derived network's training: fp32, or bf16 (autocast)")
+    channels_last: bool | None = setting(
+        None, "memory layout of the derived network's training (default: channels-last on the CPU)"
+    )
     seed: int = setting(0, "seed of everything random")
     backend: str = setting("auto", "auto, cpu, cuda, cuda:triton, ...")
     out: Path | None = setting(None, "folder of the run (default: runs/<time>-<data set>)")

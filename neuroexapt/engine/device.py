@@ -12,15 +12,15 @@ from torch import nn
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def place(network: Network, device: torch.device) -> Network:
-    """Move ``network`` to its device, on the CPU in channels-last.
+def place(network: Network, device: torch.device, channels_last: bool | None = None) -> Network:
+    """Move ``network`` to its device, channels-last where that is asked for or (None) on the CPU.
 
     There the search step on digits took 671 ms instead of 971 on two cores. The GPU kernels want NCHW.
     """
     network = network.to(device)
-    if device.type == "cpu":
-        network = network.to(memory_format=torch.channels_last)
-    return network
+    if channels_last is None:
+        channels_last = device.type == "cpu"
+    return network.to(memory_format=torch.channels_last) if channels_last else network
 
 
 def reset_peak_memory(device: torch.device) -> None:

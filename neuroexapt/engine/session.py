@@ -36,6 +36,7 @@ Config = TypeVar("Config", bound=RunConfig)
 PLACEMENT = frozenset(
     {
         "backend",
+        "channels_last",
         "checkpoint_seconds",
         "data_root",
         "download",
@@ -141,7 +142,7 @@ class OpenRun(Generic[Config]):
     def initial_network(self, make: Callable[[], Network], phase: str) -> Network:
         """A network on this run's device, with the initial weights of ``phase``."""
         torch.manual_seed(seed_for(self.config.seed, phase))
-        return place(make(), self.device)
+        return place(make(), self.device, self.config.channels_last)
 
     def with_seed(self, seed: int) -> "OpenRun[Config]":
         """The same run, whose initial weights and batches come from another seed."""
