@@ -1,10 +1,10 @@
-"""One training step of a derived network, forward, backward and optimizer: every way to run it, side by side.
+"""One training step of a derived network, forward, backward and optimizer: every way to run it.
 
-``python benchmarks/train_step.py [--implementations graph ...] [--precisions bfloat16] [--batch 256]`` takes a
-minute or two on one GPU. The network is DARTS' second-order cell as published for CIFAR-10 (20 cells, 36
-channels, auxiliary head), on noise. ``eager`` launches PyTorch's own operations one by one, ``eager-graph`` as
-one CUDA graph; ``graph`` is the same with the kernels that dispatch chooses for convolutions and pools, as
-``neuroexapt evaluate`` runs it. ``-nhwc``: channels-last.
+``python benchmarks/train_step.py [--implementations graph ...] [--precisions bfloat16] [--batch 256]`` takes
+a minute or two on one GPU. The network is DARTS' second-order cell as published for CIFAR-10 (20 cells, 36
+channels, auxiliary head), on noise. ``eager`` launches PyTorch's own operations one by one, ``eager-graph``
+as one CUDA graph; ``graph`` is the same with the kernels that dispatch chooses for convolutions and pools,
+as ``neuroexapt evaluate`` runs it. ``-nhwc``: channels-last.
 
 Before it is timed, the loss of the first step is held to that of the same network in fp32; one that is off is
 reported, not timed, and makes the exit code 1. ``step_ms`` is the time from the end of a step to the end of
