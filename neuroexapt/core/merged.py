@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from neuroexapt.backend.registry import Support, register_impl
 from neuroexapt.core.batch_norm import normed_sum, sum_chunks
 from neuroexapt.core.layouts import Merging, choose_layout
-from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN, two_grids
+from neuroexapt.core.operations import FactorizedReduce, convolve_joined, two_grids
 from neuroexapt.core.plan import (
     EPS,
     MOMENTUM,
@@ -168,15 +168,15 @@ def _kind(term: Term, merging: Merging) -> tuple[Any, Hashable, Hashable]:
             return _Departure.convs, dilations, sizes
         return _Departure.convs, (dilations, sizes), id(term) if merging is Merging.NONE else None
     if isinstance(term, PoolTerm):
-        return _Departure.pools, None, (term.pool.kind, term.pool.kernel_size)
+        run = _Departure.pools if term.bn is not None else _Departure.bare_pools
+        return run, None, (term.pool.kind, term.pool.kernel_size)
     if isinstance(term, IdentityTerm):
         return _Departure.identities, None, None
     assert isinstance(term, ModuleTerm)
     if type(term.module) is FactorizedReduce and term.bn is not None:
         return _Departure.reductions, None, None
-    if type(term.module) is ReLUConvBN and term.bn is not None:
-        conv = term.module.op[1]
-        return _Departure.dense_convs, (conv.kernel_size, conv.stride, conv.padding), None
+    if term.joins_with is not None:
+        return _Departure.dense_convs, term.joins_with, None
     return _Departure.one_module, id(term), None
 
 
@@ -215,6 +215,10 @@ class _Departure:
             normed.append(y)
         return _mix(normed, weights.view(len(bundle.kinds), -1))
 
+    def bare_pools(self, bundle: Bundle, weights: Tensor) -> Tensor:
+        pooled = [self.layout.pool(self.x, terms[0].pool) for terms in bundle.kinds]
+        return _mix(pooled, weights.view(len(bundle.kinds), -1))
+
     def identities(self, bundle: Bundle, weights: Tensor) -> Tensor:
         return _mix([self.x], weights.view(1, -1))
 
@@ -231,9 +235,7 @@ class _Departure:
         return self._shares(self.layout.enter(z), bundle, weights)
 
     def dense_convs(self, bundle: Bundle, weights: Tensor) -> Tensor:
-        convs = [term.module.op[1] for term in bundle.terms]
-        merged = torch.cat([conv.weight for conv in convs])
-        z = F.conv2d(self.layout.leave(self.active), merged, None, convs[0].stride, convs[0].padding)
+        z = convolve_joined(self.layout.leave(self.active), [term.module for term in bundle.terms])
         return self._shares(self.layout.enter(z), bundle, weights)
 
     def one_module(self, bundle: Bundle, weights: Tensor) -> Tensor:

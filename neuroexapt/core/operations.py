@@ -120,6 +120,16 @@ class ReLUConvBN(nn.Module):
         return functional.relu_conv_bn(x, self.op)
 
 
+def convolve_joined(active: Tensor, ops: Sequence[ReLUConvBN]) -> Tensor:
+    """The convolutions of ``ops``, which have one geometry, as one; ``active``: after the relu.
+
+    [B, C, H, W] → [B, Σ C_out, H', W'].
+    """
+    convs: list[Any] = [op.op[1] for op in ops]
+    weight = torch.cat([conv.weight for conv in convs])
+    return F.conv2d(active, weight, None, convs[0].stride, convs[0].padding)
+
+
 class SepConvBlock(nn.Module):
     """relu → depthwise → pointwise convolution → batch normalisation; the first three are one op."""
 

@@ -84,10 +84,9 @@ class ConvTerm(Term):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PoolTerm(Term):
-    """A pool and its BatchNorm; ``pool`` tells kind and kernel size."""
+    """A pool, with or without BatchNorm; ``pool`` tells kind and kernel size."""
 
     pool: Pool
-    bn: nn.BatchNorm2d
 
     @property
     def is_known(self) -> bool:
@@ -106,6 +105,14 @@ class ModuleTerm(Term):
 
     module: nn.Module
     body: Callable[[Tensor], Tensor]
+
+    @property
+    def joins_with(self) -> tuple[Any, ...] | None:
+        """What relu-conv-BN operations have in common that may run as one convolution; None for others."""
+        if type(self.module) is not ReLUConvBN or self.bn is None:
+            return None
+        conv = self.module.op[1]
+        return conv.kernel_size, conv.stride, conv.padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,6 +290,8 @@ def _term(op: nn.Module, edge: int, column: int, source: int, target: int, strid
     blocks = _conv_blocks(op)
     if blocks and all(splits_off(block.bn) for block in blocks):
         return ConvTerm(**place, bn=blocks[-1].bn, blocks=blocks)
+    if type(op) is Pool:
+        return PoolTerm(**place, bn=None, pool=op)
     body, bn = _split(op)
     if not splits_off(bn):
         return ModuleTerm(**place, bn=None, module=op, body=op)

@@ -19,11 +19,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from neuroexapt.backend import Support, register_impl
-from neuroexapt.core.operations import FactorizedReduce, SepConvBlock
+from neuroexapt.core.operations import FactorizedReduce, SepConvBlock, convolve_joined
 from neuroexapt.core.plan import (
     POOL_SIZE,
     CellPlan,
@@ -225,7 +226,8 @@ class _Outputs:
 
     def put(self, members: Sequence[Any], zs: Sequence[Tensor], moments: Sequence[Tensor]) -> None:
         self.z.update(zip(members, zs, strict=True))
-        self._moments.update(zip(members, moments, strict=True))
+        found = zip(members, moments, strict=True)
+        self._moments.update((member, m) for member, m in found if _batch_norm(member, 0) is not None)
 
     def normalise(self, block: int) -> None:
         """Make ``stats`` of all moments since the last time, in one launch."""
@@ -500,17 +502,30 @@ def _run_outside(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The states for further use, and the outputs of what runs outside."""
     xs = dict(zip(flow.states, map(_planes, states), strict=True))
-    shares: dict[Any, Tensor] = {}
+    outputs: dict[Any, Tensor] = {}
     for state, members in _by_state(flow.outside).items():
-        xs[state], *of_state = _ShareState.apply(pass_, 1 + len(members), xs[state])
-        shares.update(zip(members, of_state, strict=True))
-    outputs = [
-        member.module(shares[member], weights[member.edge])
-        if isinstance(member, WholeEdge)
-        else member.body(shares[member])
-        for member in flow.outside
-    ]
-    return list(xs.values()), outputs
+        convs = [m for m in members if isinstance(m, ModuleTerm) and m.joins_with is not None]
+        others = [member for member in members if member not in convs]
+        xs[state], *shares = _ShareState.apply(pass_, 1 + len(others) + bool(convs), xs[state])
+        for member, share in zip(others, shares, strict=False):
+            is_edge = isinstance(member, WholeEdge)
+            outputs[member] = member.module(share, weights[member.edge]) if is_edge else member.body(share)
+        if convs:
+            outputs |= _convolve_joined(shares[-1], convs)
+    return list(xs.values()), [outputs[member] for member in flow.outside]
+
+
+def _convolve_joined(x: Tensor, terms: Sequence[ModuleTerm]) -> dict[ModuleTerm, Tensor]:
+    """z of relu-conv-BN terms that leave x: those of one geometry are parts of one convolution."""
+    active = F.relu(x)
+    outputs: dict[ModuleTerm, Tensor] = {}
+    alike: dict[Any, list[ModuleTerm]] = {}
+    for term in terms:
+        alike.setdefault(term.joins_with, []).append(term)
+    for members in alike.values():
+        ops: list[Any] = [term.module for term in members]
+        outputs.update(zip(members, convolve_joined(active, ops).chunk(len(ops), dim=1), strict=True))
+    return outputs
 
 
 def _by_state(members: Sequence[Any]) -> dict[int, list[Any]]:
