@@ -329,6 +329,16 @@ def test_backward_of_convolutions(shape, second, ieee, wants_weights, count):
 
 
 @gpu
+@pytest.mark.parametrize("parts", [1, 5, 64, 256, 1000])
+@pytest.mark.parametrize("sizes", [(144, 256, 4096), (9, 400, 3)])
+def test_sums_of_parts(parts, sizes):
+    weights = [randn(size, 1, 1, 1) for size in (*sizes, 16)]
+    partials = [randn(parts + i, weight.numel()) for i, weight in enumerate(weights)]
+    expected = torch_kernels.reduce_partials(exact(partials), exact(weights))
+    assert_all_close(cell_kernels.reduce_partials(partials, weights), expected)
+
+
+@gpu
 @pytest.mark.usefixtures("ieee")
 @pytest.mark.parametrize("shape", CONV_SHAPES)
 @pytest.mark.parametrize("wants_weights", [True, False])
@@ -535,7 +545,7 @@ def test_is_chosen_for_fp32():
 @pytest.mark.parametrize(
     # All for wide and narrow accesses but for two that have no such; those of windows also for stride 2.
     ("source", "kernels"),
-    [("node_pools.cu", 8), ("node_statistics.cu", 3), ("node_sums.cu", 7)],
+    [("node_pools.cu", 8), ("node_statistics.cu", 3), ("node_sums.cu", 7), ("partial_sums.cu", 2)],
 )
 def test_keeps_everything_in_registers(tmp_path, source, kernels, arch):
     report = assembler_report(source, arch, tmp_path)

@@ -146,23 +146,31 @@ def backward_first(
     grads: Sequence[Sequence[ConvGrad]], exact: bool, wants_weights: bool
 ) -> tuple[list[list[Tensor]], Partials]:
     """Of the convolutions of each state: tensors whose sum is the state's gradient; partials of them all."""
-    found = [_backward_state(of_state, exact, wants_weights) for of_state in grads]
+    if grads[0][0].conv.stride > 1:
+        found = [_backward_strided(of_state, wants_weights) for of_state in grads]
+    else:
+        pairs = (grads[i : i + 2] for i in range(0, len(grads), 2))
+        found = [one for pair in pairs for one in _backward_states(pair, exact, wants_weights)]
     dxs, partials = zip(*found, strict=True)
     return list(dxs), Partials(*(list(chain(*same)) for same in zip(*partials, strict=True)))
 
 
-def _backward_state(
-    grads: Sequence[ConvGrad], exact: bool, wants_weights: bool
-) -> tuple[list[Tensor], Partials]:
-    if grads[0].conv.stride > 1:
-        return _backward_strided(grads, wants_weights)
-    kernels, shape = extension(), _conv_shape(grads[0].z, exact)
-    splits = kernels.cell_conv_dx_splits(shape, len(grads), 1, wants_weights)
-    dxs = _empty_like(grads[0].z, splits)
-    partials = _partials(grads, kernels.cell_conv_backward_parts(shape), wants_weights)
-    jobs = _grad_jobs(grads, [dxs[0]] * len(grads), [None] * len(grads), partials)
+def _backward_states(
+    grads: Sequence[Sequence[ConvGrad]], exact: bool, wants_weights: bool
+) -> list[tuple[list[Tensor], Partials]]:
+    """Of one state or two, in one launch."""
+    z, kernels = grads[0][0].z, extension()
+    shape, most = _conv_shape(z, exact), max(map(len, grads))
+    splits = kernels.cell_conv_dx_splits(shape, most, len(grads), wants_weights)
+    parts = kernels.cell_conv_backward_parts(shape)
+    found = [(_empty_like(z, splits), _partials(of_state, parts, wants_weights)) for of_state in grads]
+    jobs = [
+        job
+        for of_state, (dxs, partials) in zip(grads, found, strict=True)
+        for job in _grad_jobs(of_state, [dxs[0]] * len(of_state), [None] * len(of_state), partials)
+    ]
     kernels.cell_conv_backward_first(shape, jobs, splits, current_stream())
-    return dxs, partials
+    return found
 
 
 def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -274,10 +282,10 @@ def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> li
     kernels = extension()
     gradients = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     jobs = [
-        kernels.ConvReduceJob(*addresses(partial, gradient), gradient.numel(), partial.shape[0])
+        kernels.PartialSumsJob(*addresses(partial, gradient), gradient.numel(), partial.shape[0])
         for partial, gradient in zip(partials, gradients, strict=True)
     ]
-    kernels.cell_conv_reduce(jobs, current_stream())
+    kernels.partial_sums_add_up(jobs, current_stream())
     return gradients
 
 

@@ -3,6 +3,7 @@
 
 #include "cell_conv.h"
 #include "node.h"
+#include "partial_sums.h"
 #include "pointwise.h"
 #include "sepconv.h"
 #include "softmax_sum.h"
@@ -84,4 +85,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("node_coefficients", &node::coefficients);
   m.def("node_affine_gradient", &node::affine_gradient);
   m.def("node_state_gradients", &node::state_gradients);
+
+  pybind11::class_<partial_sums::Job>(m, "PartialSumsJob").def(pybind11::init<Address, Address, int, int>());
+  m.def("partial_sums_add_up", &partial_sums::add_up);
 }

@@ -24,8 +24,8 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-__host__ __device__ inline int part_count(const Shape& shape) {
-  return int((int64_t(shape.batch) * shape.pixels + kSpan - 1) / kSpan);
+__host__ __device__ inline int part_count(const Shape& shape, int span = kSpan) {
+  return int((int64_t(shape.batch) * shape.pixels + span - 1) / span);
 }
 
 template <typename T>
@@ -90,16 +90,16 @@ struct Position {
   }
 };
 
-// A lane's share of a part: kSlots times V pixels.
-template <int V>
+// A lane's share of a part of Span pixels: kSlots times V pixels.
+template <int V, int Span = kSpan>
 struct Share {
-  static constexpr int kSlots = kSpan / kWarp / V;
+  static constexpr int kSlots = Span / kWarp / V;
   Position at[kSlots];
   int count;  // slots that hold pixels are the first ones
 
   __device__ Share(int part, const Shape& shape) : count(0) {
     const unsigned end = unsigned(shape.batch) * shape.pixels / V;
-    const unsigned first = unsigned(part) * (kSpan / V) + threadIdx.x % kWarp;
+    const unsigned first = unsigned(part) * (Span / V) + threadIdx.x % kWarp;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const unsigned i = first + slot * kWarp;

@@ -8,6 +8,8 @@ namespace {
 constexpr int kMaxPools = 16, kMaxStates = 2;  // of a launch
 constexpr int kStateThreads = 256;
 constexpr int kTilePixels = 1024;
+constexpr int kPoolSpan = 256;  // pixels of a part: fewer than elsewhere, since a window is many loads
+constexpr int kEdgesAtOnce = 2, kAddendsAtOnce = 4;  // whose loads a thread issues before it uses the first
 
 struct PoolLaunch {
   PoolShape shape;
@@ -21,11 +23,12 @@ __global__ void __launch_bounds__(kThreads, 5) pool_kernel(const __grid_constant
   const PoolJob& job = launch.jobs[blockIdx.z];
   const Shape out = output_shape(shape);
   const int part = blockIdx.x * kWarps + threadIdx.x / kWarp, channel = blockIdx.y;
-  if (part >= part_count(out)) return;
-  const Share<V> share(part, out);
-  Values<V> max[Share<V>::kSlots], avg[Share<V>::kSlots];
+  if (part >= part_count(out, kPoolSpan)) return;
+  using PoolShare = Share<V, kPoolSpan>;
+  const PoolShare share(part, out);
+  Values<V> max[PoolShare::kSlots], avg[PoolShare::kSlots];
 #pragma unroll
-  for (int slot = 0; slot < Share<V>::kSlots; ++slot) {
+  for (int slot = 0; slot < PoolShare::kSlots; ++slot) {
     const Position at = share.at[slot];
     const float* plane = pointer<const float>(job.x.data) + at.picture * job.x.batch_stride +
                          int64_t(channel) * shape.height * shape.width;
@@ -94,12 +97,14 @@ struct WindowGradients {
   static int bytes(int rows, int width) { return rows * pitch_of(width) * (2 * sizeof(float) + 1); }
 };
 
+__device__ float4 coef_of(Address coef, int channel) {
+  return coef == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : __ldg(pointer<const float4>(coef) + channel);
+}
+
 // gradient += A · g + B · pooled + D for V windows.
 template <int V>
-__device__ void add_gradient(float (&gradient)[V], const Values<V>& g, Address coef_, int channel,
+__device__ void add_gradient(float (&gradient)[V], const Values<V>& g, const float4& coef,
                              const float (&pooled)[V]) {
-  if (coef_ == 0) return;
-  const float4 coef = __ldg(pointer<const float4>(coef_) + channel);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     gradient[v] = fmaf(coef.x, g.v[v], gradient[v] + fmaf(coef.y, pooled[v], coef.z));
@@ -177,14 +182,23 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
           pointer<const float>(state.x.data) + picture * state.x.batch_stride + channel * plane_pixels, y, x,
           shape);
       float max_gradient[W] = {}, avg_gradient[W] = {};
-#pragma unroll 4
-      for (int e = 0; e < state.edges; ++e) {
-        const StateEdge& edge = state.edge[e];
-        const Values<W> g =
-            Values<W>::load(pointer<const float>(edge.g.data) + picture * edge.g.batch_stride +
-                            channel * out_plane + y * shape.out_width + x);
-        add_gradient(max_gradient, g, edge.max_coef, channel, pooled.max);
-        add_gradient(avg_gradient, g, edge.avg_coef, channel, pooled.avg);
+      const int64_t window = channel * out_plane + y * shape.out_width + x;
+      for (int first = 0; first < state.edges; first += kEdgesAtOnce) {
+        Values<W> g[kEdgesAtOnce];
+        float4 max_coef[kEdgesAtOnce], avg_coef[kEdgesAtOnce];
+#pragma unroll
+        for (int e = 0; e < kEdgesAtOnce; ++e) {
+          const StateEdge& edge = state.edge[min(first + e, state.edges - 1)];
+          const bool there = first + e < state.edges;
+          g[e] = Values<W>::load(pointer<const float>(edge.g.data) + picture * edge.g.batch_stride + window);
+          max_coef[e] = coef_of(there ? edge.max_coef : 0, channel);
+          avg_coef[e] = coef_of(there ? edge.avg_coef : 0, channel);
+        }
+#pragma unroll
+        for (int e = 0; e < kEdgesAtOnce; ++e) {
+          add_gradient(max_gradient, g[e], max_coef[e], pooled.max);
+          add_gradient(avg_gradient, g[e], avg_coef[e], pooled.avg);
+        }
       }
       const int target = windows.column(row, x);
 #pragma unroll
@@ -204,17 +218,25 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
     const int picture = plane / shape.channels, channel = plane % shape.channels;
     const int64_t pixel = channel * plane_pixels + int64_t(y) * shape.width + x;
     Values<V> dx = {};
-    const auto add = [&](const Tensor& tensor, float weight) {
-      const Values<V> values =
-          Values<V>::load(pointer<const float>(tensor.data) + picture * tensor.batch_stride + pixel);
+    const auto load = [&](const Tensor& tensor) {
+      return Values<V>::load(pointer<const float>(tensor.data) + picture * tensor.batch_stride + pixel);
+    };
+    const auto add = [&](const Values<V>& values, float weight) {
 #pragma unroll
       for (int v = 0; v < V; ++v) dx.v[v] = fmaf(weight, values.v[v], dx.v[v]);
     };
-#pragma unroll 4
-    for (int a = 0; a < state.addends; ++a) add(state.addend[a], 1.f);
+    for (int first = 0; first < state.addends; first += kAddendsAtOnce) {
+      Values<V> addends[kAddendsAtOnce];
+#pragma unroll
+      for (int a = 0; a < kAddendsAtOnce; ++a) addends[a] = load(state.addend[min(first + a, state.addends - 1)]);
+#pragma unroll
+      for (int a = 0; a < kAddendsAtOnce; ++a) {
+        if (first + a < state.addends) add(addends[a], 1.f);
+      }
+    }
     for (int e = 0; e < state.edges; ++e) {
       const StateEdge& edge = state.edge[e];
-      if (edge.identity_weight != 0) add(edge.g, weight_of(edge.identity_weight));
+      if (edge.identity_weight != 0) add(load(edge.g), weight_of(edge.identity_weight));
     }
     if (state.max || state.avg) {
       const int window_plane = row / rows * window_rows - first_window;
@@ -273,7 +295,7 @@ bool are_wide(const Jobs& jobs) {
 
 }  // namespace
 
-int pool_parts(const PoolShape& shape) { return part_count(output_shape(shape)); }
+int pool_parts(const PoolShape& shape) { return part_count(output_shape(shape), kPoolSpan); }
 
 void pool(const PoolShape& shape, const std::vector<PoolJob>& jobs, Address stream) {
   PoolLaunch parameters{shape, {}};

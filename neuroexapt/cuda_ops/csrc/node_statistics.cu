@@ -42,7 +42,7 @@ struct Moments {
 
   __device__ void merge(const Moments& other) {
     const float total = count + other.count, difference = other.mean - mean;
-    const float share = total > 0.f ? other.count / total : 0.f;
+    const float share = total > 0.f ? __fdividef(other.count, total) : 0.f;
     mean = fmaf(difference, share, mean);
     squares += fmaf(difference * difference * count, share, other.squares);
     count = total;
@@ -60,8 +60,9 @@ __device__ Moments merge_parts(const float* moments, int first, int parts, int c
 #pragma unroll
   for (int i = 0; i < kMergeParts; ++i) {
     const int number = first + i * kMergeSplits;
-    const float* m = moments + int64_t(number) * channels * 3;
-    if (number < parts) part[i] = {__ldg(m), __ldg(m + 1), __ldg(m + 2)};
+    const float* m = moments + int64_t(min(number, parts - 1)) * (channels * 3);
+    part[i] = {__ldg(m), __ldg(m + 1), __ldg(m + 2)};
+    if (number >= parts) part[i].count = part[i].squares = 0.f;
   }
   Moments all;
 #pragma unroll
@@ -69,7 +70,7 @@ __device__ Moments merge_parts(const float* moments, int first, int parts, int c
     all.count += part[i].count;
     all.mean = fmaf(part[i].count, part[i].mean, all.mean);
   }
-  all.mean /= fmaxf(all.count, 1.f);
+  all.mean = __fdividef(all.mean, fmaxf(all.count, 1.f));
 #pragma unroll
   for (int i = 0; i < kMergeParts; ++i) {
     const float difference = part[i].mean - all.mean;

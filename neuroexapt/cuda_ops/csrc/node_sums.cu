@@ -103,45 +103,58 @@ constexpr int kCoefficientThreads = 512;
 constexpr int kCoefficientWarps = kCoefficientThreads / kWarp;
 
 struct CoefficientsLaunch {
-  int channels, parts;
+  int channels, parts, lanes;
   float scale;  // 1 / (B · H · W), or 0 where the statistics are constants
   const float* dots;
   TermGradient terms[kMaxTerms];
 };
 
-// Grid: terms. A warp adds up the parts of a channel.
+// The threads of a channel: a power of two, so that there are threads for all channels if that can be.
+int coefficient_lanes(int channels) {
+  int lanes = kWarp;
+  while (lanes > 1 && lanes * channels > kCoefficientThreads) lanes /= 2;
+  return lanes;
+}
+
+// Grid: terms.
 __global__ void __launch_bounds__(kCoefficientThreads)
     coefficients_kernel(const __grid_constant__ CoefficientsLaunch launch) {
   __shared__ float by_warp[kCoefficientWarps];
   const TermGradient& term = launch.terms[blockIdx.x];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const auto sum_over_parts = [&](int row, int channel) {
-    const float* dots = launch.dots + (int64_t(row) * launch.channels + channel) * launch.parts;
-    float sum = 0.f;
-#pragma unroll 4
-    for (int part = lane; part < launch.parts; part += kWarp) sum += __ldg(dots + part);
-    return warp_sum(sum);
-  };
+  const int lanes = launch.lanes, lane = threadIdx.x % lanes;
   const float weight = weight_of(term.weight);
   float grad_weight = 0.f;
-  for (int channel = warp; channel < launch.channels; channel += kCoefficientWarps) {
-    const float2 stats = stats_of(term.stats, channel);
-    const float rstd = stats.y, dot = sum_over_parts(1 + blockIdx.x, channel);
+  // All threads of a warp stay in the loop as long as one of them has a channel, since they exchange sums.
+  for (int first = 0; first < launch.channels; first += kCoefficientThreads / lanes) {
+    const int channel = first + threadIdx.x / lanes, known = min(channel, launch.channels - 1);
+    const float2 stats = stats_of(term.stats, known);
+    const float* g = launch.dots + int64_t(known) * launch.parts;
+    const float* gz = g + int64_t(1 + blockIdx.x) * launch.channels * launch.parts;
+    float sum = 0.f, dot = 0.f;
+#pragma unroll 4
+    for (int part = lane; part < launch.parts; part += lanes) sum += __ldg(g + part), dot += __ldg(gz + part);
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(~0u, sum, offset);
+      dot += __shfl_xor_sync(~0u, dot, offset);
+    }
+    if (lane != 0 || channel >= launch.channels) continue;
+    const float rstd = stats.y;
     grad_weight = fmaf(dot, rstd, grad_weight);
     if (term.coef == 0) continue;
     const float scale = term.stats == 0 ? 0.f : launch.scale;
     const float slope = -weight * rstd * rstd * rstd * dot * scale;
-    const float offset = -weight * rstd * sum_over_parts(0, channel) * scale - slope * stats.x;
-    if (lane == 0) pointer<float4>(term.coef)[channel] = make_float4(weight * rstd, slope, offset, 0.f);
+    const float offset = -weight * rstd * sum * scale - slope * stats.x;
+    pointer<float4>(term.coef)[channel] = make_float4(weight * rstd, slope, offset, 0.f);
   }
   if (term.grad_weight == 0) return;
-  if (lane == 0) by_warp[warp] = grad_weight;
+  grad_weight = warp_sum(grad_weight);
+  if (threadIdx.x % kWarp == 0) by_warp[threadIdx.x / kWarp] = grad_weight;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  float sum = 0.f;
+  float total = 0.f;
 #pragma unroll
-  for (int w = 0; w < kCoefficientWarps; ++w) sum += by_warp[w];
-  *pointer<float>(term.grad_weight) = sum;
+  for (int warp = 0; warp < kCoefficientWarps; ++warp) total += by_warp[warp];
+  *pointer<float>(term.grad_weight) = total;
 }
 
 struct AffineLaunch {
@@ -196,8 +209,8 @@ void dots(const Shape& shape, const std::vector<Term>& terms, Tensor g, Address 
 void coefficients(const Shape& shape, bool training, const std::vector<TermGradient>& terms, Address dots,
                   Address stream) {
   const float count = float(shape.batch) * shape.pixels;
-  CoefficientsLaunch parameters{shape.channels, parts(shape), training ? 1.f / count : 0.f,
-                                reinterpret_cast<const float*>(dots), {}};
+  CoefficientsLaunch parameters{shape.channels, parts(shape), coefficient_lanes(shape.channels),
+                                training ? 1.f / count : 0.f, reinterpret_cast<const float*>(dots), {}};
   copy_into(parameters.terms, terms, "too many terms in one node");
   launch(coefficients_kernel, dim3(terms.size()), kCoefficientThreads, 0, stream, parameters);
 }

@@ -1,0 +1,20 @@
+// Adds up what the parts of a sum left, in a fixed order.
+//
+// Addresses travel as integers, as in softmax_sum.h.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace partial_sums {
+
+using Address = std::uintptr_t;
+
+// sum [size] = Σ_parts partial [parts, size], fp32.
+struct Job {
+  Address partial, sum;
+  int size, parts;
+};
+void add_up(const std::vector<Job>& jobs, Address stream);
+
+}  // namespace partial_sums
