@@ -8,7 +8,7 @@ and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count, mean, 
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import chain, groupby
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from neuroexapt.core.operations import shift_by_one
 from neuroexapt.core.plan import EPS, MOMENTUM, POOL_SIZE
 from neuroexapt.cuda_ops import pointwise, sepconv
-from neuroexapt.cuda_ops.arguments import addresses, current_stream, strided
+from neuroexapt.cuda_ops.arguments import addresses, current_stream, dense, dense_pictures, strided
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.cuda_ops.pointwise import Product, ProductGrad
 from neuroexapt.kernels import reference
@@ -98,14 +98,9 @@ def products_are_exact() -> bool:
 
 
 def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """``z`` and ``moments`` of each convolution; all have one shape and stride, and with 1 are one launch.
-
-    Those of one state stand side by side.
-    """
+    """``z`` and ``moments`` of each convolution; all have one shape and stride, and usually are one launch."""
     if convs[0].stride > 1:
-        of_states = (list(same) for _, same in groupby(convs, key=lambda conv: id(conv.x)))
-        found = [_convolve_strided(of_state) for of_state in of_states]
-        return list(chain(*(zs for zs, _ in found))), list(chain(*(moments for _, moments in found)))
+        return _convolve_strided(convs, exact)
     kernels, shape = extension(), _conv_shape(convs[0].x, exact)
     zs = _empty_like(convs[0].x, len(convs))
     moments = _empty(convs[0].x, len(convs), kernels.cell_conv_forward_parts(shape), zs[0].shape[1], 3)
@@ -411,14 +406,26 @@ def state_gradients(states: Sequence[StateGrad], stride: int, weights: Tensor | 
     return dxs
 
 
-def _convolve_strided(convs: Sequence[Conv]) -> tuple[list[Tensor], list[Tensor]]:
-    """A launch for each kernel size and dilation."""
-    batch, channels, height, width = convs[0].x.shape
-    stride = convs[0].stride
-    zs = _empty(convs[0].x, len(convs), batch, channels, -(-height // stride), -(-width // stride))
-    for same in _alike(convs):
-        _run([_call(convs[i]) for i in same], [zs[i] for i in same])
-    return zs, plane_moments(zs)
+def _convolve_strided(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """``convolve`` at stride 2: one launch, or for odd shapes one for each state, kernel size and dilation."""
+    x = convs[0].x
+    batch, channels, height, width = x.shape
+    zs = _empty(x, len(convs), batch, channels, -(-height // 2), -(-width // 2))
+    if width % 8:
+        for same in _alike(convs):
+            _run([_call(convs[i]) for i in same], [zs[i] for i in same])
+        return zs, plane_moments(zs)
+    kernels, shape = extension(), extension().StridedShape(*x.shape, exact)
+    moments = _empty(x, len(convs), kernels.cell_strided_forward_parts(shape), channels, 3)
+    operands = [(dense_pictures(conv.x), dense(conv.depthwise), dense(conv.pointwise)) for conv in convs]
+    jobs = [
+        kernels.StridedJob(
+            *strided(x), *addresses(depthwise, pointwise, z, m), depthwise.shape[-1], conv.dilation
+        )
+        for conv, (x, depthwise, pointwise), z, m in zip(convs, operands, zs, moments, strict=True)
+    ]
+    kernels.cell_strided_forward(shape, jobs, current_stream())
+    return zs, moments
 
 
 def _backward_strided(grads: Sequence[ConvGrad], wants_weights: bool) -> tuple[list[Tensor], Partials]:
@@ -438,7 +445,7 @@ def _alike(convs: Sequence[Conv]) -> Iterable[list[int]]:
     """The numbers of those that can share a launch."""
     groups = defaultdict(list)
     for i, conv in enumerate(convs):
-        groups[conv.depthwise.shape[-1], conv.dilation].append(i)
+        groups[id(conv.x), conv.depthwise.shape[-1], conv.dilation].append(i)
     return groups.values()
 
 

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "cell_conv.h"
+#include "cell_strided.h"
 #include "node.h"
 #include "partial_sums.h"
 #include "pointwise.h"
@@ -57,6 +58,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cell_conv_backward_second", &cell_conv::backward_second);
   m.def("cell_conv_first_coefficients", &cell_conv::first_coefficients);
   m.def("cell_conv_reduce", &cell_conv::reduce);
+
+  pybind11::class_<cell_strided::Shape>(m, "StridedShape").def(pybind11::init<int, int, int, int, bool>());
+  pybind11::class_<cell_strided::Job>(m, "StridedJob")
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, int, int>());
+  m.def("cell_strided_forward_parts", &cell_strided::forward_parts);
+  m.def("cell_strided_forward", &cell_strided::forward);
 
   pybind11::class_<node::Tensor>(m, "NodeTensor").def(pybind11::init<Address, std::int64_t>());
   pybind11::class_<node::Shape>(m, "NodeShape").def(pybind11::init<int, int, int>());

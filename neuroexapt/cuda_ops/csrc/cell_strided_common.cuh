@@ -1,0 +1,91 @@
+// What the forward and backward convolution stages of a reduction cell share.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <type_traits>
+
+#include "cell_strided.h"
+#include "launch.cuh"
+#include "tensor_core.cuh"
+
+namespace cell_strided {
+namespace {
+
+using launching::launch;
+using tensor_core::Fragment;
+using tensor_core::multiply;
+using tensor_core::sum_over_quad;
+
+constexpr int kStrip = 4;      // neighbouring pixels that a lane computes at a time
+constexpr int kTapsPitch = 28;
+
+// Columns of a tile of output pixels: a search network's usual pictures fill it.
+template <int C>
+constexpr int kWidth = C == 64 ? 8 : 16;
+template <int C>
+constexpr int kStripsPerRow = kWidth<C> / kStrip;
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The least number from `floats` on that leaves `remainder` when divided by the 32 banks.
+__host__ __device__ constexpr int pad_to_bank(int floats, int remainder) {
+  return floats + ((remainder - floats) % 32 + 32) % 32;
+}
+
+__device__ inline float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
+
+// Written out: the compiler splits a float4 that it gathers from scattered registers.
+__device__ inline void store4(float* target, float4 v) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
+__device__ inline float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
+
+__device__ inline float4 relu4(float4 v) { return make_float4(relu(v.x), relu(v.y), relu(v.z), relu(v.w)); }
+
+// The strip of eight that column n of a product stands for: so that the even columns, which lanes store together,
+// are neighbours.
+__device__ inline int strip_of_column(int n) { return n / 2 + n % 2 * 4; }
+
+// N floats from a multiple of 16 bytes on.
+template <int N>
+__device__ void load_window(float (&window)[N], const float* source) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(source + i);
+    window[i] = v.x, window[i + 1] = v.y, window[i + 2] = v.z, window[i + 3] = v.w;
+  }
+}
+
+// Depthwise weights of a channel in shared memory, for one aligned load a row: the first three or four of every
+// row, four floats apart, then the fifth of every row.
+__device__ inline int tap_position(int tap, int kernel_size) {
+  const int ky = tap / kernel_size, kx = tap % kernel_size;
+  return kx < 4 ? 4 * ky + kx : 20 + ky;
+}
+
+template <int K>
+__device__ void load_tap_row(float (&taps)[K], const float* channel_taps, int ky) {
+  const float4 v = *reinterpret_cast<const float4*>(channel_taps + 4 * ky);
+  taps[0] = v.x, taps[1] = v.y, taps[2] = v.z;
+  if constexpr (K == 5) taps[3] = v.w, taps[4] = channel_taps[20 + ky];
+}
+
+// Calls f with the channels and the precision as compile-time constants.
+template <typename F>
+auto specialise(const Shape& shape, F f) {
+  const auto with_precision = [&](auto channels) {
+    return shape.exact ? f(channels, std::true_type()) : f(channels, std::false_type());
+  };
+  switch (shape.channels) {
+    case 16: return with_precision(std::integral_constant<int, 16>());
+    case 32: return with_precision(std::integral_constant<int, 32>());
+    case 64: return with_precision(std::integral_constant<int, 64>());
+    default: throw std::invalid_argument("the cell's convolutions take 16, 32 or 64 channels");
+  }
+}
+
+}  // namespace
+}  // namespace cell_strided
