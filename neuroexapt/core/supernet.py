@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from neuroexapt.core.cells import CellTopology, SearchCell, TwoInputs
+from neuroexapt.core.operations import MixedOp, Zero
 from neuroexapt.errors import UserError
 
 STEM_MULTIPLIER = 3
@@ -28,6 +30,11 @@ def make_stem(in_channels: int, channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
 
 
+def mixed_ops(cell: SearchCell) -> list[MixedOp]:
+    """The candidates of each edge, also where only some of the channels pass through them."""
+    return [module for module in cell.edges.modules() if isinstance(module, MixedOp)]
+
+
 class Supernet(nn.Module):
     """A network with every candidate operation in place; each space has one of its own.
 
@@ -46,13 +53,51 @@ class Supernet(nn.Module):
         self.primitives = tuple(primitives)
 
     def _make_alphas(self, *cells: str) -> nn.ParameterDict:
-        """α of these types of cells, near zero as published."""
+        """α of these types of cells, near zero as published; all candidates are kept."""
         shape = len(self.topology.edges), len(self.primitives)
+        self.candidates = nn.Module()
+        for cell in cells:
+            self.candidates.register_buffer(cell, torch.ones(shape, dtype=torch.bool))
         return nn.ParameterDict({cell: nn.Parameter(ALPHA_INIT_STD * torch.randn(shape)) for cell in cells})
+
+    def kept(self, cell: str) -> Tensor:
+        """Which candidates are left on the edges of a type of cells: [E, K], bool."""
+        return self.candidates.get_buffer(cell)
+
+    @torch.no_grad()
+    def keep(self, cell: str, kept: Tensor) -> None:
+        """Rule out all candidates of a type of cells but ``kept`` [E, K], for good. ``none`` takes their
+        places, so that neither their parameters nor their cost remain.
+        """
+        self.kept(cell).logical_and_(kept)
+        remaining = self.kept(cell).tolist()
+        for search_cell in self.search_cells():
+            if self.cell_type(search_cell) != cell:
+                continue
+            for edge, row in zip(mixed_ops(search_cell), remaining, strict=True):
+                for k, is_kept in enumerate(row):
+                    if not is_kept:
+                        edge.ops[k] = Zero(edge.stride)
+
+    def choices(self) -> dict[str, Tensor]:
+        """``alphas``, with −∞ for candidates that were ruled out; to be relaxed."""
+        kept = dict(self.candidates.named_buffers())
+        return {
+            name: alpha.masked_fill(~kept[name], -torch.inf) if name in kept else alpha
+            for name, alpha in self.alphas.items()
+        }
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Also rules out what was ruled out in the network that the state comes from."""
+        for cell, kept in self.candidates.named_buffers():
+            self.keep(cell, state_dict[f"candidates.{cell}"].to(kept.device))
+        return super().load_state_dict(state_dict, strict, assign)
 
     def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         if weights is None:
-            weights = {name: torch.softmax(alpha, dim=-1) for name, alpha in self.alphas.items()}
+            weights = {name: torch.softmax(alpha, dim=-1) for name, alpha in self.choices().items()}
         return self._run(x, {name: iter(w) if w.dim() == 3 else repeat(w) for name, w in weights.items()})
 
     def _run(self, x: Tensor, weights: Mapping[str, Iterator[Tensor]]) -> Tensor:

@@ -122,7 +122,7 @@ class BilevelStep:
         With ``weights``, of the loss alone at these mixing weights, which may be among ``wanted``.
         """
         with torch.enable_grad(), _required_alone(wanted, [*self.weights, *self.alphas]):
-            alphas = dict(self.supernet.alphas)
+            alphas = self.supernet.choices()
             relaxed = self.strategy.relax(alphas) if weights is None else weights
             logits = self.supernet(batch.images, relaxed)
             loss = self.criterion(logits, batch.labels)

@@ -183,7 +183,7 @@ class SearchPhase(Phase):
 
     @torch.no_grad()
     def mixing_weights(self) -> dict[str, Tensor]:
-        return self.strategy.mixing(dict(self.supernet.alphas))
+        return self.strategy.mixing(self.supernet.choices())
 
     def genotype(self) -> AnyGenotype:
         """What the search would choose if it stopped now."""
@@ -215,8 +215,8 @@ class SearchPhase(Phase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.strategy.load_state_dict(state["strategy"])
-        self._make_step()
         self.supernet.load_state_dict(state["supernet"])
+        self._make_step()
         load_optimizer(self.weight_optimizer, state["weight_optimizer"])
         load_optimizer(self.arch_optimizer, state["arch_optimizer"])
 

@@ -9,6 +9,9 @@ from torch.distributions import Dirichlet
 
 from neuroexapt.strategies.darts import Darts
 
+SMALLEST = 1e-6
+"""Concentration of a candidate that was ruled out: all its samples are practically 0."""
+
 
 class DrNas(Darts):
     """Mixing weights drawn from Dirichlet(elu(α) + 1) for every pass anew, differentiated through the sample.
@@ -34,5 +37,5 @@ class DrNas(Darts):
 
 
 def concentration(alpha: Tensor) -> Tensor:
-    """``elu(α) + 1``, above 0."""
-    return F.elu(alpha) + 1
+    """``elu(α) + 1``, above 0 even where α is −∞, since a distribution has to have it so."""
+    return (F.elu(alpha) + 1).clamp_min(SMALLEST)

@@ -47,7 +47,7 @@ class LambdaDarts(Darts):
     @torch.no_grad()
     def weight_gradient(self, step: BilevelStep, train: Batch) -> Gradients:
         weights, names = step.weights, list(step.supernet.alphas)
-        shared = self.relax(dict(step.supernet.alphas))
+        shared = self.relax(step.supernet.choices())
         counts = Counter(map(step.supernet.cell_type, step.supernet.search_cells()))
         at = [shared[name].expand(counts[name], -1, -1).clone().requires_grad_() for name in names]
 

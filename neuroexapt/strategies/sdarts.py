@@ -41,7 +41,7 @@ class Smoothed(Darts):
 
     def weight_gradient(self, step: BilevelStep, train: Batch) -> Gradients:
         with torch.no_grad():
-            weights = self.relax(dict(step.supernet.alphas))
+            weights = self.relax(step.supernet.choices())
             perturbed = self.perturb(step, train, list(weights.values()))
         return step.gradients(train, step.weights, dict(zip(weights, perturbed, strict=True)))
 

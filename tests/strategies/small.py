@@ -20,14 +20,14 @@ def make_supernet(channels: int) -> Supernet:
     return SPACE.supernet(in_channels=2, num_classes=3, channels=channels, layers=3)
 
 
-def make_loader_of(seed: int) -> Any:
+def make_loader_of(seed: int, device: str = "cpu") -> Any:
     """Batches of 8 of 24 pictures of 6x6."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (24, 2, 6, 6), dtype=torch.uint8, generator=generator)
     return make_loader(
         ResidentImages(images, torch.arange(24) % 3),
         batch_size=8,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         seed=seed,
         mean=(0.5,) * 2,
         std=(0.25,) * 2,

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from neuroexapt.engine.captured import CapturedStep
 from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint
 from neuroexapt.engine.config import SearchConfig, make_config
 from neuroexapt.engine.search_phase import SearchPhase
@@ -102,3 +103,24 @@ def test_the_user_stands_over_the_preset_over_what_was_published() -> None:
 def test_an_unknown_one_is_refused() -> None:
     with pytest.raises(UserError, match="unknown strategy 'dart'; known are darts, "):
         make_config(SearchConfig, {"strategy": "dart"})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_captured_step_equals_the_one_launched_one_by_one(name: str) -> None:
+    """Noise included: a graph draws the numbers that the step itself would draw."""
+    losses = []
+    for captured in (True, False):
+        torch.manual_seed(0)
+        config = SearchConfig(strategy=name, space=SPACE.name, epochs=EPOCHS, batch_size=8)
+        loaders = (make_loader_of(seed, "cuda") for seed in (1, 2))
+        phase = SearchPhase(make_supernet(16).cuda(), *loaders, config)
+        phase.prepare_execution(print)
+        if not captured:
+            phase._take_step = phase._step
+        torch.cuda.manual_seed(1)
+        losses.append(torch.cat([torch.stack(run(phase, epoch)) for epoch in (0, EPOCHS - 1)]))
+        if captured:
+            assert isinstance(phase._take_step, CapturedStep)
+            assert phase._take_step.reason == ""
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=2e-2)
