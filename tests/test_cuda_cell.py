@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.dispatch import dispatch_report, explain, reset_dispatch_report
 from neuroexapt.backend.registry import use_backend
+from neuroexapt.core.cells import SearchCell
 from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
@@ -19,6 +20,7 @@ from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
 from tests.cuda_ops.test_cell import (
     make_cell,
+    make_cell_of_one_input,
     make_edge,
     make_edge_inputs,
     make_inputs,
@@ -472,6 +474,24 @@ def test_matches_the_modules(channels, reduction, training, wants):
 def test_of_odd_sizes(size, reduction):
     cell, inputs = cell_on_gpu(16, size, reduction)
     assert_as_good_as_eager(cell, inputs)
+
+
+@gpu
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize(("channels", "size"), [(16, (4, 32, 32)), (32, (3, 9, 7)), (64, (2, 8, 8))])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_of_one_input_and_the_last_node_alone(channels, size, training, wants):
+    cell, inputs = make_cell_of_one_input(channels, size)
+    inputs = tuple(x.cuda() for x in inputs)
+
+    def run(cell: SearchCell, x: Tensor, weights: Tensor) -> Tensor:
+        plan = plan_cell(cell)
+        assert fused.supports(plan, [x], weights).ok
+        return fused.cell(plan, [x], weights)
+
+    cell = cell.cuda().train(training)
+    assert_as_good_as_eager(cell, inputs, *wants, reference=SearchCell.forward, run=run)
 
 
 @gpu

@@ -30,6 +30,17 @@ def make_cell(
     return with_statistics(cell)
 
 
+def make_cell_of_one_input(channels: int, size: tuple[int, ...]) -> tuple[SearchCell, tuple[Tensor, Tensor]]:
+    """A cell of nas-bench-201, and a state and mixing weights for it."""
+    torch.manual_seed(0)
+    cell = SearchCell(
+        nas_bench_201.TOPOLOGY, nas_bench_201.PRIMITIVES, OneInput(), channels, norm_pools=False
+    )
+    cell.fused = False  # for the reference; the plan does not ask
+    x, _, weights = make_inputs(cell, size, channels)
+    return with_statistics(cell), (x, weights)
+
+
 def make_edge(primitives=PRIMITIVES, stride: int = 1, channels: int = 4) -> MixedOp:
     torch.manual_seed(0)
     return with_statistics(MixedOp(channels, stride, primitives))
@@ -128,18 +139,14 @@ def test_of_odd_sizes(size):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 def test_of_one_input_and_the_last_node_alone(training, wants):
-    torch.manual_seed(0)
-    cell = SearchCell(nas_bench_201.TOPOLOGY, nas_bench_201.PRIMITIVES, OneInput(), 4, norm_pools=False)
-    cell = with_statistics(cell).train(training)
-    cell.fused = False
-    x, _, weights = make_inputs(cell)
+    cell, inputs = make_cell_of_one_input(4, (3, 7, 6))
 
     def run(cell: SearchCell, x: Tensor, weights: Tensor) -> Tensor:
         return fused.run(plan_cell(cell), [x], weights, torch_kernels)
 
-    expected = results(SearchCell.forward, cell, (x, weights), *wants)
-    assert expected["y"].shape == x.shape
-    assert_close(results(run, cell, (x, weights), *wants), expected)
+    expected = results(SearchCell.forward, cell.train(training), inputs, *wants)
+    assert expected["y"].shape == inputs[0].shape
+    assert_close(results(run, cell, inputs, *wants), expected)
 
 
 @pytest.mark.parametrize(
