@@ -6,7 +6,7 @@ from neuroexapt.engine.bilevel import Strategy
 from neuroexapt.errors import UserError
 from neuroexapt.strategies.beta_darts import BetaDarts
 from neuroexapt.strategies.darts import Darts, SecondOrderDarts
-from neuroexapt.strategies.drnas import DrNas
+from neuroexapt.strategies.drnas import DrNas, ProgressiveDrNas
 from neuroexapt.strategies.fair_darts import FairDarts
 from neuroexapt.strategies.gdas import Gdas
 from neuroexapt.strategies.lambda_darts import LambdaDarts
@@ -19,6 +19,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "darts-2nd": SecondOrderDarts,
     "gdas": Gdas,
     "drnas": DrNas,
+    "drnas-progressive": ProgressiveDrNas,
     "beta-darts": BetaDarts,
     "pc-darts": PcDarts,
     "fair-darts": FairDarts,

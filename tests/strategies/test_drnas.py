@@ -1,6 +1,6 @@
 import torch
 
-from neuroexapt.strategies.drnas import DrNas
+from neuroexapt.strategies.drnas import DrNas, ProgressiveDrNas
 from tests.strategies.small import make_step, some_alphas
 
 
@@ -38,3 +38,28 @@ def test_a_step_changes_alphas() -> None:
     before = [alpha.detach().clone() for alpha in step.alphas]
     assert step(train, valid).arch_loss.isfinite()
     assert not any(torch.equal(alpha, old) for alpha, old in zip(step.alphas, before, strict=True))
+
+
+def test_the_weaker_half_is_ruled_out_after_half_of_the_epochs() -> None:
+    strategy = ProgressiveDrNas()
+    step, train, valid = make_step(strategy)
+    supernet = step.supernet
+    with torch.no_grad():
+        supernet.alphas["normal"].copy_(torch.tensor([0.0, 3.0, 1.0, 2.0]))
+    changes = [strategy.start_epoch(supernet, epoch, 4) for epoch in (0, 1, 2, 2, 3)]
+    assert changes == [False, False, True, False, False]
+    assert torch.equal(supernet.kept("normal"), torch.tensor([False, True, False, True]).expand(5, 4))
+    assert (supernet.kept("reduce").sum(dim=-1) == 2).all()
+    step.weights = supernet.weights()
+    for alpha, gradient in zip(
+        supernet.choices().values(), strategy.arch_gradient(step, train, valid).gradients, strict=True
+    ):
+        assert gradient.isfinite().all()
+        assert torch.equal(gradient != 0, alpha.isfinite())
+
+
+def test_what_was_ruled_out_has_no_weight() -> None:
+    alphas = {"cell": torch.tensor([[0.5, -torch.inf, 1.0, -torch.inf]]).expand(1000, 4)}
+    for weights in (DrNas().relax(alphas)["cell"], DrNas().mixing(alphas)["cell"]):
+        assert weights[:, [1, 3]].max() < 1e-5
+        torch.testing.assert_close(weights[:, [0, 2]].sum(dim=-1), torch.ones(1000), rtol=0, atol=1e-5)
