@@ -15,7 +15,7 @@ from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.cuda_ops import cell_kernels, preprocess
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, ReduceGrad, StateGrad, Summand
+from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Pooling, ReduceGrad, StateGrad, Summand
 from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
 from tests.cuda_ops.test_cell import (
@@ -188,6 +188,27 @@ def test_backward_of_a_sum(shape, count, training, wants_weights):
     actual = cell_kernels.backward_add_up(terms, weights, g, wanted[0], training)
     expected = torch_kernels.backward_add_up(exact(terms), exact(weights), exact(g), wanted[1], training)
     scale = torch.stack(expected).norm(dim=(0, 1))  # A, B and D differ in size
+    for got, right in zip(actual, expected, strict=True):
+        assert ((got.double() - right).norm(dim=0) <= 1e-4 * scale).all()
+    assert (grad.double() - expected_grad).norm() <= 1e-4 * expected_grad.norm()
+
+
+@gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kinds", [("max", "avg"), ("max",), ("avg",)])
+def test_backward_of_a_sum_forms_pools_again(shape, kinds):
+    batch, channels, height, width = shape
+    weights, g, terms = randn(10, 4), strided(*shape), summands(shape, 6)
+    grad, expected_grad = torch.zeros_like(weights), exact(torch.zeros_like(weights))
+    for edge, stride in ((5, 1), (6, 2), (7, 1)):
+        x = strided(batch, channels, stride * height, stride * width)
+        terms += [
+            Summand(x, stats(channels), (edge, column), Pooling(kind, stride))
+            for column, kind in enumerate(kinds)
+        ]
+    actual = cell_kernels.backward_add_up(terms, weights, g, grad, True)
+    expected = torch_kernels.backward_add_up(exact(terms), exact(weights), exact(g), expected_grad, True)
+    scale = torch.stack(expected).norm(dim=(0, 1))
     for got, right in zip(actual, expected, strict=True):
         assert ((got.double() - right).norm(dim=0) <= 1e-4 * scale).all()
     assert (grad.double() - expected_grad).norm() <= 1e-4 * expected_grad.norm()

@@ -32,12 +32,13 @@ from neuroexapt.core.plan import (
     IdentityTerm,
     ModuleTerm,
     NodeGroup,
+    PoolTerm,
     StateGroup,
     Term,
     WholeEdge,
 )
 from neuroexapt.cuda_ops import cell_kernels
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, ReduceGrad, StateGrad, Summand
+from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Pooling, ReduceGrad, StateGrad, Summand
 
 CHANNELS = (16, 32, 64)
 
@@ -97,6 +98,11 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield "too many operations leave one state"
     if any(len(node.terms) + len(node.edges) > cell_kernels.MAX_TERMS for node in plan.nodes):
         yield "too many terms enter one node"
+    if any(
+        len({term.edge for term in node.terms if isinstance(term, PoolTerm)}) > cell_kernels.MAX_POOLED_EDGES
+        for node in plan.nodes
+    ):
+        yield "too many pools enter one node"
     if len(plan.nodes) > cell_kernels.MAX_EDGES:
         yield f"{len(plan.nodes)} nodes"
 
@@ -143,16 +149,16 @@ def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any)
 
 @dataclass(eq=False)
 class _Entry:
-    """A term on its way to its node."""
+    """A term on its way to its node, and what of it is kept for the backward pass: z, or a pool's input."""
 
     member: Term | WholeEdge
     z: Tensor
     stats: Tensor | None
+    kept: Tensor
 
     @property
     def summand(self) -> Summand:
-        entry = None if isinstance(self.member, WholeEdge) else (self.member.edge, self.member.column)
-        return Summand(self.z, self.stats, entry)
+        return Summand(self.z, self.stats, _weight_of(self.member))
 
 
 @dataclass(eq=False)
@@ -374,7 +380,8 @@ class _LeaveStates(torch.autograd.Function):
         z.update((term, xs[term.source].detach()) for term in flow.identities)
 
         for member, output in z.items():
-            pass_.entries[member.target].append(_Entry(member, output, stats.get(member)))
+            kept = xs[member.source].detach() if isinstance(member, PoolTerm) else output
+            pass_.entries[member.target].append(_Entry(member, output, stats.get(member), kept))
         ctx.set_materialize_grads(False)
         ctx.pass_, ctx.flow = pass_, flow
         ctx.save_for_backward(
@@ -451,7 +458,7 @@ class _EnterNode(torch.autograd.Function):
         ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]
         ctx.has_stats = [entry.stats is not None for entry in entries]
         stats = (entry.stats for entry in entries if entry.stats is not None)
-        ctx.save_for_backward(weights, *(entry.z for entry in entries), *stats)
+        ctx.save_for_backward(weights, *(entry.kept for entry in entries), *stats)
         return y
 
     @staticmethod
@@ -459,24 +466,23 @@ class _EnterNode(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         pass_ = ctx.pass_
         weights, *saved = ctx.saved_tensors
-        zs, all_stats = saved[: len(ctx.members)], iter(saved[len(ctx.members) :])
+        kept, all_stats = saved[: len(ctx.members)], iter(saved[len(ctx.members) :])
         stats = [next(all_stats) if has else None for has in ctx.has_stats]
         g = _planes(g)
         wants_weights = ctx.needs_input_grad[3]
         if wants_weights and pass_.grad_weights is None:
             pass_.grad_weights = torch.zeros_like(weights)
-        entries = [
-            entry
-            for entry in map(_Entry, ctx.members, zs, stats)
-            if not isinstance(entry.member, WholeEdge)
-            and (wants_weights or not isinstance(entry.member, IdentityTerm))
-        ]
-        if entries:
+        summands = {
+            member: Summand(z, stats, _weight_of(member), _pooling_of(member))
+            for member, z, stats in zip(ctx.members, kept, stats, strict=True)
+            if not isinstance(member, WholeEdge) and (wants_weights or not isinstance(member, IdentityTerm))
+        }
+        if summands:
             grad_weights = pass_.grad_weights if wants_weights else None
             coefs = pass_.kernels.backward_add_up(
-                [entry.summand for entry in entries], weights, g, grad_weights, pass_.training
+                list(summands.values()), weights, g, grad_weights, pass_.training
             )
-            pass_.coefs.update(zip((entry.member for entry in entries), coefs, strict=True))
+            pass_.coefs.update(zip(summands, coefs, strict=True))
         token = pass_.grad_weights if wants_weights else None
         return None, None, None, token, *(g if need else None for need in ctx.needs_input_grad[4:])
 
@@ -549,6 +555,15 @@ def _batch_norm(member: Term | WholeEdge, block: int) -> nn.BatchNorm2d | None:
     if isinstance(member, WholeEdge):
         return None
     return member.blocks[block].bn if isinstance(member, ConvTerm) else member.bn
+
+
+def _weight_of(member: Term | WholeEdge) -> tuple[int, int] | None:
+    """Which mixing weight it has; None is one."""
+    return None if isinstance(member, WholeEdge) else (member.edge, member.column)
+
+
+def _pooling_of(member: Term) -> Pooling | None:
+    return Pooling(member.pool.kind, member.stride) if isinstance(member, PoolTerm) else None
 
 
 def _weights(blocks: Sequence[SepConvBlock]) -> list[Tensor]:

@@ -26,8 +26,8 @@ from neuroexapt.kernels.sepconv import Call
 
 MAX_CONVS, MAX_EDGES, MAX_ADDENDS, MAX_WIDTH = 32, 16, 64, 1024
 """Of one state: convolutions and edges that leave it, parts of its gradient, columns of its pictures."""
-MAX_TERMS = 96
-"""Of one node."""
+MAX_TERMS, MAX_POOLED_EDGES = 96, 16
+"""Of one node: terms, and edges with pools."""
 
 
 class Conv(NamedTuple):
@@ -67,12 +67,24 @@ class Partials(NamedTuple):
     pointwise: list[Tensor]
 
 
+class Pooling(NamedTuple):
+    """A pool of ``kind`` "max" or "avg"."""
+
+    kind: str
+    stride: int
+
+
 class Summand(NamedTuple):
-    """weights[entry] · (z − mean) · rstd, or of z itself without ``stats``; entry None: weight 1."""
+    """weights[entry] · (z − mean) · rstd, or of z itself without ``stats``; entry None: weight 1.
+
+    Gradients form ``pooling`` of z, where it is given, once more instead of z itself: pools are not kept. An
+    edge has no more than one of a kind.
+    """
 
     z: Tensor
     stats: Tensor | None
     entry: tuple[int, int] | None
+    pooling: Pooling | None = None
 
 
 class PoolGrad(NamedTuple):
@@ -352,8 +364,14 @@ def backward_add_up(
     kernels, shape = extension(), _shape(g)
     coefs = _empty(g, len(summands), g.shape[1], 4)
     dots = g.new_empty(1 + len(summands), g.shape[1], kernels.node_parts(shape))
-    terms = [kernels.NodeTerm(_tensor(term.z), *addresses(term.stats), 0) for term in summands]
-    kernels.node_dots(shape, terms, _tensor(g), dots.data_ptr(), current_stream())
+    terms = [
+        kernels.NodeDotTerm(_tensor(term.z), *addresses(term.stats), row)
+        for row, term in enumerate(summands, 1)
+        if term.pooling is None
+    ]
+    kernels.node_dots(
+        shape, g.shape[3], terms, _pooled_terms(summands), _tensor(g), dots.data_ptr(), current_stream()
+    )
     gradients = [
         kernels.NodeTermGradient(
             *addresses(term.stats),
@@ -365,6 +383,25 @@ def backward_add_up(
     ]
     kernels.node_coefficients(shape, training, gradients, dots.data_ptr(), current_stream())
     return coefs
+
+
+def _pooled_terms(summands: Sequence[Summand]) -> list[Any]:
+    """Those with a pooling, both of an edge together."""
+    of_edge: defaultdict[int, dict[str, tuple[int, Summand]]] = defaultdict(dict)
+    for row, term in enumerate(summands, 1):
+        if term.pooling is not None:
+            assert term.entry is not None
+            of_edge[term.entry[0]][term.pooling.kind] = row, term
+    jobs = []
+    for of_kind in of_edge.values():
+        _, (x, _, _, pooling) = next(iter(of_kind.values()))
+        assert pooling is not None
+        stats = (of_kind[kind][1].stats if kind in of_kind else None for kind in ("max", "avg"))
+        rows = (of_kind[kind][0] if kind in of_kind else 0 for kind in ("max", "avg"))
+        jobs.append(
+            extension().NodePooledTerms(_tensor(x), *x.shape[2:], pooling.stride, *addresses(*stats), *rows)
+        )
+    return jobs
 
 
 def affine_gradients(gs: Sequence[Tensor], zs: Sequence[Tensor], coefs: Sequence[Tensor]) -> list[Tensor]:

@@ -127,6 +127,8 @@ def backward_add_up(
 ) -> list[Tensor]:
     coefs = []
     for term in summands:
+        if term.pooling is not None:
+            term = term._replace(z=POOLS[term.pooling.kind](term.z, 3, term.pooling.stride))
         if grad_weights is not None:
             grad_weights[term.entry] = (g * _normalised(term)).sum()
         weight = _weight(weights, term.entry)

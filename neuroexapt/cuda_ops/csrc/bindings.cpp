@@ -74,6 +74,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<node::PoolJob>(m, "PoolJob")
       .def(pybind11::init<node::Tensor, Address, Address, Address, Address>());
   pybind11::class_<node::Term>(m, "NodeTerm").def(pybind11::init<node::Tensor, Address, Address>());
+  pybind11::class_<node::DotTerm>(m, "NodeDotTerm").def(pybind11::init<node::Tensor, Address, int>());
+  pybind11::class_<node::PooledTerms>(m, "NodePooledTerms")
+      .def(pybind11::init<node::Tensor, int, int, int, Address, Address, int, int>());
   pybind11::class_<node::TermGradient>(m, "NodeTermGradient")
       .def(pybind11::init<Address, Address, Address, Address>());
   pybind11::class_<node::AffineJob>(m, "AffineJob")

@@ -65,8 +65,23 @@ struct Term {
 };
 void sum(const Shape& shape, const std::vector<Term>& terms, Tensor y, Address stream);
 
-// dots [1 + terms, C, parts]: Σ g, then for every term Σ g · (z − mean).
-void dots(const Shape& shape, const std::vector<Term>& terms, Tensor g, Address dots, Address stream);
+// dots [rows, C, parts]: Σ g in the first row, and for every term Σ g · (z − mean) in its own.
+struct DotTerm {
+  Tensor z;
+  Address stats;
+  int row;
+};
+// Terms that are the maxima and the averages, or one of them (else its stats are 0), of windows of x, which are
+// formed here once more. Kernel size 3, stride 1 or 2; height and width are x's own.
+struct PooledTerms {
+  Tensor x;
+  int height, width, stride;
+  Address max_stats, avg_stats;
+  int max_row, avg_row;
+};
+// `width`: of g's pictures.
+void dots(const Shape& shape, int width, const std::vector<DotTerm>& terms, const std::vector<PooledTerms>& pools,
+          Tensor g, Address dots, Address stream);
 
 // From dots the gradient of every weight and coef (float4 {A, B, D, 0} [C]) with dz = A · g + B · z + D; in
 // evaluation mode the statistics are constants.

@@ -264,10 +264,8 @@ void with_windows(const PoolShape& shape, bool is_wide, F f) {
     else with_width(size, std::integral_constant<int, 1>());
   };
   if (shape.stride != 1 && shape.stride != 2) throw std::invalid_argument("pools take stride 1 or 2");
-  switch (shape.kernel_size) {
-    case 3: return with_stride(std::integral_constant<int, 3>());
-    default: throw std::invalid_argument("pools take windows of 3 pixels");
-  }
+  if (shape.kernel_size != kPoolSize) throw std::invalid_argument("pools take windows of 3 pixels");
+  with_stride(std::integral_constant<int, kPoolSize>());
 }
 
 State state_of(const StateJob& job) {

@@ -1,11 +1,12 @@
 // The sum of a node and what its gradient starts from; node.h has the legend.
 
-#include "node_common.cuh"
+#include "node_windows.cuh"
 
 namespace node {
 namespace {
 
-constexpr int kInFlight = 8;  // terms whose loads a thread issues before it uses the first
+constexpr int kMaxPooled = 16;  // of a launch
+constexpr int kInFlight = 8;    // terms whose loads a thread issues before it uses the first
 
 struct SumLaunch {
   Shape shape;
@@ -52,21 +53,50 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
 
 struct DotsLaunch {
   Shape shape;
-  int count;
+  int width, count, pool_count;
   Tensor g;
   float* dots;
-  Term terms[kMaxTerms];
+  DotTerm terms[kMaxTerms];
+  PooledTerms pools[kMaxPooled];
 };
 
-// Grid: (parts, channels, splits); the warps of all splits take turns with the terms.
+// Σ g · (max − mean) and Σ g · (avg − mean) over a lane's share of a part, with the pools of stride S formed from x
+// once more: they are not kept.
+template <int S, int V>
+__device__ float2 pooled_dots(const DotsLaunch& launch, const PooledTerms& pool, int part, int channel) {
+  constexpr int W = V == 1 ? 1 : V / S;  // windows that are formed together
+  const Shape& shape = launch.shape;
+  const PoolShape plane_shape{shape.batch, shape.channels, pool.height, pool.width, 0, 0, kPoolSize, S};
+  const unsigned end = unsigned(shape.batch) * shape.pixels / V;
+  const unsigned first = unsigned(part) * (kSpan / V) + threadIdx.x % kWarp;
+  const float max_mean = stats_of(pool.max_stats, channel).x, avg_mean = stats_of(pool.avg_stats, channel).x;
+  float2 sums = make_float2(0.f, 0.f);
+#pragma unroll 1
+  for (unsigned i = first; i < min(end, first + kSpan / V); i += kWarp) {
+    const Position at = Position::of<V>(i, shape);
+    const Values<V> g = Values<V>::load(at.in(launch.g, channel, shape));
+    const float* plane = pointer<const float>(pool.x.data) + at.picture * pool.x.batch_stride +
+                         int64_t(channel) * pool.height * pool.width;
+    const int y = at.pixel / launch.width, x = at.pixel % launch.width;
+#pragma unroll
+    for (int w = 0; w < V; w += W) {
+      const Windows<kPoolSize, S, W> windows(plane, y, x + w, plane_shape);
+#pragma unroll
+      for (int v = 0; v < W; ++v) {
+        sums.x = fmaf(g.v[w + v], windows.max[v] - max_mean, sums.x);
+        sums.y = fmaf(g.v[w + v], windows.avg[v] - avg_mean, sums.y);
+      }
+    }
+  }
+  return sums;
+}
+
+// Grid: (parts, channels, splits); the warps of all splits take turns, first with the pools, then with the terms.
 template <int V>
 __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ DotsLaunch launch) {
   constexpr int kSlots = Share<V>::kSlots;
   const Shape& shape = launch.shape;
-  const int part = blockIdx.x, channel = blockIdx.y;
-  const Share<V> share(part, shape);
-  Values<V> g[kSlots] = {};
-  share.load(g, launch.g, channel, shape);
+  const int part = blockIdx.x, channel = blockIdx.y, step = gridDim.z * kWarps;
   const auto store = [&](int row, float sum) {
     sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) {
@@ -74,6 +104,17 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ 
     }
   };
   const int warp = blockIdx.z * kWarps + threadIdx.x / kWarp;
+  int k = warp;
+  for (; k < launch.pool_count; k += step) {
+    const PooledTerms& pool = launch.pools[k];
+    const float2 sums = pool.stride == 1 ? pooled_dots<1, V>(launch, pool, part, channel)
+                                         : pooled_dots<2, V>(launch, pool, part, channel);
+    if (pool.max_stats != 0) store(pool.max_row, sums.x);
+    if (pool.avg_stats != 0) store(pool.avg_row, sums.y);
+  }
+  const Share<V> share(part, shape);
+  Values<V> g[kSlots] = {};
+  share.load(g, launch.g, channel, shape);
   if (warp == 0) {
     float sum = 0.f;
 #pragma unroll
@@ -84,8 +125,8 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ 
     store(0, sum);
   }
 #pragma unroll 2
-  for (int k = warp; k < launch.count; k += gridDim.z * kWarps) {
-    const Term& term = launch.terms[k];
+  for (k -= launch.pool_count; k < launch.count; k += step) {
+    const DotTerm& term = launch.terms[k];
     Values<V> z[kSlots] = {};
     share.load(z, term.z, channel, shape);
     const float mean = stats_of(term.stats, channel).x;
@@ -95,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ 
 #pragma unroll
       for (int v = 0; v < V; ++v) sum = fmaf(g[slot].v[v], z[slot].v[v] - mean, sum);
     }
-    store(1 + k, sum);
+    store(term.row, sum);
   }
 }
 
@@ -192,14 +233,20 @@ void sum(const Shape& shape, const std::vector<Term>& terms, Tensor y, Address s
   });
 }
 
-void dots(const Shape& shape, const std::vector<Term>& terms, Tensor g, Address dots, Address stream) {
-  const bool is_wide =
-      shape.pixels % 4 == 0 && wide(g) && all_wide(terms, [](const Term& term) { return term.z; });
-  DotsLaunch parameters{shape, int(terms.size()), g, reinterpret_cast<float*>(dots), {}};
+void dots(const Shape& shape, int width, const std::vector<DotTerm>& terms, const std::vector<PooledTerms>& pools,
+          Tensor g, Address dots, Address stream) {
+  const bool is_wide = shape.pixels % 4 == 0 && wide(g) &&
+                       all_wide(terms, [](const DotTerm& term) { return term.z; }) &&
+                       (pools.empty() || width % 4 == 0) &&
+                       std::all_of(pools.begin(), pools.end(), [](const PooledTerms& pool) {
+                         return wide(pool.x) && pool.width % 4 == 0;
+                       });
+  DotsLaunch parameters{shape, width, int(terms.size()), int(pools.size()), g, reinterpret_cast<float*>(dots), {}, {}};
   copy_into(parameters.terms, terms, "too many terms in one node");
+  copy_into(parameters.pools, pools, "too many pools in one node");
   constexpr int kWantedBlocks = 1024;  // about eight for each of 132 multiprocessors
   const int blocks = parts(shape) * shape.channels;
-  const int most_splits = std::max(1, ceil_div(terms.size(), kWarps));
+  const int most_splits = std::max(1, ceil_div(terms.size() + pools.size(), kWarps));
   const int splits = std::clamp(ceil_div(kWantedBlocks, blocks), 1, most_splits);
   with_width(is_wide, [&](auto V) {
     launch(dots_kernel<V()>, dim3(parts(shape), shape.channels, splits), kThreads, 0, stream, parameters);
