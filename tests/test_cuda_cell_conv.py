@@ -288,7 +288,7 @@ def test_compiles_for_hopper_with_few_spills(source, tmp_path):
     report = assembler_report(source, 90, tmp_path)
     spills = [int(stores) for stores in re.findall(r"(\d+) bytes spill stores", report)]
     assert len(spills) >= 6
-    # The walk over a state's convolutions keeps the input gradient in registers meanwhile. At 32 channels,
-    # with weight gradients and products of fp32 grade, 524 bytes have no room; compilations differ a little.
-    assert sorted(spills)[-2] <= 440
-    assert max(spills) <= 560
+    # Where a block walks through the convolutions of a state it keeps their input gradient in registers meanwhile;
+    # products of fp32 grade at 64 channels leave it no room. Compilations differ a little.
+    assert sorted(spills)[-2] <= 200
+    assert max(spills) <= 320

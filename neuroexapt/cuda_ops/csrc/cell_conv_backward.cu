@@ -16,6 +16,7 @@ namespace cell_conv {
 namespace {
 
 constexpr int kMaxGradJobs = 64, kMaxStates = 4;  // of a launch
+constexpr int kMaxTaps = 25;
 constexpr int kFirstPad = 4, kSecondPad = 2;  // rows around a tile that a stage's largest kernel reads
 constexpr int kReduceColumns = 32, kReduceSplits = 8;
 constexpr int kMaxSharedBytes = 227 * 1024;
@@ -100,13 +101,13 @@ __device__ inline float4 affine(float4 coef, float4 g, float4 z) {
 }
 
 // The strips of four pixels of the tile with its halo that lie inside the picture.
-template <int C, int Pad>
+template <int C>
 struct Strips {
   int top, rows, left, right;
   int shift;  // 1 << shift strips a row
 
-  __device__ Strips(const Place<C>& at, const Shape& shape)
-      : top(max(0, at.y0 - Pad)), rows(min(shape.height, at.y0 + Tile<C>::kRows + Pad) - top) {
+  __device__ Strips(const Place<C>& at, const Shape& shape, int pad)
+      : top(max(0, at.y0 - pad)), rows(min(shape.height, at.y0 + Tile<C>::kRows + pad) - top) {
     // Columns only where the picture goes on beside the tile, and then as many as keep a power of two a row.
     const bool wide = shape.width > Tile<C>::kWidth;
     left = at.x0 - (wide ? kHalo : 0);
@@ -124,9 +125,9 @@ struct Strips {
 };
 
 // Forms dz where e will be, and for the weight gradients also by itself. Its channels lie in gradient_slot order.
-template <int C, int Pad, bool kWeights>
-__device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& job, const Place<C>& at,
-                              const Shape& shape) {
+template <int C, bool kWeights>
+__device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& job, const Strips<C>& strips,
+                              const Place<C>& at, const Shape& shape) {
   constexpr int kThreads = Block<C, kWeights>::kThreads, kPitch = Memory<C, kWeights>::kPitch;
   constexpr int kBatch = 4;  // pairs of loads in flight
   const int width = shape.width, plane = shape.height * width;
@@ -134,7 +135,6 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
   const float* z = reinterpret_cast<const float*>(job.z) + int64_t(at.picture) * C * plane;
   const float4* coef = reinterpret_cast<const float4*>(job.coef);
   const bool aligned = rows_aligned(reinterpret_cast<const void*>(job.g), job.g_batch_stride, width);
-  const Strips<C, Pad> strips(at, shape);
   const int x = strips.column(thread_index()), column = x - at.x0;
   if (!strips.contains(x)) return;
   const auto store = [&](int channel, int y, float4 dz) {
@@ -197,13 +197,12 @@ struct PointwiseWeights {
 
 // Replaces dz by e. A warp computes sixteen channels of eight strips, or of their halves where there are warps for
 // them; warps that read the same strips do so in the same round.
-template <int C, int Pad, bool kWeights, bool kExact>
-__device__ void compute_e(const Memory<C, kWeights>& memory, const Place<C>& at, const Shape& shape) {
+template <int C, bool kWeights, bool kExact>
+__device__ void compute_e(const Memory<C, kWeights>& memory, const Strips<C>& strips, const Place<C>& at) {
   constexpr int kWarps = Block<C, kWeights>::kWarps, kPitch = Memory<C, kWeights>::kPitch;
   constexpr int kParts = C == 64 ? kWarps / 8 : 1, kPixels = 4 / kParts, kTasks = C / 16 * kParts;
   using Vector = std::conditional_t<kPixels == 4, float4, float2>;
   const int lane = thread_index() % 32, q = lane % 4, g = lane / 4;
-  const Strips<C, Pad> strips(at, shape);
   const int units = (strips.count() + 7) / 8;
   for (int first = 0; first < units * kTasks; first += kWarps) {
     const int task = first + thread_index() / 32, unit = task / kTasks;
@@ -318,9 +317,9 @@ __device__ void add_pointwise_gradient(float (&pointwise)[C / 16][4], const Memo
 
 // A warp's weight gradients into shared memory, [C][8] pointwise and [8][kTapsPitch] depthwise; where there are
 // fewer slots than warps that share channels, these take turns and add.
-template <int C, int K>
-__device__ void store_warp_gradients(float* target, const float (&depthwise)[K * K],
-                                     const float (&pointwise)[C / 16][4], int slots) {
+template <int C>
+__device__ void store_warp_gradients(float* target, const float (&depthwise)[kMaxTaps],
+                                     const float (&pointwise)[C / 16][4], int taps, int slots) {
   using B = Block<C, true>;
   const int q = thread_index() % 4, g = thread_index() % 32 / 4;
   const int group = thread_index() / 32 % B::kChannelGroups, turn = thread_index() / 32 / B::kChannelGroups;
@@ -330,7 +329,8 @@ __device__ void store_warp_gradients(float* target, const float (&depthwise)[K *
     if (turn / slots != round) continue;
     const auto add = [&](float& place, float v) { place = round == 0 ? v : place + v; };
 #pragma unroll
-    for (int tap = 0; tap < K * K; ++tap) {
+    for (int tap = 0; tap < kMaxTaps; ++tap) {
+      if (tap >= taps) break;
       const float sum = sum_over_quad(depthwise[tap]);
       if (q == tap % 4) add(partial[8 * C + g * kTapsPitch + tap], sum);
     }
@@ -342,50 +342,72 @@ __device__ void store_warp_gradients(float* target, const float (&depthwise)[K *
   }
 }
 
-// Phase two: the input gradient and this warp's share of the weight gradients.
-template <int C, int K, int D, bool kWeights, bool kExact>
-__device__ void differentiate(float (&dx)[Block<C, kWeights>::kPasses][8], const Memory<C, kWeights>& memory,
-                              const Place<C>& at, const Shape& shape) {
-  using B = Block<C, kWeights>;
-  constexpr int kPad = D * (K / 2);
-  const int slot = lane_slot<C, kWeights>();
-  const float* taps = memory.taps + slot * kTapsPitch;
-  float depthwise[kWeights ? K * K : 1] = {}, pointwise[C / 16][4] = {};
+// Of one run of eight pixels: dx += W_dwᵀ ⋆ e, and for the weight gradients d = W_dw ⋆ x and depthwise += e ⋆ x.
+template <int C, typename Kind, bool kWeights>
+__device__ void differentiate_rows(float (&dx)[8], float (&d)[8], float* depthwise, const float (&own)[8], int slot,
+                                   int2 run, const Memory<C, kWeights>& memory, const Place<C>& at) {
+  constexpr int kSize = Kind::kSize, kDilation = Kind::kDilation, kPad = Kind::kPad;
+  const int y = at.y0 + run.x;
+  const float* e = memory.e + slot * memory.plane + run.y;
+  const float* x = memory.x + slot * memory.plane + run.y;
+  // Unrolled only where it must be, for the weight gradients: the instruction cache is small.
+#pragma unroll (kWeights ? kSize : 1)
+  for (int ky = 0; ky < kSize; ++ky) {
+    float w[kSize], window[16];
+    load_tap_row<kSize>(w, memory.taps + slot * kTapsPitch, ky);
+    load_window<kPad, 8>(window, memory.row(e, at, y + kPad - ky * kDilation));
+    gather_row<kSize, kDilation>(dx, window, w);
+    if constexpr (kWeights) {
+      load_window<kPad, 8>(window, memory.row(x, at, y + ky * kDilation - kPad));
+      convolve_row<kSize, kDilation>(d, window, w);
+      correlate_row<kSize, kDilation>(depthwise + ky * kSize, window, own);
+    }
+  }
+}
+
+template <int N>
+__device__ void rotate(float (&runs)[N][8]) {  // the first to the end
 #pragma unroll
-  for (int pass = 0; pass < B::kPasses; ++pass) {
+  for (int t = 0; t < 8; ++t) {
+    const float first = runs[0][t];
+#pragma unroll
+    for (int i = 1; i < N; ++i) runs[i - 1][t] = runs[i][t];
+    runs[N - 1][t] = first;
+  }
+}
+
+// Phase two: the input gradient and this warp's share of the weight gradients.
+template <int C, bool kWeights, bool kExact>
+__device__ void differentiate(float (&dx)[Block<C, kWeights>::kPasses][8], const Memory<C, kWeights>& memory,
+                              const GradJob& job, const Place<C>& at, const Shape& shape) {
+  const int slot = lane_slot<C, kWeights>();
+  float depthwise[kWeights ? kMaxTaps : 1] = {}, pointwise[C / 16][4] = {};
+  // Rolled, for the instruction cache: the run at hand is always dx[0].
+#pragma unroll 1
+  for (int pass = 0; pass < Block<C, kWeights>::kPasses; ++pass, rotate(dx)) {
     const int2 run = lane_run<C, kWeights>(pass);
-    const int y = at.y0 + run.x;
-    const float* e = memory.e + slot * memory.plane + run.y;
-    const float* x = memory.x + slot * memory.plane + run.y;
     float own[8], d[8] = {};
     if constexpr (kWeights) {
-      const float* center = memory.row(e, at, y) + kHalo;
+      const float* center = memory.row(memory.e + slot * memory.plane, at, at.y0 + run.x) + run.y + kHalo;
 #pragma unroll
       for (int t = 0; t < 8; t += 4) {
         const float4 v = *reinterpret_cast<const float4*>(center + t);
         own[t] = v.x, own[t + 1] = v.y, own[t + 2] = v.z, own[t + 3] = v.w;
       }
     }
-    // Unrolled only where it must be, for the weight gradients: the instruction cache is small.
-#pragma unroll (kWeights ? K : 1)
-    for (int ky = 0; ky < K; ++ky) {
-      float w[K], window[16];
-      load_tap_row<K>(w, taps, ky);
-      load_window<kPad, 8>(window, memory.row(e, at, y + kPad - ky * D));
-      gather_row<K, D>(dx[pass], window, w);
-      if constexpr (kWeights) {
-        load_window<kPad, 8>(window, memory.row(x, at, y + ky * D - kPad));
-        convolve_row<K, D>(d, window, w);
-        correlate_row<K, D>(depthwise + ky * K, window, own);
-      }
-    }
+    with_kind(job.kernel_size, job.dilation, [&](auto kind) {
+      differentiate_rows<C, decltype(kind), kWeights>(dx[0], d, depthwise, own, slot, run, memory, at);
+    });
     if constexpr (kWeights) add_pointwise_gradient<C, kWeights, kExact>(pointwise, memory, d, run);
   }
-  if constexpr (kWeights) store_warp_gradients<C, K>(memory.partial, depthwise, pointwise, memory.slots(shape, at.pad));
+  if constexpr (kWeights) {
+    store_warp_gradients<C>(memory.partial, depthwise, pointwise, job.kernel_size * job.kernel_size,
+                            memory.slots(shape, at.pad));
+  }
 }
 
 // The block's weight gradients, summed over the warps that share channels.
-template <int C, int K, bool kWeights>
+template <int C, bool kWeights>
 __device__ void store_weight_partials(const GradJob& job, const float* partial, int slots) {
   using B = Block<C, kWeights>;
   const auto sum_over_warps = [&](int slot, int offset) {
@@ -401,31 +423,33 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
     const int out = gradient_slot(i / C), slot = channel_slot<C>(i % C);
     pointwise[i] = sum_over_warps(slot, out * 8 + slot % 8);
   }
-  float* depthwise = reinterpret_cast<float*>(job.depthwise_partial) + int64_t(blockIdx.x) * C * K * K;
-  for (int i = thread_index(); i < C * K * K; i += B::kThreads) {
-    const int slot = channel_slot<C>(i / (K * K));
-    depthwise[i] = sum_over_warps(slot, 8 * C + slot % 8 * kTapsPitch + i % (K * K));
+  const int taps = job.kernel_size * job.kernel_size;
+  float* depthwise = reinterpret_cast<float*>(job.depthwise_partial) + int64_t(blockIdx.x) * C * taps;
+  for (int i = thread_index(); i < C * taps; i += B::kThreads) {
+    const int channel = taps == kMaxTaps ? i / kMaxTaps : i / 9, slot = channel_slot<C>(channel);
+    depthwise[i] = sum_over_warps(slot, 8 * C + slot % 8 * kTapsPitch + i - channel * taps);
   }
 }
 
-template <int C, int K, int D, bool kWeights, bool kExact>
+template <int C, bool kWeights, bool kExact>
 __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memory<C, kWeights>& memory,
                         const GradJob& job, const Place<C>& at, const Shape& shape) {
-  constexpr int kThreads = Block<C, kWeights>::kThreads, kPad = D * (K / 2);
-  Taps<C, K, kThreads> taps;
+  constexpr int kThreads = Block<C, kWeights>::kThreads;
+  Taps<C, kThreads> taps;
   PointwiseWeights<C, kThreads> weights;
-  taps.load(reinterpret_cast<const float*>(job.depthwise));
+  taps.load(reinterpret_cast<const float*>(job.depthwise), job.kernel_size);
   weights.load(reinterpret_cast<const float*>(job.pointwise));
-  load_gradient<C, kPad, kWeights>(memory, job, at, shape);
-  taps.store(memory.taps, channel_slot<C>);
+  const Strips<C> strips(at, shape, job.dilation * (job.kernel_size / 2));
+  load_gradient<C, kWeights>(memory, job, strips, at, shape);
+  taps.store(memory.taps, job.kernel_size, channel_slot<C>);
   weights.store(memory.weights);
   __syncthreads();
-  compute_e<C, kPad, kWeights, kExact>(memory, at, shape);
+  compute_e<C, kWeights, kExact>(memory, strips, at);
   __syncthreads();
-  differentiate<C, K, D, kWeights, kExact>(dx, memory, at, shape);
+  differentiate<C, kWeights, kExact>(dx, memory, job, at, shape);
   __syncthreads();
   if constexpr (kWeights) {
-    store_weight_partials<C, K, kWeights>(job, memory.partial, memory.slots(shape, at.pad));
+    store_weight_partials<C, kWeights>(job, memory.partial, memory.slots(shape, at.pad));
     __syncthreads();  // the next convolution's weights will be there
   }
 }
@@ -496,18 +520,13 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
 #pragma unroll 1
   for (int j = first + blockIdx.y; j < end; j += launch.splits) {
     const GradJob& job = launch.jobs[j];
-    // Unknown to the compiler, which would else compute the addresses of all four kinds ahead of the loop and spill.
+    // Unknown to the compiler, which would else compute addresses ahead of the loop, and spill them.
     int zero = 0;
     asm volatile("" : "+r"(zero));
     Place<C> at = place;
     at.y0 += zero;
     const Memory<C, kWeights> memory(shape, kFirstPad, shared + zero);
-    switch (job.kernel_size * 2 + job.dilation) {
-      case 7: process<C, 3, 1, kWeights, kExact>(dx, memory, job, at, shape); break;
-      case 8: process<C, 3, 2, kWeights, kExact>(dx, memory, job, at, shape); break;
-      case 11: process<C, 5, 1, kWeights, kExact>(dx, memory, job, at, shape); break;
-      default: process<C, 5, 2, kWeights, kExact>(dx, memory, job, at, shape); break;
-    }
+    process<C, kWeights, kExact>(dx, memory, job, at, shape);
   }
   const Source source(common.x, common.x_batch_stride, common.stats, shape, place.picture);
   const int64_t picture = int64_t(C) * shape.height * shape.width;
@@ -528,8 +547,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   const Memory<C, kWeights> memory(shape, kSecondPad, shared);
   prepare<C, kWeights>(memory, job, at, shape);
   float dx[B::kPasses][8] = {};
-  if (job.kernel_size == 5) process<C, 5, 1, kWeights, kExact>(dx, memory, job, at, shape);
-  else process<C, 3, 1, kWeights, kExact>(dx, memory, job, at, shape);
+  process<C, kWeights, kExact>(dx, memory, job, at, shape);
 
   const Source source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;

@@ -227,24 +227,32 @@ __device__ void load_tap_row(float (&taps)[K], const float* channel_taps, int ky
 }
 
 // A convolution's depthwise weights on their way to shared memory: fetched all at once, stored when there is time.
-template <int C, int K, int Threads>
+template <int C, int Threads>
 struct Taps {
-  static constexpr int kSize = C * K * K, kCount = (kSize + Threads - 1) / Threads;
+  static constexpr int kCount = (C * 25 + Threads - 1) / Threads;
   float values[kCount];
 
-  __device__ void load(const float* depthwise) {
+  __device__ void load(const float* depthwise, int kernel_size) {
+    const int size = C * kernel_size * kernel_size;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int i = thread_index() + n * Threads;
-      if (i < kSize) values[n] = __ldg(depthwise + i);
+      if (i < size) values[n] = __ldg(depthwise + i);
     }
   }
   template <typename Slot>
-  __device__ void store(float* taps, Slot slot) const {
+  __device__ void store(float* taps, int kernel_size, Slot slot) const {
+    if (kernel_size == 5) store_as<5>(taps, slot);
+    else store_as<3>(taps, slot);
+  }
+
+ private:
+  template <int K, typename Slot>
+  __device__ void store_as(float* taps, Slot slot) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int i = thread_index() + n * Threads;
-      if (i < kSize) taps[slot(i / (K * K)) * kTapsPitch + tap_position(i % (K * K), K)] = values[n];
+      if (i < C * K * K) taps[slot(i / (K * K)) * kTapsPitch + tap_position(i % (K * K), K)] = values[n];
     }
   }
 };
@@ -289,6 +297,23 @@ __device__ void multiply(float (&sums)[4], const Fragment<4, kExact>& a, const F
 __device__ inline float sum_over_quad(float v) {  // of the four lanes that share g
   v += __shfl_xor_sync(~0u, v, 1);
   return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+template <int kSize_, int kDilation_>
+struct Kind {
+  static constexpr int kSize = kSize_, kDilation = kDilation_, kPad = kDilation * (kSize / 2);
+};
+
+// Calls f with the Kind of a convolution. Only what must be unrolled for it belongs into f: the instruction cache
+// has to hold all four.
+template <typename F>
+__device__ void with_kind(int kernel_size, int dilation, F f) {
+  switch (kernel_size * 2 + dilation) {
+    case 7: return f(Kind<3, 1>());
+    case 8: return f(Kind<3, 2>());
+    case 11: return f(Kind<5, 1>());
+    default: return f(Kind<5, 2>());
+  }
 }
 
 // Calls f with the channels as a compile-time constant.

@@ -59,38 +59,63 @@ struct Geometry {
   int plane;  // chosen, as the pitch, so that a warp's 16-byte loads of windows meet no bank twice
 
   __host__ __device__ Geometry(const Shape& shape, int pad)
-      : plane(pad_to_bank(stored_rows<C>(shape, pad) * kPitch, C == 16 ? 4 : 8)) {}
+      : plane(pad_to_bank(stored_rows<C>(shape, pad) * kPitch, C == 16 ? 4 : C == 32 ? 8 : 24)) {}
 };
 
-template <int C, int N>
-using Sums = float[N][C / 16][Unit<C>::kStrip][4];
+template <int C>
+struct Sums {  // of a unit and one convolution
+  float values[C / 16][Unit<C>::kStrip][4] = {};
+};
 
-// sums = W_pw · (W_dw ⋆ tile) of a unit for N convolutions.
-template <int C, int K, int D, int N, bool kExact>
-__device__ void convolve(Sums<C, N>& sums, const float* tile, const float* taps, const Conv* convs, int unit,
-                         const Place<C>& at, const Geometry<C>& geometry) {
-  constexpr int kPad = D * (K / 2), kStrip = Unit<C>::kStrip;
-  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
-  const int strip = unit * 8 + Unit<C>::strip(g / 2, g % 2);
-  const int y = at.y0 + strip / Unit<C>::kStripsPerRow;
-  const float* column = tile + strip % Unit<C>::kStripsPerRow * kStrip;
+// Where a lane's strip begins in a plane of shared memory, and its row of the picture.
+struct Strip {
+  int column, y;
+};
+
+// depthwise += W_dw ⋆ tile of this lane's strip: channels `slot` and `slot` + 4, for N convolutions.
+template <int C, typename Kind, int N>
+__device__ void convolve_rows(float (&depthwise)[2][N][Unit<C>::kStrip], const float* tile, const float* taps,
+                              int slot, Strip strip, const Place<C>& at, const Geometry<C>& geometry) {
+  constexpr int kStrip = Unit<C>::kStrip, kDilation = Kind::kDilation, kPad = Kind::kPad;
+  const float* column = tile + slot * geometry.plane + strip.column;
+  // Not unrolled: the instruction cache would not hold the loop.
+#pragma unroll 1
+  for (int ky = 0; ky < Kind::kSize; ++ky) {
+    const float* row = column + at.stored(strip.y + ky * kDilation - kPad) * Geometry<C>::kPitch;
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      float window[kStrip + 2 * kHalo];
+      load_window<kPad, kStrip>(window, row + half * 4 * geometry.plane);
 #pragma unroll
-    for (int m = 0; m < C / 16; ++m) {
+      for (int n = 0; n < N; ++n) {
+        float w[Kind::kSize];
+        load_tap_row<Kind::kSize>(w, taps + (n * C + slot + half * 4) * kTapsPitch, ky);
 #pragma unroll
-      for (int t = 0; t < kStrip; ++t) {
+        for (int kx = 0; kx < Kind::kSize; ++kx) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) sums[n][m][t][r] = 0.f;
+          for (int t = 0; t < kStrip; ++t) {
+            depthwise[half][n][t] = fmaf(w[kx], window[kHalo + t + kx * kDilation - kPad], depthwise[half][n][t]);
+          }
+        }
       }
     }
   }
+}
+
+// sums = W_pw · (W_dw ⋆ tile) of a unit for N convolutions of a group.
+template <int C, int N, bool kExact>
+__device__ void convolve(Sums<C> (&sums)[N], const float* tile, const float* taps, const Group& group, int first,
+                         int unit, const Place<C>& at, const Geometry<C>& geometry) {
+  constexpr int kStrip = Unit<C>::kStrip;
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
+  const int number = unit * 8 + Unit<C>::strip(g / 2, g % 2);
+  const Strip strip{number % Unit<C>::kStripsPerRow * kStrip, at.y0 + number / Unit<C>::kStripsPerRow};
 #pragma unroll 1
   for (int step = 0; step < C / 8; ++step) {  // eight channels: 16 · (step / 2) + 4q + 2 · (step % 2) + {0, 1}
     float2 weights[N][C / 16][2];  // asked for long before they are needed
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const float* at_step = convs[n].pointwise + step / 2 * 16 + 4 * q + step % 2 * 2;
+      const float* at_step = group.convs[first + n].pointwise + step / 2 * 16 + 4 * q + step % 2 * 2;
 #pragma unroll
       for (int m = 0; m < C / 16; ++m) {
         weights[n][m][0] = __ldg(reinterpret_cast<const float2*>(at_step + (m * 16 + g) * C));
@@ -99,28 +124,9 @@ __device__ void convolve(Sums<C, N>& sums, const float* tile, const float* taps,
     }
     float depthwise[2][N][kStrip] = {};
     const int slot = step / 2 * 16 + step % 2 * 8 + q;
-    // Not unrolled: the instruction cache would not hold the loop.
-#pragma unroll 1
-    for (int ky = 0; ky < K; ++ky) {
-      const float* row = column + slot * geometry.plane + at.stored(y + ky * D - kPad) * Geometry<C>::kPitch;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float window[kStrip + 2 * kHalo];
-        load_window<kPad, kStrip>(window, row + half * 4 * geometry.plane);
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-          float w[K];
-          load_tap_row<K>(w, taps + (n * C + slot + half * 4) * kTapsPitch, ky);
-#pragma unroll
-          for (int kx = 0; kx < K; ++kx) {
-#pragma unroll
-            for (int t = 0; t < kStrip; ++t) {
-              depthwise[half][n][t] = fmaf(w[kx], window[kHalo + t + kx * D - kPad], depthwise[half][n][t]);
-            }
-          }
-        }
-      }
-    }
+    with_kind(group.kernel_size, group.dilation, [&](auto kind) {
+      convolve_rows<C, decltype(kind), N>(depthwise, tile, taps, slot, strip, at, geometry);
+    });
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       Fragment<2, kExact> right[kStrip];
@@ -135,7 +141,7 @@ __device__ void convolve(Sums<C, N>& sums, const float* tile, const float* taps,
         Fragment<4, kExact> left;
         left.set(0, upper.x), left.set(1, lower.x), left.set(2, upper.y), left.set(3, lower.y);
 #pragma unroll
-        for (int t = 0; t < kStrip; ++t) multiply<kExact>(sums[n][m][t], left, right[t]);
+        for (int t = 0; t < kStrip; ++t) multiply<kExact>(sums[n].values[m][t], left, right[t]);
       }
     }
   }
@@ -180,8 +186,8 @@ __device__ void store_run(float* plane, const float (&v)[8], int run, const Plac
 // Stores a unit's sums of one convolution, and their moments a channel into shared memory [unit][C]. kFull:
 // all pixels of the unit lie inside the picture, and its rows are aligned.
 template <int C, bool kFull>
-__device__ void store_unit(const float (&sums)[C / 16][Unit<C>::kStrip][4], float* z, float2* moments,
-                           float* count, int unit, const Place<C>& at, const Shape& shape) {
+__device__ void store_unit(const Sums<C>& sums, float* z, float2* moments, float* count, int unit,
+                           const Place<C>& at, const Shape& shape) {
   constexpr int kStrip = Unit<C>::kStrip, kLaneRuns = kStrip / 4;
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, plane = shape.height * shape.width;
   const bool aligned = shape.width % 4 == 0;
@@ -205,7 +211,7 @@ __device__ void store_unit(const float (&sums)[C / 16][Unit<C>::kStrip][4], floa
       for (int i = 0; i < kLaneRuns; ++i) {
 #pragma unroll
         for (int t = 0; t < 8; ++t) {
-          v[i][t] = kStrip == 8 ? sums[m][t][2 * h + i] : sums[m][t % 4][2 * h + t / 4];
+          v[i][t] = kStrip == 8 ? sums.values[m][t][2 * h + i] : sums.values[m][t % 4][2 * h + t / 4];
           if (kFull || t < pixels[i]) sum += v[i][t];
         }
         store_run<C, kFull>(z + channel * plane, v[i], runs[i], at, shape, aligned);
@@ -222,6 +228,13 @@ __device__ void store_unit(const float (&sums)[C / 16][Unit<C>::kStrip][4], floa
       if (q == 0) moments[unit * C + channel] = make_float2(mean, squares);
     }
   }
+}
+
+// The rare case, out of the way of the instruction cache.
+template <int C>
+__noinline__ __device__ void store_unit_at_border(Sums<C> sums, float* z, float2* moments, float* count, int unit,
+                                                  const Place<C>& at, const Shape& shape) {
+  store_unit<C, false>(sums, z, moments, count, unit, at, shape);
 }
 
 // The tile's moments from those of its units, merged as Chan, Golub and LeVeque do.
@@ -250,76 +263,68 @@ int forward_shared_floats(const Shape& shape, int pad) {
          Unit<C>::kGroupSize * (C * kTapsPitch + Unit<C>::kCount * (2 * C + 1));
 }
 
-template <int C, int K, int D, bool kExact>
-__device__ void forward_group(const Shape& shape, const Group& group) {
+// Grid: (parts, groups).
+template <int C, bool kExact>
+__global__ void __launch_bounds__(kForwardThreads, C == 64 ? 4 : 3)
+    forward_kernel(const __grid_constant__ ForwardLaunch launch) {
   extern __shared__ __align__(16) float shared[];
-  const Place<C> at(shape, D * (K / 2));
-  const Geometry<C> geometry(shape, D * (K / 2));
+  const Shape& shape = launch.shape;
+  const Group& group = launch.groups[blockIdx.y];
+  const int pad = group.dilation * (group.kernel_size / 2);
+  const Place<C> at(shape, pad);
+  const Geometry<C> geometry(shape, pad);
   float* tile = shared;
   float* taps = tile + C * geometry.plane;
   float2* moments = reinterpret_cast<float2*>(taps + Unit<C>::kGroupSize * C * kTapsPitch);
   float* count = reinterpret_cast<float*>(moments + Unit<C>::kGroupSize * Unit<C>::kCount * C);
 
-  Taps<C, K, kForwardThreads> own_taps[Unit<C>::kGroupSize];
+  Taps<C, kForwardThreads> own_taps[Unit<C>::kGroupSize];
 #pragma unroll
   for (int n = 0; n < Unit<C>::kGroupSize; ++n) {
-    if (n < group.count) own_taps[n].load(group.convs[n].depthwise);
+    if (n < group.count) own_taps[n].load(group.convs[n].depthwise, group.kernel_size);
   }
   const Source source(group.x, group.x_batch_stride, group.stats, shape, at.picture);
   load_tile<C, kForwardThreads>(tile, source, at, shape, Geometry<C>::kPitch, geometry.plane,
                                 contraction_slot);
 #pragma unroll
   for (int n = 0; n < Unit<C>::kGroupSize; ++n) {
-    if (n < group.count) own_taps[n].store(taps + n * C * kTapsPitch, contraction_slot);
+    if (n < group.count) own_taps[n].store(taps + n * C * kTapsPitch, group.kernel_size, contraction_slot);
   }
   __syncthreads();
 
-  const int warp = threadIdx.x / 32;
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
   const bool full = at.y0 + Tile<C>::kRows <= shape.height && at.x0 + Tile<C>::kWidth <= shape.width &&
                     shape.width % 4 == 0;
-  const auto finish = [&](const auto& sums, int n, int unit) {
-    float* z = group.convs[n].z + picture;
-    float2* unit_moments = moments + n * Unit<C>::kCount * C;
-    float* unit_count = count + n * Unit<C>::kCount;
-    if (full) store_unit<C, true>(sums, z, unit_moments, unit_count, unit, at, shape);
-    else store_unit<C, false>(sums, z, unit_moments, unit_count, unit, at, shape);
+  const auto run = [&](auto& sums, int first, int unit) {
+    constexpr int N = sizeof(sums) / sizeof(sums[0]);
+    convolve<C, N, kExact>(sums, tile, taps + first * C * kTapsPitch, group, first, unit, at, geometry);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      float* z = group.convs[first + n].z + picture;
+      float2* unit_moments = moments + (first + n) * Unit<C>::kCount * C;
+      float* unit_count = count + (first + n) * Unit<C>::kCount;
+      if (full) store_unit<C, true>(sums[n], z, unit_moments, unit_count, unit, at, shape);
+      else store_unit_at_border<C>(sums[n], z, unit_moments, unit_count, unit, at, shape);
+    }
   };
   constexpr int kWarps = kForwardThreads / 32, kUnits = Unit<C>::kCount;
+  const int warp = threadIdx.x / 32;
   int single = 0;  // the first convolution that is not one of a pair
   if constexpr (C == 16) {
     single = group.count & ~1;
     for (int task = warp; task < single / 2 * kUnits; task += kWarps) {
-      const int n = task / kUnits * 2, unit = task % kUnits;
-      Sums<C, 2> sums;
-      convolve<C, K, D, 2, kExact>(sums, tile, taps + n * C * kTapsPitch, group.convs + n, unit, at, geometry);
-      finish(sums[0], n, unit);
-      finish(sums[1], n + 1, unit);
+      Sums<C> sums[2];
+      run(sums, task / kUnits * 2, task % kUnits);
     }
   }
   for (int task = single * kUnits + warp; task < group.count * kUnits; task += kWarps) {
-    const int n = task / kUnits, unit = task % kUnits;
-    Sums<C, 1> sums;
-    convolve<C, K, D, 1, kExact>(sums, tile, taps + n * C * kTapsPitch, group.convs + n, unit, at, geometry);
-    finish(sums[0], n, unit);
+    Sums<C> sums[1];
+    run(sums, task / kUnits, task % kUnits);
   }
   __syncthreads();
   for (int n = 0; n < group.count; ++n) {
     store_moments<C>(group.convs[n].moments + int64_t(blockIdx.x) * C * 3, moments + n * Unit<C>::kCount * C,
                      count + n * Unit<C>::kCount);
-  }
-}
-
-// Grid: (parts, groups).
-template <int C, bool kExact>
-__global__ void __launch_bounds__(kForwardThreads, 3)
-    forward_kernel(const __grid_constant__ ForwardLaunch launch) {
-  const Group& group = launch.groups[blockIdx.y];
-  switch (group.kernel_size * 2 + group.dilation) {
-    case 7: return forward_group<C, 3, 1, kExact>(launch.shape, group);
-    case 8: return forward_group<C, 3, 2, kExact>(launch.shape, group);
-    case 11: return forward_group<C, 5, 1, kExact>(launch.shape, group);
-    default: return forward_group<C, 5, 2, kExact>(launch.shape, group);
   }
 }
 
