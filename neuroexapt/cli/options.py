@@ -12,8 +12,8 @@ import typer
 from neuroexapt.engine.config import RunConfig
 from neuroexapt.errors import UserError
 
-ALIASES = {"data_root": ["--data"]}
-"""Further names of options, from the original example."""
+ALIASES = {"data_root": ["--data"], "controls": ["--control"]}
+"""Further names of options: from the original example, or in the singular."""
 
 
 def with_settings(cls: type[RunConfig]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -17,6 +17,7 @@ from neuroexapt.spaces import get_space
 from neuroexapt.strategies import STRATEGIES, published_settings
 
 EXECUTIONS = ("fused", "reference", "compile", "fastest")
+CRITERIA = ("", "skips", "eigenvalue")
 PRECISIONS = ("fp32", "bf16")
 CONTROLS = ("random", "resnet18")
 
@@ -92,6 +93,8 @@ class SearchConfig(RunConfig):
     arch_learning_rate: float = setting(3e-4, "learning rate of α (Adam)")
     arch_weight_decay: float = setting(1e-3, "weight decay of α")
     train_portion: float = setting(0.5, "share of the training pictures for w; the rest is for α")
+    stop: str = setting("", "end early: skips, eigenvalue (of the Hessian over α), or not at all")
+    minutes: float | None = setting(None, "end the search after the epoch in which it has taken so long")
     execution: str = setting(
         "fused",
         "fused, reference (module by module), compile (torch.compile an edge) or fastest (measured once)",
@@ -105,11 +108,12 @@ class SearchConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "epochs", "arch_learning_rate")
+        _require_positive(self, "epochs", "arch_learning_rate", "minutes")
         _require_not_negative(self, "warmup_epochs", "arch_weight_decay", "train_epochs")
         if not 0 < self.train_portion < 1:
             raise UserError(f"train_portion={self.train_portion}: choose a share between 0 and 1")
         _require_one_of(self, "execution", EXECUTIONS)
+        _require_one_of(self, "stop", CRITERIA)
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"warmup_epochs={self.warmup_epochs} leaves none of {self.epochs} epochs for α; choose fewer"
@@ -123,7 +127,7 @@ class EvaluateConfig(RunConfig):
     genotype: str = setting("DARTS_V2", "published name, file, or folder of a run")
     recipe: str = setting("published", "how to train: published (as DARTS), or fast, in a tenth of the time")
     seeds: int = setting(1, "trainings to take the mean of, with seeds counted up from --seed")
-    control: str = setting("", "networks trained alike to compare with: random, resnet18 or random,resnet18")
+    controls: str = setting("", "networks trained alike to compare with: random, resnet18 or random,resnet18")
     epochs: int = setting(600, "epochs")
     batch_size: int = setting(96, "pictures in a batch")
     layers: int = setting(20, "cells, two of them reduction cells")
@@ -144,16 +148,16 @@ class EvaluateConfig(RunConfig):
         for name in ("drop_path", "learning_rate_warmup", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: choose a value from 0 to below 1")
-        for name in self.controls:
+        for name in self.control_names:
             if name not in CONTROLS:
                 raise UserError(
                     f"unknown control {name!r}; choose of {', '.join(CONTROLS)}, separated by commas"
                 )
 
     @property
-    def controls(self) -> tuple[str, ...]:
-        """The names in ``control``, each once."""
-        return tuple(dict.fromkeys(name.strip() for name in self.control.split(",") if name.strip()))
+    def control_names(self) -> tuple[str, ...]:
+        """The names in ``controls``, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.controls.split(",") if name.strip()))
 
 
 # What a data set calls for where neither the user nor a config file says otherwise.

@@ -27,7 +27,7 @@ def evaluate(
 ) -> RunResult:
     """Train the network of ``genotype`` on all training pictures and test it.
 
-    With ``seeds`` as often, and with ``control`` other networks alike: ``random``, a genotype that is drawn
+    With ``seeds`` as often, and with ``controls`` other networks alike: ``random``, a genotype that is drawn
     anew for every seed, and ``resnet18``. ``settings`` are the fields of ``EvaluateConfig``; ``resume`` and
     ``config`` as in ``search``.
     """
@@ -63,9 +63,10 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
     if new:
         run.create_folder()
         run.folder.write_json("genotype.json", genotype.to_dict())
+    names = " and ".join((config.genotype, *config.control_names))
     run.session.progress.say(
-        f"training {' and '.join((config.genotype, *config.controls))} on {config.dataset}{_seeds(config)}: "
-        f"{first.epochs} epochs of {first.steps_per_epoch} steps on {run.where}, run folder {run.folder.path}"
+        f"training {names} on {config.dataset}{_seeds(config)}: {first.epochs} epochs of "
+        f"{first.steps_per_epoch} steps on {run.where}, run folder {run.folder.path}"
     )
     trained = _train_all(runs, genotype, first)
     curves = read_curves(run.folder)
@@ -75,7 +76,7 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
         **_summary(trained[PHASE], curves),
         "controls": {
             kind: {**_summary(trained[kind], curves), "genotypes": _genotypes(trained[kind])}
-            for kind in config.controls
+            for kind in config.control_names
         },
         "seconds": sum(seconds.values()),
         "seconds_by_phase": seconds,
@@ -103,7 +104,7 @@ def _train_all(
     """The genotype (under ``PHASE``, of which ``first`` is the first phase) and the controls, each from the
     seed of every run.
     """
-    trained: dict[str, list[Trained]] = {kind: [] for kind in (PHASE, *runs[0].config.controls)}
+    trained: dict[str, list[Trained]] = {kind: [] for kind in (PHASE, *runs[0].config.control_names)}
     phase: TrainPhase | None = first
     for kind, run in itertools.product(trained, runs):
         name = kind if run is runs[0] else f"{kind}-seed{run.config.seed}"

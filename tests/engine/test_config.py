@@ -87,7 +87,7 @@ def test_refuses(settings: dict, message: str) -> None:
         ({"recipe": "slow"}, "unknown recipe 'slow'; choose one of published, fast"),
         ({"recipe": 3}, "recipe=3: expected str"),
         ({"seeds": 0}, "seeds=0: choose a value above 0"),
-        ({"control": "random, resnet50"}, "unknown control 'resnet50'; choose of random, resnet18"),
+        ({"controls": "random, resnet50"}, "unknown control 'resnet50'; choose of random, resnet18"),
         ({"ema": 1.0}, "ema=1.0: choose a value from 0 to below 1"),
         ({"label_smoothing": -0.1}, "label_smoothing=-0.1: choose a value from 0 to below 1"),
         ({"drop_path": 1}, "drop_path=1.0: choose a value from 0 to below 1"),
@@ -100,8 +100,8 @@ def test_refuses_to_evaluate(settings: dict, message: str) -> None:
 
 
 def test_controls_are_told_once_each() -> None:
-    assert EvaluateConfig(control="random, resnet18,random,").controls == ("random", "resnet18")
-    assert EvaluateConfig().controls == ()
+    assert EvaluateConfig(controls="random, resnet18,random,").control_names == ("random", "resnet18")
+    assert EvaluateConfig().control_names == ()
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", ""])

@@ -45,7 +45,7 @@ def test_bf16_keeps_weights_and_tests_in_fp32(tmp_path: Path) -> None:
 
 def fast_settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """Everything that the fast recipe has, small, over two seeds and next to a random genotype."""
-    own = {"recipe": "fast", "learning_rate_warmup": 0.5, "seeds": 2, "seed": 3, "control": "random"}
+    own = {"recipe": "fast", "learning_rate_warmup": 0.5, "seeds": 2, "seed": 3, "controls": "random"}
     return evaluate_settings(folder, **{**own, **changes})
 
 
@@ -120,7 +120,7 @@ def test_resumes_bit_for_bit_from_any_training(
 
 
 def test_controls_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    settings = fast_settings(tmp_path, epochs=1, seeds=1, control="random,resnet18", quiet=False)
+    settings = fast_settings(tmp_path, epochs=1, seeds=1, controls="random,resnet18", quiet=False)
     result = neuroexapt.evaluate(**settings).result
     *_, random, resnet, own = capsys.readouterr().err.splitlines()
     assert random.startswith("random: test accuracy ")
