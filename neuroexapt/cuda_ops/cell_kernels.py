@@ -110,7 +110,7 @@ def products_are_exact() -> bool:
 
 
 def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """``z`` and ``moments`` of each convolution; all have one shape and stride, and usually are one launch."""
+    """``z`` and ``moments`` of each convolution, usually in one launch; all have one shape and stride."""
     if convs[0].stride > 1:
         return _convolve_strided(convs, exact)
     kernels, shape = extension(), _conv_shape(convs[0].x, exact)
@@ -154,7 +154,7 @@ def backward_first(
 ) -> tuple[list[list[Tensor]], Partials]:
     """Of the convolutions of each state: tensors whose sum is the state's gradient; partials of them all."""
     if grads[0][0].conv.stride > 1:
-        found = [_backward_strided(of_state, wants_weights) for of_state in grads]
+        found = _backward_strided(grads, exact, wants_weights)
     else:
         pairs = (grads[i : i + 2] for i in range(0, len(grads), 2))
         found = [one for pair in pairs for one in _backward_states(pair, exact, wants_weights)]
@@ -444,7 +444,7 @@ def state_gradients(states: Sequence[StateGrad], stride: int, weights: Tensor | 
 
 
 def _convolve_strided(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """``convolve`` at stride 2: one launch, or for odd shapes one for each state, kernel size and dilation."""
+    """``convolve`` at stride 2: one launch, or for odd widths one a state, kernel size and dilation."""
     x = convs[0].x
     batch, channels, height, width = x.shape
     zs = _empty(x, len(convs), batch, channels, -(-height // 2), -(-width // 2))
@@ -465,8 +465,41 @@ def _convolve_strided(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor],
     return zs, moments
 
 
-def _backward_strided(grads: Sequence[ConvGrad], wants_weights: bool) -> tuple[list[Tensor], Partials]:
-    """As ``_convolve_strided``."""
+def _backward_strided(
+    grads: Sequence[Sequence[ConvGrad]], exact: bool, wants_weights: bool
+) -> list[tuple[list[Tensor], Partials]]:
+    """As ``_convolve_strided``, for each state."""
+    x, kernels = grads[0][0].conv.x, extension()
+    shape = kernels.StridedShape(*x.shape, exact)
+    if x.shape[3] % 8 or not kernels.cell_strided_backward_takes(shape):
+        return [_backward_strided_state(of_state, wants_weights) for of_state in grads]
+    parts = kernels.cell_strided_backward_parts(shape)
+    found = [(_empty_like(x, 1), _partials(of_state, parts, wants_weights)) for of_state in grads]
+    xs = [dense_pictures(of_state[0].conv.x) for of_state in grads]
+    operands = [list(map(_strided_operands, of_state)) for of_state in grads]
+    states = []
+    for x, ((dx,), partials), of_state, tensors in zip(xs, found, grads, operands, strict=True):
+        none: list[Tensor | None] = [None] * len(of_state)
+        jobs = [
+            kernels.StridedGradJob(
+                *strided(g), *addresses(*others, *partial), grad.conv.depthwise.shape[-1], grad.conv.dilation
+            )
+            for grad, (g, *others), *partial in zip(
+                of_state, tensors, partials.depthwise or none, partials.pointwise or none, strict=True
+            )
+        ]
+        states.append(kernels.StridedStateGrad(*strided(x), *addresses(dx), jobs))
+    kernels.cell_strided_backward(shape, states, current_stream())
+    return found
+
+
+def _strided_operands(grad: ConvGrad) -> list[Tensor]:
+    weights = (dense(grad.conv.depthwise), dense(grad.conv.pointwise))
+    return [dense_pictures(grad.g), dense(grad.z), dense(grad.coef), *weights]
+
+
+def _backward_strided_state(grads: Sequence[ConvGrad], wants_weights: bool) -> tuple[list[Tensor], Partials]:
+    """A launch for each kernel size and dilation."""
     dxs = _empty_like(grads[0].conv.x, len(grads))
     found: dict[int, Sequence[Any]] = {}
     for same in _alike([grad.conv for grad in grads]):

@@ -62,8 +62,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<cell_strided::Shape>(m, "StridedShape").def(pybind11::init<int, int, int, int, bool>());
   pybind11::class_<cell_strided::Job>(m, "StridedJob")
       .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, int, int>());
+  pybind11::class_<cell_strided::GradJob>(m, "StridedGradJob")
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, Address, int, int>());
+  pybind11::class_<cell_strided::StateGrad>(m, "StridedStateGrad")
+      .def(pybind11::init<Address, std::int64_t, Address, std::vector<cell_strided::GradJob>>());
   m.def("cell_strided_forward_parts", &cell_strided::forward_parts);
   m.def("cell_strided_forward", &cell_strided::forward);
+  m.def("cell_strided_backward_takes", &cell_strided::backward_takes);
+  m.def("cell_strided_backward_parts", &cell_strided::backward_parts);
+  m.def("cell_strided_backward", &cell_strided::backward);
 
   pybind11::class_<node::Tensor>(m, "NodeTensor").def(pybind11::init<Address, std::int64_t>());
   pybind11::class_<node::Shape>(m, "NodeShape").def(pybind11::init<int, int, int>());

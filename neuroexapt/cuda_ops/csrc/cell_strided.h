@@ -27,4 +27,22 @@ struct Job {
 };
 void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream);
 
+// As in cell_conv.h; for pictures of at most 16 output columns, of 8 at 64 channels (`backward_takes`). Every block
+// computes all convolutions of a state for its pixels and 16 channels, so dx, contiguous, is complete.
+struct GradJob {
+  Address g;
+  std::int64_t g_batch_stride;
+  Address z, coef, depthwise, pointwise, depthwise_partial, pointwise_partial;
+  int kernel_size, dilation;
+};
+struct StateGrad {
+  Address x;
+  std::int64_t x_batch_stride;
+  Address dx;
+  std::vector<GradJob> jobs;
+};
+bool backward_takes(const Shape& shape);
+int backward_parts(const Shape& shape);
+void backward(const Shape& shape, const std::vector<StateGrad>& states, Address stream);
+
 }  // namespace cell_strided
