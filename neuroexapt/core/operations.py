@@ -47,6 +47,20 @@ class Zero(nn.Module):
         return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
 
 
+class Noise(nn.Module):
+    """Standard normal noise in the place of the picture, which gets no gradient (Zela et al., ICLR 2020).
+
+    Cells that recompute draw it anew in their backward pass.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.randn_like(x[:, :, :: self.stride, :: self.stride])
+
+
 class Identity(nn.Module):
     """Skip connection at stride 1."""
 
@@ -241,6 +255,7 @@ OPS: dict[str, OpFactory] = {
     "dil_conv_5x5": lambda channels, stride, affine: DilConv(channels, channels, 5, stride, 2, affine),
     "nor_conv_1x1": lambda channels, stride, affine: ReLUConvBN(channels, channels, 1, stride, 0, affine),
     "nor_conv_3x3": lambda channels, stride, affine: ReLUConvBN(channels, channels, 3, stride, 1, affine),
+    "noise": lambda channels, stride, affine: Noise(stride),
     "conv_7x1_1x7": lambda channels, stride, affine: FactorizedConv(channels, 7, stride, affine),
 }
 

@@ -76,12 +76,12 @@ DEFINITIONS = {
 
 
 def test_every_op_has_a_definition() -> None:
-    assert set(DEFINITIONS) == set(OPS)
+    assert set(DEFINITIONS) | {"noise"} == set(OPS)
     assert set(PRIMITIVES) <= set(OPS)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("name", sorted(OPS))
+@pytest.mark.parametrize("name", sorted(DEFINITIONS))
 def test_equals_its_definition(name: str, stride: int) -> None:
     torch.manual_seed(0)
     op = make_op(name, C, stride, affine=False).double().train()
@@ -90,6 +90,17 @@ def test_equals_its_definition(name: str, stride: int) -> None:
     expected = DEFINITIONS[name](x, stride, list(op.parameters()))
     assert actual.shape == (3, C, 8 // stride, 8 // stride)
     assert (actual - expected).abs().max() <= 1e-12
+
+
+def test_noise_is_drawn_anew_and_tells_nothing_of_the_picture() -> None:
+    x = torch.full((4, 3, 32, 32), 7.0, requires_grad=True)
+    noise = make_op("noise", 3, 2, affine=False)
+    y = noise(x)
+    assert y.shape == (4, 3, 16, 16)
+    assert abs(y.mean()) < 0.1
+    assert abs(y.std() - 1) < 0.1
+    assert not y.requires_grad
+    assert not torch.equal(y, noise(x))
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -169,7 +180,7 @@ def test_none_stops_infinities() -> None:
 # An edge by its plan
 
 
-def make_edge(stride: int = 1, primitives: tuple[str, ...] = tuple(OPS)) -> MixedOp:
+def make_edge(stride: int = 1, primitives: tuple[str, ...] = tuple(DEFINITIONS)) -> MixedOp:
     torch.manual_seed(0)
     edge = MixedOp(C, stride, primitives).double()
     for module in edge.modules():
@@ -246,7 +257,11 @@ def test_a_fused_edge_follows_the_exchange_of_an_operation() -> None:
 
 def test_copies_and_pickles_of_an_edge_make_their_own_plan() -> None:
     edge = make_edge()
-    names, x, weights = list(edge.state_dict()), torch.randn(16, C, 5, 5).double(), torch.ones(len(OPS))
+    names, x, weights = (
+        list(edge.state_dict()),
+        torch.randn(16, C, 5, 5).double(),
+        torch.ones(len(DEFINITIONS)),
+    )
     edge.eval()(x, weights.double())
     for twin in (copy.deepcopy(edge), pickle.loads(pickle.dumps(edge))):
         assert list(twin.state_dict()) == names
@@ -258,7 +273,7 @@ def test_copies_and_pickles_of_an_edge_make_their_own_plan() -> None:
 
 def test_an_edge_is_freed_without_the_garbage_collector() -> None:
     edge = make_edge()
-    edge(torch.randn(16, C, 5, 5).double(), torch.ones(len(OPS)).double())
+    edge(torch.randn(16, C, 5, 5).double(), torch.ones(len(DEFINITIONS)).double())
     freed = weakref.ref(edge)
     gc.disable()
     try:
@@ -270,7 +285,7 @@ def test_an_edge_is_freed_without_the_garbage_collector() -> None:
 
 def test_a_compiled_edge_runs_operation_by_operation() -> None:
     edge = make_edge().eval()
-    x, weights = torch.randn(16, C, 5, 5).double(), torch.rand(len(OPS)).double()
+    x, weights = torch.randn(16, C, 5, 5).double(), torch.rand(len(DEFINITIONS)).double()
     expected = edge(x, weights)
     torch._dynamo.reset()
     edge.compile(backend="eager", fullgraph=True)
@@ -288,7 +303,7 @@ def test_on_a_gpu_without_kernels_for_it_an_edge_runs_operation_by_operation() -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_an_edge_of_half_precision_runs_operation_by_operation(dtype: torch.dtype) -> None:
     edge = make_edge().bfloat16()
-    x, weights = torch.randn(16, C, 8, 8).bfloat16(), torch.rand(len(OPS)).to(dtype)
+    x, weights = torch.randn(16, C, 8, 8).bfloat16(), torch.rand(len(DEFINITIONS)).to(dtype)
     reset_dispatch_report()
     assert edge(x, weights).dtype == torch.bfloat16
     assert "cell" not in {decision.op for decision in dispatch_report()}
