@@ -30,6 +30,15 @@ def _private_configuration(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def small_space(monkeypatch):
+    """The space of ``tests.strategies.small`` by its name."""
+    from neuroexapt.spaces import SPACES
+    from tests.strategies.small import SPACE
+
+    monkeypatch.setitem(SPACES, SPACE.name, SPACE)
+
+
+@pytest.fixture
 def nan_filled_empty():
     """Let ``torch.empty`` and its kin return NaN, so that output a kernel does not write shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

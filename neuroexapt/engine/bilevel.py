@@ -55,6 +55,9 @@ class Strategy(nn.Module, ABC):
     not_fused: ClassVar[str] = ""
     """Why cells do not run by their plan, if they don't."""
 
+    against_collapse: ClassVar[bool] = False
+    """Whether the method was made to keep skip connections from winning."""
+
     @abstractmethod
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mixing weights [E, K] of every cell type from its α [E, K], drawn anew for every pass if random."""

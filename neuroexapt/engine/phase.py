@@ -53,6 +53,10 @@ class Phase(ABC):
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """What to record of the epoch besides the means of the metrics."""
 
+    def reason_to_stop(self, record: dict[str, Any], seconds: float) -> str:
+        """Why the phase ends after the epoch of ``record``, having taken ``seconds``; empty if it goes on."""
+        return ""
+
     def figures(self, record: dict[str, Any]) -> dict[str, Any]:
         """Figures of the epoch that ``record`` describes, by name."""
         return {}
@@ -89,6 +93,7 @@ class Position:
     step: int = 0
     sums: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    finished: bool = False
 
 
 class PhaseRunner:
@@ -107,13 +112,13 @@ class PhaseRunner:
     def run(self) -> float:
         """Train to the end; seconds that the phase has taken over all its invocations."""
         self._restore()
-        if self.position.epoch == self.phase.epochs:
+        if self.position.finished:
             return self.position.seconds
         self.events.start(self.position.epoch * self.phase.steps_per_epoch + self.position.step)
         reset_peak_memory(self.phase.device)
         self._clock = self._saved_at = self._looked_at = time.monotonic()
         with self.session.progress.phase(self.phase.name, self.phase.epochs, self.phase.steps_per_epoch):
-            while self.position.epoch < self.phase.epochs:
+            while not self.position.finished:
                 self._run_epoch(self.position.epoch)
         self.events.close()
         return self.position.seconds
@@ -153,7 +158,12 @@ class PhaseRunner:
         self.session.run.append(self.session.run.timing, {"phase": self.phase.name, "epoch": epoch, **timing})
         self.events.epoch(record, timing, self.phase.figures(record))
         self.session.progress.end_epoch(record, timing)
-        self.position.epoch, self.position.step, self.position.sums = epoch + 1, 0, []
+        elapsed = self.position.seconds + time.monotonic() - self._clock
+        reason = self.phase.reason_to_stop(record, elapsed)
+        if reason:
+            self.session.progress.say(f"{self.phase.name} stops after epoch {epoch + 1}: {reason}")
+        is_last = bool(reason) or epoch + 1 == self.phase.epochs
+        self.position = Position(epoch + 1, seconds=self.position.seconds, finished=is_last)
         self._save()
 
     def _after_step(self, names: Sequence[str]) -> None:

@@ -84,6 +84,7 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
         "test_accuracy": test_accuracy,
         **phase.table_accuracies(genotype),
         "scratch_test_accuracy": scratch_accuracy,
+        "stopped": phase.stopping.reason,
         "seconds": sum(seconds.values()),
         "seconds_by_phase": seconds,
         **run.measurements("search"),

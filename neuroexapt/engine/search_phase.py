@@ -9,15 +9,18 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.benchmarks import Table
+from neuroexapt.core.buffers import buffers_copied
 from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import Loader
 from neuroexapt.engine.bilevel import Batch, BilevelStep
 from neuroexapt.engine.captured import capture
 from neuroexapt.engine.config import SearchConfig
+from neuroexapt.engine.curvature import largest_eigenvalue
 from neuroexapt.engine.device import get_device_name, place
 from neuroexapt.engine.execution import choose_execution, set_execution
 from neuroexapt.engine.phase import Phase
+from neuroexapt.engine.stopping import COLLAPSED, Stopping, count_skips
 from neuroexapt.engine.training import (
     cosine,
     evaluate_loss,
@@ -28,7 +31,7 @@ from neuroexapt.engine.training import (
 )
 from neuroexapt.spaces import get_space
 from neuroexapt.spaces.space import Space
-from neuroexapt.strategies import get_strategy
+from neuroexapt.strategies import against_collapse, get_strategy
 
 FIGURES_PER_SEARCH = 10
 MEASURED_SECONDS = 5.0
@@ -61,6 +64,9 @@ class SearchPhase(Phase):
         self._config = config
         self._train_loader, self._valid_loader = train_loader, valid_loader
         self._table = table
+        self.stopping = Stopping(config.stop, config.minutes)
+        self._say: Callable[[str], None] = lambda text: None
+        self._is_warned = False
         self._execution = "reference"
         self._make_step()
 
@@ -93,7 +99,10 @@ class SearchPhase(Phase):
 
     def prepare_execution(self, say: Callable[[str], None]) -> None:
         """Set up ``config.execution``; measuring uses copies, so the search's own state is not touched."""
+        self._say = say
         execution = self._config.execution
+        if execution == "fused" and self.strategy.not_fused:
+            say(f"the cells do not run fused: {self.strategy.not_fused}")
         if execution == "fastest":
             execution = choose_execution(self._step_ms, self._step_key(), say)
         self._set_execution(execution)
@@ -105,9 +114,11 @@ class SearchPhase(Phase):
 
     def _capture_steps(self) -> None:
         self._take_step, self._score = self._step, self._score_batch
+        self._arch_gradient = self._arch_gradient_of
         if self._execution != "reference":
             self._take_step = capture(self._step, self.device, self.supernet)
             self._score = capture(self._score_batch, self.device, self.supernet)
+            self._arch_gradient = capture(self._arch_gradient_of, self.device, self.supernet)
 
     def _step_ms(self, execution: str) -> float:
         """Median time of a step with a copy of the search network."""
@@ -162,6 +173,7 @@ class SearchPhase(Phase):
 
     @torch.no_grad()
     def end_epoch(self, epoch: int) -> dict[str, Any]:
+        curvature = self._curvature(epoch) if self._config.stop == "eigenvalue" else {}
         self.supernet.eval()
         weights = self.mixing_weights()
         valid_loss, valid_accuracy = evaluate_loss(self._score, self._valid_loader)
@@ -173,8 +185,48 @@ class SearchPhase(Phase):
             "alpha": {cell: w.tolist() for cell, w in weights.items()},
             "alpha_entropy": {cell: entropy(w).tolist() for cell, w in weights.items()},
             "genotype": self.genotype().to_dict(),
+            **self._skips(weights),
+            **curvature,
             **self.table_accuracies(self.genotype()),
         }
+
+    def _curvature(self, epoch: int) -> dict[str, float]:
+        """Of the validation loss over α, on one batch."""
+        self.supernet.train()
+        batch = next(iter(self._valid_loader.forever(epoch * self.steps_per_epoch)))
+        alphas = self.supernet.arch_parameters()
+        return {"eigenvalue": largest_eigenvalue(lambda: self._arch_gradient(*batch), alphas)}
+
+    def _arch_gradient_of(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Of the loss without noise: [P], α of all types of cells in a row."""
+        with torch.enable_grad():
+            weights = self.strategy.mixing(self.supernet.choices())
+        with buffers_copied(self.supernet):
+            alphas = self.supernet.arch_parameters()
+            found = self.bilevel_step.gradients(Batch(images, labels), alphas, weights)
+        return torch.cat([gradient.flatten() for gradient in found.gradients])
+
+    def _skips(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean weight of a normal cell's skip connections, and how many its genotype has."""
+        primitives = self.space.describe()["primitives"]
+        if "skip_connect" not in primitives:
+            return {}
+        of_normal_cells = next(iter(weights.values()))
+        share = of_normal_cells[:, primitives.index("skip_connect")].mean().item()
+        return {"skip_share": share, "skips": count_skips(self.genotype())[0]}
+
+    def reason_to_stop(self, record: dict[str, Any], seconds: float) -> str:
+        skips, operations = count_skips(self.genotype())
+        if skips >= COLLAPSED * operations and not self._is_warned:
+            self._is_warned = True
+            self._say(
+                f"{skips} of the {operations} operations of a normal cell are skip connections now: the "
+                "search collapses, as DARTS is known to. Made against it are --strategy "
+                f"{', '.join(against_collapse())}; --stop ends a search in time"
+            )
+        return self.stopping.after_epoch(
+            self.mixing_weights(), skips=skips, eigenvalue=record.get("eigenvalue"), seconds=seconds
+        )
 
     def table_accuracies(self, genotype: AnyGenotype) -> dict[str, float]:
         """Test accuracies of the genotype as the table has them."""
@@ -183,7 +235,8 @@ class SearchPhase(Phase):
 
     @torch.no_grad()
     def mixing_weights(self) -> dict[str, Tensor]:
-        return self.strategy.mixing(self.supernet.choices())
+        """What validation sees, and what the genotype follows from."""
+        return self.stopping.weights or self.strategy.mixing(self.supernet.choices())
 
     def genotype(self) -> AnyGenotype:
         """What the search would choose if it stopped now."""
@@ -209,12 +262,14 @@ class SearchPhase(Phase):
             "supernet": self.supernet.state_dict(),
             "strategy": self.strategy.state_dict(),
             "mixing": self.mixing_weights(),
+            "stopping": self.stopping.state_dict(),
             "weight_optimizer": self.weight_optimizer.state_dict(),
             "arch_optimizer": self.arch_optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.strategy.load_state_dict(state["strategy"])
+        self.stopping.load_state_dict(state["stopping"])
         self.supernet.load_state_dict(state["supernet"])
         self._make_step()
         load_optimizer(self.weight_optimizer, state["weight_optimizer"])

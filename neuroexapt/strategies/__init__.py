@@ -34,6 +34,11 @@ def get_strategy(name: str) -> Strategy:
     return _find(name)()
 
 
+def against_collapse() -> list[str]:
+    """Names of the strategies that were made to keep skip connections from winning."""
+    return [name for name, strategy in STRATEGIES.items() if strategy.against_collapse]
+
+
 def published_settings(name: str, space: str) -> dict[str, Any]:
     """Published settings of a search by strategy ``name`` in ``space`` that are not the usual ones."""
     strategy = _find(name)

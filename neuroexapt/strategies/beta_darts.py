@@ -25,6 +25,7 @@ class BetaDarts(Darts):
         "Ye, Li, Li, Chen, Fan, Ouyang: β-DARTS: Beta-Decay Regularization for Differentiable Architecture "
         "Search, CVPR 2022"
     )
+    against_collapse = True
     defaults_of_space: ClassVar = {"nas-bench-201": {"epochs": 100}}
     strength: Tensor
 

@@ -24,6 +24,7 @@ class DrNas(Darts):
     """
 
     paper = "Chen, Wang, Cheng, Tang, Hsieh: DrNAS: Dirichlet Neural Architecture Search, ICLR 2021"
+    against_collapse = True
     defaults_of_space: ClassVar = {"darts": {"arch_learning_rate": 6e-4}, "nas-bench-201": {"epochs": 100}}
 
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ class FairDarts(Darts):
         "Chu, Zhou, Zhang, Li: Fair DARTS: Eliminating Unfair Advantages in Differentiable Architecture "
         "Search, ECCV 2020"
     )
+    against_collapse = True
     defaults: ClassVar = {"batch_size": 128, "learning_rate": 0.005, "arch_learning_rate": 3e-3}
 
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ class LambdaDarts(Darts):
         "Movahedi, Adabinejad, Imani, Keshavarz, Dehghani, Shakery, Araabi: Λ-DARTS: Mitigating Performance "
         "Collapse by Harmonizing Operation Selection among Cells, ICLR 2023"
     )
+    against_collapse = True
     strength: Tensor
 
     def __init__(self) -> None:

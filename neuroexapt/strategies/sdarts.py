@@ -28,6 +28,7 @@ class Smoothed(Darts):
         "Chen, Hsieh: Stabilizing Differentiable Architecture Search via Perturbation-based Regularization, "
         "ICML 2020"
     )
+    against_collapse = True
     defaults_of_space: ClassVar = {"nas-bench-201": {"epochs": 100}}
     radius: Tensor
 

@@ -10,6 +10,8 @@ from neuroexapt.data import make_loader
 from neuroexapt.data.augment import Augmentation
 from neuroexapt.data.dataset import ResidentImages
 from neuroexapt.engine.bilevel import Batch, BilevelStep, Strategy
+from neuroexapt.engine.config import SearchConfig
+from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.spaces import CellSpace
 
 PRIMITIVES = ("none", "skip_connect", "sep_conv_3x3", "avg_pool_3x3")
@@ -59,3 +61,12 @@ def some_alphas(rows: int = 5, columns: int = 4) -> dict[str, torch.Tensor]:
         cell: torch.randn(rows, columns, generator=generator, requires_grad=True)
         for cell in ("normal", "reduce")
     }
+
+
+def make_phase(device: str = "cpu", channels: int = 8, **settings: Any) -> SearchPhase:
+    """A search of 4 epochs in the small space, which has to be registered."""
+    torch.manual_seed(0)
+    usual = {"space": SPACE.name, "epochs": 4, "batch_size": 8, "arch_learning_rate": 0.1}
+    supernet = make_supernet(channels).to(device)
+    loaders = (make_loader_of(seed, device) for seed in (1, 2))
+    return SearchPhase(supernet, *loaders, SearchConfig(**{**usual, **settings}))

@@ -10,24 +10,14 @@ from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint
 from neuroexapt.engine.config import SearchConfig, make_config
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.errors import UserError
-from neuroexapt.spaces import NAS_BENCH_201, SPACES
+from neuroexapt.spaces import NAS_BENCH_201
 from neuroexapt.strategies import STRATEGIES, get_strategy
-from tests.strategies.small import SPACE, make_loader_of, make_step, make_supernet
+from tests.strategies.small import make_loader_of, make_phase, make_step
 
 EPOCHS = 4
 
 
-@pytest.fixture(autouse=True)
-def _small_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SPACES, SPACE.name, SPACE)
-
-
-def make_phase(name: str) -> SearchPhase:
-    torch.manual_seed(0)
-    config = SearchConfig(
-        strategy=name, space=SPACE.name, epochs=EPOCHS, batch_size=8, arch_learning_rate=0.1
-    )
-    return SearchPhase(make_supernet(8), make_loader_of(1), make_loader_of(2), config)
+pytestmark = pytest.mark.usefixtures("small_space")
 
 
 def run(phase: SearchPhase, epoch: int, start: int = 0) -> list[torch.Tensor]:
@@ -37,7 +27,7 @@ def run(phase: SearchPhase, epoch: int, start: int = 0) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_search_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     """From its checkpoint within the last epoch: noise, schedules and changes of the network included."""
-    whole = make_phase(name)
+    whole = make_phase(strategy=name)
     for epoch in range(EPOCHS - 1):
         run(whole, epoch)
     steps = whole.steps(EPOCHS - 1, 0)
@@ -47,7 +37,7 @@ def test_a_search_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     torch.set_rng_state(random_state)
     last = list(steps)
 
-    resumed = make_phase(name)
+    resumed = make_phase(strategy=name)
     resumed.load_state_dict(load_checkpoint(tmp_path / "checkpoint"))
     torch.set_rng_state(random_state)
     assert torch.equal(torch.stack(run(resumed, EPOCHS - 1, 1)), torch.stack(last))
@@ -111,10 +101,7 @@ def test_a_captured_step_equals_the_one_launched_one_by_one(name: str) -> None:
     """Noise included: a graph draws the numbers that the step itself would draw."""
     losses = []
     for captured in (True, False):
-        torch.manual_seed(0)
-        config = SearchConfig(strategy=name, space=SPACE.name, epochs=EPOCHS, batch_size=8)
-        loaders = (make_loader_of(seed, "cuda") for seed in (1, 2))
-        phase = SearchPhase(make_supernet(16).cuda(), *loaders, config)
+        phase = make_phase("cuda", 16, strategy=name)
         phase.prepare_execution(print)
         if not captured:
             phase._take_step = phase._step

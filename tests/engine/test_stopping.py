@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import neuroexapt
+from neuroexapt.core.genotypes import GENOTYPES
+from neuroexapt.engine.config import SearchConfig, make_config
+from neuroexapt.engine.stopping import Stopping, count_skips
+from neuroexapt.errors import UserError
+from neuroexapt.spaces import NAS_BENCH_201
+from tests.engine.tiny import tiny_settings
+from tests.strategies.small import make_phase
+
+
+def weights(epoch: int) -> dict[str, torch.Tensor]:
+    return {"normal": torch.tensor([float(epoch)])}
+
+
+def run(stopping: Stopping, *, skips: list[int], eigenvalues: list[float]) -> int:
+    """Epochs until it stops."""
+    for epoch, (skip, eigenvalue) in enumerate(zip(skips, eigenvalues, strict=True)):
+        if stopping.after_epoch(weights(epoch), skips=skip, eigenvalue=eigenvalue, seconds=60.0 * epoch):
+            return epoch
+    return len(skips)
+
+
+def test_skips_stop_at_the_third_and_the_epoch_before_counts() -> None:
+    stopping = Stopping("skips", None)
+    assert run(stopping, skips=[0, 1, 2, 2, 3, 4], eigenvalues=[0] * 6) == 4
+    assert stopping.weights == weights(3)
+    assert "3 skip connections" in stopping.reason
+
+
+def test_growing_eigenvalues_stop_and_the_epoch_five_before_counts() -> None:
+    stopping = Stopping("eigenvalue", None)
+    values = [1.0] * 12 + [1.1, 1.2, 2.0, 3.0, 4.0]
+    stopped = run(stopping, skips=[8] * 17, eigenvalues=values)
+    means = [sum(values[i - 4 : i + 1]) / 5 for i in range(4, 17)]  # of epochs 4, 5, …
+    first = next(i for i in range(5, len(means)) if means[i - 5] / means[i] < 0.75) + 4
+    assert stopped == first
+    assert stopping.weights == weights(first - 5)
+
+
+def test_minutes_stop_after_the_epoch_in_which_they_are_over() -> None:
+    stopping = Stopping("", 2.5)
+    assert run(stopping, skips=[8] * 5, eigenvalues=[0] * 5) == 3
+    assert stopping.weights == weights(3)
+
+
+def test_without_a_criterion_nothing_stops() -> None:
+    stopping = Stopping("", None)
+    assert run(stopping, skips=[8] * 20, eigenvalues=[2.0**i for i in range(20)]) == 20
+    assert stopping.weights is None
+
+
+def test_state_goes_on_where_it_was() -> None:
+    whole, first, second = (Stopping("eigenvalue", None) for _ in range(3))
+    values = [1.0] * 10 + [4.0] * 6
+    stopped = run(whole, skips=[0] * 16, eigenvalues=values)
+    run(first, skips=[0] * 8, eigenvalues=values[:8])
+    second.load_state_dict(first.state_dict())
+    assert run(second, skips=[0] * 8, eigenvalues=values[8:]) + 8 == stopped
+    assert second.weights is not None
+
+
+def test_skips_are_those_of_the_normal_cell() -> None:
+    assert count_skips(GENOTYPES["DARTS_V1"]) == (3, 8)
+    skip = torch.tensor([0.0, 1, 0, 0, 0]).expand(6, 5)
+    assert count_skips(NAS_BENCH_201.derive({"cell": skip})) == (6, 6)
+
+
+def test_a_collapse_is_said_once_and_names_what_avoids_it(small_space: None) -> None:
+    phase, said = make_phase(), []
+    phase.prepare_execution(said.append)
+    with torch.no_grad():
+        phase.supernet.alphas["normal"][:, 1] = 5
+    for epoch in range(2):
+        record = phase.end_epoch(epoch)
+        assert phase.reason_to_stop(record, 0.0) == ""
+    assert record["skips"] == 4
+    assert record["skip_share"] > 0.9
+    (message,) = said
+    assert "4 of the 4 operations of a normal cell are skip connections" in message
+    assert "drnas" in message
+
+
+def test_a_run_ends_early_and_is_finished_then(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, epochs=3, train_epochs=0, minutes=1e-6)
+    result = neuroexapt.search(**settings)
+    assert len(result.curves["search"]["train_loss"]) == 1
+    assert "minutes are over" in result.result["stopped"]
+    assert neuroexapt.search(resume=settings["out"], quiet=True).genotype == result.genotype
+    assert neuroexapt.derive(settings["out"]) == result.genotype
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"stop": "soon"}, "unknown stop 'soon'"), ({"minutes": 0}, "minutes=0")]
+)
+def test_refuses(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config(SearchConfig, settings)
