@@ -67,7 +67,7 @@ class Space(ABC):
 
     def _check_kind(self, genotype: Genotype | CellGenotype, kind: type) -> None:
         if not isinstance(genotype, kind):
-            raise UserError(f"{genotype} is no genotype of {self.name}; name its own space with --space")
+            raise UserError(f"{genotype} is none of {self.name}; name its --space or another --genotype")
 
 
 def check_pictures(image_size: Sequence[int], batch_size: int) -> None:
