@@ -119,6 +119,13 @@ class DerivedNetwork(nn.Module):
         """Logits, and what the auxiliary head reads."""
         raise NotImplementedError
 
+    def inherited(self, number: int, searched: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+        """The modules of ``cells[number]``, each with the one that it was in the search network."""
+        cell = self.cells[number]
+        if isinstance(cell, DerivedCell) and isinstance(searched, SearchCell):
+            return _kept(cell, searched)
+        return [(cell, searched)]
+
     @property
     def _drop_path_now(self) -> float | Tensor | None:
         return self.drop_path_probability if self.training else None
@@ -198,11 +205,8 @@ def inherit_weights(network: DerivedNetwork, supernet: Supernet) -> None:
     searched = dict(supernet.named_children())
     pairs = [(child, searched[name]) for name, child in network.named_children() if name in searched]
     pairs = [(target, source) for target, source in pairs if target is not network.cells]
-    for cell, search_cell in zip(network.cells, supernet.cells, strict=True):
-        if isinstance(cell, DerivedCell) and isinstance(search_cell, SearchCell):
-            pairs += _kept(cell, search_cell)
-        else:
-            pairs.append((cell, search_cell))
+    for number, searched_cell in enumerate(supernet.cells):
+        pairs += network.inherited(number, searched_cell)
     for target, source in pairs:
         # Not strict: scale and shift exist in the target only.
         target.load_state_dict(source.state_dict(), strict=False)

@@ -171,13 +171,41 @@ class CellGenotype:
         return cls(tuple(nodes))
 
 
-def genotype_from_dict(fields: Any) -> Genotype | CellGenotype:
+@dataclass(frozen=True)
+class BlockGenotype:
+    """A chain of blocks, by their operations; ``str`` of it is JSON."""
+
+    blocks: tuple[str, ...]
+
+    @property
+    def cells(self) -> dict[str, ChosenCell]:
+        count = len(self.blocks)
+        edges = tuple((block, block + 1, op) for block, op in enumerate(self.blocks))
+        return {"block": ChosenCell(edges, tuple(map(str, range(count + 1))), (count,))}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"blocks": list(self.blocks)}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "BlockGenotype":
+        blocks = fields["blocks"]
+        if not isinstance(blocks, list) or not blocks or not all(isinstance(block, str) for block in blocks):
+            raise UserError('a genotype of blocks is an object like {"blocks": ["mb_k3_e3", "skip_connect"]}')
+        return cls(tuple(blocks))
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_dict())
+
+
+def genotype_from_dict(fields: Any) -> Genotype | CellGenotype | BlockGenotype:
     """The genotype whose ``to_dict`` is ``fields``."""
+    if isinstance(fields, dict) and "blocks" in fields:
+        return BlockGenotype.from_dict(fields)
     kind = CellGenotype if isinstance(fields, dict) and "arch" in fields else Genotype
     return kind.from_dict(fields)
 
 
-def genotype_from_text(text: str) -> Genotype | CellGenotype:
+def genotype_from_text(text: str) -> Genotype | CellGenotype | BlockGenotype:
     """Read ``str`` of a genotype, or its ``to_dict`` as JSON."""
     text = text.strip()
     if text.startswith("|"):
@@ -301,7 +329,7 @@ GENOTYPES: dict[str, Genotype] = {
 NASNet, AmoebaNet, DARTS_V1, DARTS_V2, PC_DARTS_cifar, PC_DARTS_image, PDARTS = GENOTYPES.values()
 
 
-def load_genotype(name_or_file: str) -> Genotype | CellGenotype:
+def load_genotype(name_or_file: str) -> Genotype | CellGenotype | BlockGenotype:
     """A genotype by its published name (in any case, with ``-`` or ``_``), from a file, or by its text."""
     if name_or_file.lstrip().startswith(("{", "|", "Genotype(")):
         return genotype_from_text(name_or_file)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -35,6 +35,14 @@ def mixed_ops(cell: SearchCell) -> list[MixedOp]:
     return [module for module in cell.edges.modules() if isinstance(module, MixedOp)]
 
 
+class Topology(Protocol):
+    """What a row of α stands for."""
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """``(source, target)`` of every edge, states by number."""
+
+
 class Supernet(nn.Module):
     """A network with every candidate operation in place; each space has one of its own.
 
@@ -47,7 +55,7 @@ class Supernet(nn.Module):
     cells: nn.ModuleList
     alphas: nn.ParameterDict
 
-    def __init__(self, topology: CellTopology, primitives: Sequence[str]) -> None:
+    def __init__(self, topology: Topology, primitives: Sequence[str]) -> None:
         super().__init__()
         self.topology = topology
         self.primitives = tuple(primitives)
@@ -71,13 +79,15 @@ class Supernet(nn.Module):
         """
         self.kept(cell).logical_and_(kept)
         remaining = self.kept(cell).tolist()
-        for search_cell in self.search_cells():
-            if self.cell_type(search_cell) != cell:
-                continue
-            for edge, row in zip(mixed_ops(search_cell), remaining, strict=True):
+        for edges in self.mixed_ops(cell):
+            for edge, row in zip(edges, remaining, strict=True):
                 for k, is_kept in enumerate(row):
                     if not is_kept:
                         edge.ops[k] = Zero(edge.stride)
+
+    def mixed_ops(self, cell: str) -> Iterator[list[MixedOp]]:
+        """The candidates of each edge, for every cell of a type in turn."""
+        return (mixed_ops(found) for found in self.search_cells() if self.cell_type(found) == cell)
 
     def choices(self) -> dict[str, Tensor]:
         """``alphas``, with −∞ for candidates that were ruled out; to be relaxed."""

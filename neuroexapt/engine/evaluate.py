@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neuroexapt.backend.measure import time_calls
 from neuroexapt.core.derived import check_auxiliary_size, count_parameters
 from neuroexapt.core.genotypes import AnyGenotype, genotype_from_dict, load_genotype
 from neuroexapt.engine.config import EvaluateConfig
@@ -20,6 +21,8 @@ from neuroexapt.engine.training import TrainPhase
 from neuroexapt.spaces import get_space
 
 PHASE = "evaluate"
+CONTROL_EPOCHS = "control_epochs.json"
+MEASURED_SECONDS = 5.0
 
 
 def evaluate(
@@ -59,7 +62,7 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
     if config.auxiliary:
         check_auxiliary_size(data.image_size)
     runs = [run.with_seed(config.seed + number) for number in range(config.seeds)]
-    first = _make_phase(run, PHASE, PHASE, genotype)
+    first = _make_phase(run, PHASE, PHASE, genotype, config.epochs)
     if new:
         run.create_folder()
         run.folder.write_json("genotype.json", genotype.to_dict())
@@ -109,7 +112,7 @@ def _train_all(
     for kind, run in itertools.product(trained, runs):
         name = kind if run is runs[0] else f"{kind}-seed{run.config.seed}"
         chosen = _chosen(run, kind, genotype)
-        phase = phase or _make_phase(run, kind, name, chosen)
+        phase = phase or _make_phase(run, kind, name, chosen, _epochs(run, kind, name, chosen, genotype))
         trained[kind].append(Trained(name, chosen, phase.trained, run.train(phase)))
         phase = None  # Its graphs are freed before the next network is made.
     return trained
@@ -118,12 +121,37 @@ def _train_all(
 def _chosen(run: OpenRun[EvaluateConfig], kind: str, genotype: AnyGenotype) -> AnyGenotype | None:
     if kind == "random":
         generator = torch.Generator().manual_seed(seed_for(run.config.seed, "random genotype"))
-        return get_space(run.config.space).random_genotype(generator)
+        return get_space(run.config.space).random_genotype(generator, run.config.layers)
     return genotype if kind == PHASE else None
 
 
+def _epochs(
+    run: OpenRun[EvaluateConfig],
+    kind: str,
+    name: str,
+    chosen: AnyGenotype | None,
+    genotype: AnyGenotype,
+) -> int:
+    """As many as ``genotype`` has, or those in which a control takes as long, measured once for a run."""
+    config = run.config
+    if kind == PHASE or config.control_budget == "epochs":
+        return config.epochs
+    known = run.folder.read_json(CONTROL_EPOCHS) if (run.folder.path / CONTROL_EPOCHS).exists() else {}
+    if name not in known:
+        share = _step_ms(run, PHASE, genotype) / _step_ms(run, kind, chosen)
+        known[name] = max(1, round(config.epochs * share))
+        run.folder.write_json(CONTROL_EPOCHS, known)
+    return known[name]
+
+
+def _step_ms(run: OpenRun[EvaluateConfig], kind: str, genotype: AnyGenotype | None) -> float:
+    """Median time of a training step."""
+    phase = _make_phase(run, kind, kind, genotype, run.config.epochs)
+    return time_calls(lambda: next(phase.steps(0, 0)), run.device, MEASURED_SECONDS).median_ms
+
+
 def _make_phase(
-    run: OpenRun[EvaluateConfig], kind: str, name: str, genotype: AnyGenotype | None
+    run: OpenRun[EvaluateConfig], kind: str, name: str, genotype: AnyGenotype | None, epochs: int
 ) -> TrainPhase:
     """Of the network of ``genotype``, or where there is none of the ResNet, by the recipe of the run."""
     config = run.config
@@ -139,7 +167,7 @@ def _make_phase(
         run.loader("train", training=True, stream="derived"),
         run.loader("test", training=False),
         config,
-        epochs=config.epochs,
+        epochs=epochs,
         auxiliary_weight=config.auxiliary_weight if has_auxiliary else 0.0,
         drop_path=config.drop_path if genotype is not None else 0.0,
         warmup=config.learning_rate_warmup,
@@ -156,6 +184,7 @@ def _summary(trainings: Sequence[Trained], curves: Mapping[str, Any]) -> dict[st
         "test_accuracy_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "test_accuracies": accuracies,
         "parameters": round(statistics.mean(count_parameters(training.network) for training in trainings)),
+        "epochs": statistics.mean(len(curves[training.phase]["epoch"]) for training in trainings),
         "training_seconds": statistics.mean(training.seconds for training in trainings),
     }
 

@@ -122,7 +122,7 @@ def _split(run: OpenRun[SearchConfig]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _create_folder(run: OpenRun[SearchConfig]) -> None:
     run.create_folder()
-    run.folder.write_json("space.json", get_space(run.config.space).describe())
+    run.folder.write_json("space.json", get_space(run.config.space).describe(run.config.layers))
     train_indices, valid_indices = _split(run)
     run.folder.write_json("split.json", {"w": train_indices.tolist(), "alpha": valid_indices.tolist()})
 

@@ -208,7 +208,7 @@ class SearchPhase(Phase):
 
     def _skips(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Mean weight of a normal cell's skip connections, and how many its genotype has."""
-        primitives = self.space.describe()["primitives"]
+        primitives = self.space.primitives
         if "skip_connect" not in primitives:
             return {}
         of_normal_cells = next(iter(weights.values()))
@@ -249,7 +249,7 @@ class SearchPhase(Phase):
         from neuroexapt.report.cell_graph import draw_cell
         from neuroexapt.report.figures import alpha_heat_map, edge_names
 
-        space, figures = self.space.describe(), {}
+        space, figures = self.space.describe(self._config.layers), {}
         for cell, weights in record["alpha"].items():
             edges = edge_names(space["edges"][cell], space["nodes"])
             figures[f"alpha/{cell}"] = alpha_heat_map(weights, edges, space["primitives"])

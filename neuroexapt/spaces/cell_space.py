@@ -128,7 +128,7 @@ class CellSpace(Space):
             auxiliary=auxiliary,
         )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, layers: int) -> dict[str, Any]:
         edges = [list(edge) for edge in self.topology.edges]
         return {
             "name": self.name,

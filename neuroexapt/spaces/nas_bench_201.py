@@ -28,6 +28,7 @@ class NasBench201(Space):
     """
 
     name = "nas-bench-201"
+    primitives = PRIMITIVES
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -71,7 +72,7 @@ class NasBench201(Space):
             genotype, in_channels=in_channels, num_classes=num_classes, channels=channels, layers=layers
         )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, layers: int) -> dict[str, Any]:
         return {
             "name": self.name,
             "primitives": list(PRIMITIVES),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neuroexapt.core.derived import DerivedNetwork
-from neuroexapt.core.genotypes import CellGenotype, Genotype
+from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.operations import make_op
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.errors import UserError
@@ -21,6 +21,8 @@ class Space(ABC):
     """What may be chosen, and how a choice becomes a network. The engine knows nothing else of a space."""
 
     name: str
+    primitives: tuple[str, ...]
+    """The candidate operations, in the order of the columns of α."""
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -53,19 +55,19 @@ class Space(ABC):
         """The network of a genotype. A UserError if that belongs to another space."""
 
     @abstractmethod
-    def describe(self) -> dict[str, Any]:
+    def describe(self, layers: int) -> dict[str, Any]:
         """What a report needs to draw α: ``name``, ``primitives``, ``edges`` (source, target) of each type of
         cell, ``nodes`` (the states' names).
         """
 
-    def random_genotype(self, generator: torch.Generator) -> Any:
+    def random_genotype(self, generator: torch.Generator, layers: int) -> Any:
         """What random mixing weights stand for."""
-        columns, edges = len(self.describe()["primitives"]), self.describe()["edges"]
+        columns, edges = len(self.primitives), self.describe(layers)["edges"]
         return self.derive(
             {cell: torch.rand(len(rows), columns, generator=generator) for cell, rows in edges.items()}
         )
 
-    def _check_kind(self, genotype: Genotype | CellGenotype, kind: type) -> None:
+    def _check_kind(self, genotype: AnyGenotype, kind: type) -> None:
         if not isinstance(genotype, kind):
             raise UserError(f"{genotype} is none of {self.name}; name its --space or another --genotype")
 

@@ -32,7 +32,7 @@ def test_search_network_holds_the_candidates_of_each_edge_alone() -> None:
 def test_derive_chooses_among_the_candidates_of_each_edge() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        genotype = S1.random_genotype(generator)
+        genotype = S1.random_genotype(generator, 8)
         for cell, edges in S1.candidates.items():
             for source, target, op in genotype.edges(cell):
                 assert op in edges[S1.topology.edges.index((source, target))]
