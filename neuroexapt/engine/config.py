@@ -20,6 +20,7 @@ EXECUTIONS = ("fused", "reference", "compile", "fastest")
 CRITERIA = ("", "skips", "eigenvalue")
 PRECISIONS = ("fp32", "bf16")
 CONTROLS = ("random", "resnet18")
+CONTROL_BUDGETS = ("epochs", "time")
 
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -128,6 +129,7 @@ class EvaluateConfig(RunConfig):
     recipe: str = setting("published", "how to train: published (as DARTS), or fast, in a tenth of the time")
     seeds: int = setting(1, "trainings to take the mean of, with seeds counted up from --seed")
     controls: str = setting("", "networks trained alike to compare with: random, resnet18 or random,resnet18")
+    control_budget: str = setting("epochs", "what controls have as much of as the genotype: epochs or time")
     epochs: int = setting(600, "epochs")
     batch_size: int = setting(96, "pictures in a batch")
     layers: int = setting(20, "cells, two of them reduction cells")
@@ -143,6 +145,7 @@ class EvaluateConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_one_of(self, "recipe", tuple(RECIPES))
+        _require_one_of(self, "control_budget", CONTROL_BUDGETS)
         _require_positive(self, "epochs", "seeds")
         _require_not_negative(self, "auxiliary_weight")
         for name in ("drop_path", "learning_rate_warmup", "label_smoothing", "ema"):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from neuroexapt.backend.measure import time_calls
 from neuroexapt.core.derived import check_auxiliary_size, count_parameters
 from neuroexapt.core.genotypes import AnyGenotype, genotype_from_dict, load_genotype
 from neuroexapt.engine.config import EvaluateConfig
@@ -145,9 +144,7 @@ def _epochs(
 
 
 def _step_ms(run: OpenRun[EvaluateConfig], kind: str, genotype: AnyGenotype | None) -> float:
-    """Median time of a training step."""
-    phase = _make_phase(run, kind, kind, genotype, run.config.epochs)
-    return time_calls(lambda: next(phase.steps(0, 0)), run.device, MEASURED_SECONDS).median_ms
+    return _make_phase(run, kind, kind, genotype, run.config.epochs).step_ms(MEASURED_SECONDS)
 
 
 def _make_phase(

@@ -13,6 +13,7 @@ OWN_FILES = frozenset(
     {
         "checkpoints",
         "config.json",
+        "control_epochs.json",
         "genotype.json",
         "metrics.jsonl",
         "report.html",
@@ -27,8 +28,8 @@ OWN_FILES = frozenset(
 
 
 class RunFolder:
-    """``config.json, space.json, split.json, metrics.jsonl, timing.jsonl, genotype.json, result.json,
-    checkpoints/, tensorboard/, report.html`` under ``path``.
+    """``config.json, space.json, split.json, metrics.jsonl, timing.jsonl, genotype.json, control_epochs.json,
+    result.json, checkpoints/, tensorboard/, report.html`` under ``path``.
 
     ``metrics.jsonl`` holds only what the seed determines; times and memory are in ``timing.jsonl``.
     """

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuroexapt.backend.measure import time_calls
 from neuroexapt.data import Loader
 from neuroexapt.engine.bilevel import accuracy
 from neuroexapt.engine.captured import Step, capture
@@ -170,6 +171,12 @@ class TrainPhase(Phase):
             if self._average:
                 self._average.set_step(epoch * self.steps_per_epoch + step)
             yield self._take_step(*batch)
+
+    def step_ms(self, seconds: float) -> float:
+        """Median time of a step, measured for about ``seconds``; the network is another afterwards."""
+        batch = next(self._loader.epoch(0))
+        self.network.train()
+        return time_calls(lambda: self._take_step(*batch), self.device, seconds).median_ms
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._autocast():

@@ -86,6 +86,7 @@ class Evaluated:
     test_accuracy: float
     deviation: float | None
     parameters: int
+    epochs: float
     seconds: float
 
 
@@ -107,6 +108,7 @@ class Report:
         self.result: Record = _read_if_there(run, "result.json")
         self.is_search = "strategy" in self.config
         self._space: Record = _read_if_there(run, "space.json")
+        self._control_epochs: Record = _read_if_there(run, "control_epochs.json")
         self._final_genotype: Record = _read_if_there(run, "genotype.json")
         self._metrics = _by_phase(run.records(run.metrics))
         self._timing = _by_phase(run.records(run.timing))
@@ -133,8 +135,8 @@ class Report:
             if self.config["control"]:
                 planned["scratch"] = self.config["train_epochs"]
         else:
-            planned = {phase: self.config["epochs"] for phase in self._metrics if self._metrics[phase]}
-            planned["evaluate"] = self.config["epochs"]
+            begun = ["evaluate", *(phase for phase in self._metrics if self._metrics[phase])]
+            planned = {phase: self._control_epochs.get(phase, self.config["epochs"]) for phase in begun}
         return [
             (phase_title(phase), len(self._metrics[phase]), epochs)
             for phase, epochs in planned.items()
@@ -274,6 +276,7 @@ class Report:
                 row["test_accuracy"],
                 row["test_accuracy_deviation"],
                 row["parameters"],
+                row["epochs"],
                 row["training_seconds"],
             )
             for kind, row in rows.items()

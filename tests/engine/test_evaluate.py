@@ -9,6 +9,7 @@ import torch
 
 import neuroexapt
 from neuroexapt.core.genotypes import DARTS_V2, Genotype
+from neuroexapt.engine import evaluate
 from neuroexapt.engine.evaluate import resnet18
 from neuroexapt.engine.training import TrainPhase
 from tests.engine.tiny import dataset_of, tiny_settings, weights_of
@@ -128,6 +129,26 @@ def test_controls_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert resnet.endswith(", 11,169,219 parameters")
     assert own.startswith("test accuracy ")
     assert result["controls"]["resnet18"]["genotypes"] == []
+
+
+def test_controls_may_have_as_much_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([30.0, 10.0])
+    monkeypatch.setattr(evaluate, "_step_ms", lambda run, kind, genotype: next(measured))
+    settings = evaluate_settings(tmp_path, controls="random", control_budget="time")
+    result = neuroexapt.evaluate(**settings)
+    assert (result.result["epochs"], result.result["controls"]["random"]["epochs"]) == (2, 6)
+    assert neuroexapt.evaluate(resume=result.run_dir).result == result.result, "measured once"
+
+
+def test_a_step_is_timed_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "MEASURED_SECONDS", 0.0)
+    settings = {"controls": "random", "epochs": 1}
+    plain = neuroexapt.evaluate(**evaluate_settings(tmp_path, out=tmp_path / "plain", **settings))
+    timed = neuroexapt.evaluate(
+        **evaluate_settings(tmp_path, out=tmp_path / "timed", control_budget="time", **settings)
+    )
+    for phase, name in (("evaluate", "train_loss"), ("random", "train_loss")):
+        assert timed.curves[phase][name][:1] == plain.curves[phase][name]
 
 
 def test_resnet_keeps_small_pictures_large() -> None:

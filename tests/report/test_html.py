@@ -144,13 +144,20 @@ def test_evaluation_stands_next_to_its_controls(new_run):
     new_run.write("config.json", {"dataset": "digits", "genotype": "DARTS_V2", "epochs": 2})
     for phase in ("evaluate", "resnet18", "evaluate-seed7", "resnet18-seed7"):
         new_run.train(phase, [0.9, 0.97])
-    outcome = {"test_accuracy": 0.97, "test_accuracy_deviation": 0.0123, "training_seconds": 90.0}
+    outcome = {
+        "test_accuracy": 0.97,
+        "test_accuracy_deviation": 0.0123,
+        "epochs": 2,
+        "training_seconds": 90.0,
+    }
     control = {**outcome, "test_accuracy": 0.875, "test_accuracy_deviation": None, "parameters": 11_000_000}
     new_run.write("genotype.json", GENOTYPE)
-    new_run.write("result.json", {**RESULT, **outcome, "controls": {"resnet18": control}})
+    new_run.write(
+        "result.json", {**RESULT, **outcome, "test_accuracy": 0.97, "controls": {"resnet18": control}}
+    )
     page = page_of(new_run)
-    assert "Given genotype, from scratch 97.00 % 1.23 % 123 k 1 min 30 s" in page.text
-    assert "ResNet-18, from scratch 87.50 % – 11 M 1 min 30 s" in page.text
+    assert "Given genotype, from scratch 97.00 % 1.23 % 123 k 2 1 min 30 s" in page.text
+    assert "ResNet-18, from scratch 87.50 % – 11 M 2 1 min 30 s" in page.text
     own, resnet = "Given genotype, from scratch", "ResNet-18, from scratch"
     assert re.findall("<h3>(.*from scratch.*)</h3>", page.html) == [
         own, f"{own}, seed 7", resnet, f"{resnet}, seed 7"
