@@ -251,19 +251,16 @@ def _compute_first(
     xs: dict[int, Tensor],
     outside: Sequence[Tensor],
     weights: Sequence[Tensor],
-) -> list[Tensor]:
-    """Put all but ``flow.second`` and the identities into ``outputs``; returns the reductions' grids, for
-    every state that has some."""
-    pass_, kernels, grids = outputs.pass_, outputs.pass_.kernels, []
+) -> None:
+    """Put all but ``flow.second`` and the identities into ``outputs``."""
+    pass_, kernels = outputs.pass_, outputs.pass_.kernels
     outputs.z.update(zip(flow.outside, map(_planes, outside), strict=True))
     if flow.first:
         outputs.put(flow.first, *kernels.convolve(flow.convs(xs, weights), pass_.exact))
     halves = flow.halves(weights)
     for state, reductions in _by_state(flow.reductions).items():
         of_state = [halves[term] for term in reductions]
-        grid, *reduced = kernels.reduce(xs[state], of_state, pass_.exact)
-        outputs.put(reductions, *reduced)
-        grids.append(grid)
+        outputs.put(reductions, *kernels.reduce(xs[state], of_state, pass_.exact))
     normalised = [member for member in flow.outside if _batch_norm(member, 0) is not None]
     if normalised:
         zs = [outputs.z[member] for member in normalised]
@@ -275,7 +272,6 @@ def _compute_first(
         for terms, *results in zip(pools.values(), *pooled, strict=True):
             outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
     outputs.normalise(0)
-    return grids
 
 
 class _Saved:
@@ -289,7 +285,6 @@ class _Saved:
         self._flow = flow
         self.xs = {state: next(saved) for state in flow.states}
         self.mixing = next(saved)
-        self.grids = {state: next(saved) for state in _by_state(flow.reductions)}
         self.weights = [next(saved) for _ in flow.weights]
         self.first_z: dict[Any, Tensor] = {
             member: next(saved) for member in (*flow.first, *flow.reductions, *flow.outside)
@@ -368,7 +363,7 @@ class _LeaveStates(torch.autograd.Function):
         outside = [next(inputs) for _ in flow.outside]
         weights = list(inputs)
         outputs = _Outputs(pass_)
-        grids = _compute_first(outputs, flow, xs, outside, weights)
+        _compute_first(outputs, flow, xs, outside, weights)
         z, stats = outputs.z, outputs.stats
         first_z, first_stats = dict(z), dict(stats)
         if flow.second:
@@ -385,7 +380,7 @@ class _LeaveStates(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.pass_, ctx.flow = pass_, flow
         ctx.save_for_backward(
-            *(*xs.values(), pass_.weights, *grids, *weights),
+            *(*xs.values(), pass_.weights, *weights),
             *(first_z[member] for member in (*flow.first, *flow.reductions, *flow.outside)),
             *(first_stats[term] for term in flow.second),
             *(z[term] for term in flow.second),
@@ -423,10 +418,10 @@ class _LeaveStates(torch.autograd.Function):
                 addends[state] += of_state
             partials.insert(0, first_partials)
         for state, reduce_grads in saved.reduce_grads(source).items():
-            dx, reduce_partials = kernels.backward_reduce(
-                saved.xs[state], saved.grids[state], reduce_grads, pass_.exact, wants_weights
+            dxs, reduce_partials = kernels.backward_reduce(
+                saved.xs[state], reduce_grads, pass_.exact, wants_weights
             )
-            addends[state].append(dx)
+            addends[state] += dxs
             partials.append(reduce_partials)
 
         totals = {

@@ -5,7 +5,6 @@ and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count, mean, 
 ``coef``: [C, 4], {A, B, D, 0} with dz = A · g + B · z + D. Only an input's first dimension may be strided.
 """
 
-import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -15,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuroexapt.core.operations import shift_by_one
+from neuroexapt.core.operations import two_grids
 from neuroexapt.core.plan import EPS, MOMENTUM, POOL_SIZE
 from neuroexapt.cuda_ops import pointwise, sepconv
 from neuroexapt.cuda_ops.arguments import addresses, current_stream, dense, dense_pictures, strided
 from neuroexapt.cuda_ops.build import extension
-from neuroexapt.cuda_ops.pointwise import Product, ProductGrad
+from neuroexapt.cuda_ops.pointwise import Product, Source, Target
 from neuroexapt.kernels import reference
 from neuroexapt.kernels.sepconv import Call
 
@@ -184,7 +183,7 @@ def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """z = W · relu(x) with ``weight`` [O, C, 1, 1], and its ``moments``."""
     z = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
     moments = z.new_empty(pointwise.forward_parts(x, weight), weight.shape[0], 3)
-    pointwise.forward([Product(x, weight, z, moments)], exact)
+    pointwise.forward([Product(x, weight, z, moments)], 1, exact)
     return z, moments
 
 
@@ -194,94 +193,73 @@ def backward_multiply(
     """The gradients of x and weight, where they are wanted, from dz = A · g + B · z + D."""
     dx = torch.empty_like(x) if wanted[0] else None
     partial = weight.new_empty(pointwise.backward_parts(x, weight), weight.numel()) if wanted[1] else None
-    pointwise.backward([ProductGrad(x, weight, z, g, coef, dx, partial)], exact)
+    pointwise.backward([Target(x, dx, [Source(weight, z, g, coef, partial)])], 1, exact)
     return dx, None if partial is None else reduce_partials([partial], [weight])[0]
 
 
 def reduce(
     x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], exact: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Factorized reductions of one state, each with the weights of both halves of its channels.
-
-    Returns the two grids [2, B, C, H', W'] that they read, for the backward pass, and ``z`` and ``moments``.
-    """
-    grids = torch.stack([grid[:, :, ::2, ::2] for grid in (x, shift_by_one(x))])
-    batch, _, height, width = grids[0].shape
-    channels = 2 * weights[0][0].shape[0]
-    zs = _empty(x, len(weights), batch, channels, height, width)
-    if not pointwise.takes(grids[0], weights[0][0]).ok:
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``z`` and ``moments`` of factorized reductions of one state, given both halves' weights of each."""
+    first, (batch, _, height, width) = weights[0][0], x.shape
+    channels = 2 * first.shape[0]
+    zs = _empty(x, len(weights), batch, channels, -(-height // 2), -(-width // 2))
+    if not pointwise.takes(x, first, 2).ok:
         for z, pair in zip(zs, weights, strict=True):
-            z.copy_(_multiply_grids(grids, pair))
-        return grids, zs, plane_moments(zs)
-    moments = _empty(x, len(weights), pointwise.forward_parts(grids[0], weights[0][0]), channels, 3)
-    pointwise.forward(
-        [
-            Product(*half)
-            for pair, z, m in zip(weights, zs, moments, strict=True)
-            for half in zip(grids, pair, z.chunk(2, 1), m.chunk(2, 1), strict=True)
-        ],
-        exact,
-    )
-    return grids, zs, moments
+            z.copy_(_reduce_by_pytorch(x, *pair))
+        return zs, plane_moments(zs)
+    moments = _empty(x, len(weights), pointwise.forward_parts(x, first, 2), channels, 3)
+    products = [
+        Product(x, *half, corner)
+        for pair, z, m in zip(weights, zs, moments, strict=True)
+        for corner, half in enumerate(zip(pair, z.chunk(2, 1), m.chunk(2, 1), strict=True))
+    ]
+    pointwise.forward(products, 2, exact)
+    return zs, moments
 
 
 def backward_reduce(
-    x: Tensor, grids: Tensor, grads: Sequence[ReduceGrad], exact: bool, wants_weights: bool
-) -> tuple[Tensor, Partials]:
-    """The gradient of the state, and partial ones of the first and the second halves' weights."""
-    differentiate = _differentiate_grids
-    if pointwise.takes(grids[0], grads[0].weights[0]).ok:
-        differentiate = functools.partial(_backward_grids, exact=exact)
-    dgrids, partials = differentiate(grids, grads, wants_weights)
-    dx = x.new_zeros(x.shape)
-    for corner in (0, 1):
-        target = dx[:, :, corner::2, corner::2]
-        (total,) = state_gradients([StateGrad(grids[corner], [], dgrids[corner::2])], 1, None)
-        target.copy_(total[:, :, : target.shape[2], : target.shape[3]])
-    return dx, partials
-
-
-def _multiply_grids(grids: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
-    """One factorized reduction in plain PyTorch."""
-    return torch.cat([F.conv2d(F.relu(grid), w) for grid, w in zip(grids, weights, strict=True)], dim=1)
-
-
-def _differentiate_grids(
-    grids: Tensor, grads: Sequence[ReduceGrad], wants_weights: bool
+    x: Tensor, grads: Sequence[ReduceGrad], exact: bool, wants_weights: bool
 ) -> tuple[list[Tensor], Partials]:
-    """What ``_backward_grids`` computes, in plain PyTorch."""
+    """Tensors whose sum is the gradient of the state, and partial ones of the first and the second halves'
+    weights."""
+    first = grads[0].weights[0]
+    if not pointwise.takes(x, first, 2).ok:
+        return _differentiate_reductions(x, grads, wants_weights)
+    (dx,) = _empty_like(x, 1)
+    parts, targets = pointwise.backward_parts(x, first, 2), []
+    for corner in (0, 1):
+        sources = []
+        for grad in grads:
+            z, g, coef = (whole.chunk(2, dim)[corner] for whole, dim in zip(grad[1:], (1, 1, 0), strict=True))
+            partial = first.new_empty(parts, first.numel()) if wants_weights else None
+            sources.append(Source(grad.weights[corner], z, g, coef, partial))
+        targets.append(Target(x, dx, sources, corner))
+    pointwise.backward(targets, 2, exact)
+    partials = [[s.partial for s in target.sources if s.partial is not None] for target in targets]
+    return [dx], Partials(*partials)
+
+
+def _reduce_by_pytorch(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    grids = two_grids(F.relu(x))
+    return torch.cat([F.conv2d(grid, w) for grid, w in zip(grids, (first, second), strict=True)], dim=1)
+
+
+def _differentiate_reductions(
+    x: Tensor, grads: Sequence[ReduceGrad], wants_weights: bool
+) -> tuple[list[Tensor], Partials]:
+    """What ``backward_reduce`` computes, in plain PyTorch."""
     dzs = affine_gradients(*map(list, zip(*((grad.g, grad.z, grad.coef) for grad in grads), strict=True)))
-    dgrids, partials = [], Partials([], [])
+    dxs, partials = [], Partials([], [])
     for grad, dz in zip(grads, dzs, strict=True):
-        leaves = [leaf.detach().requires_grad_() for leaf in (*grids, *grad.weights)]
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, *grad.weights)]
         with torch.enable_grad():
-            z = _multiply_grids(leaves[:2], leaves[2:])
-        *own, first, second = torch.autograd.grad(z, leaves, dz)
-        dgrids += own
+            z = _reduce_by_pytorch(*leaves)
+        dx, first, second = torch.autograd.grad(z, leaves, dz)
+        dxs.append(dx)
         partials.depthwise.append(first.reshape(1, -1))
         partials.pointwise.append(second.reshape(1, -1))
-    return dgrids, partials if wants_weights else Partials([], [])
-
-
-def _backward_grids(
-    grids: Tensor, grads: Sequence[ReduceGrad], wants_weights: bool, exact: bool
-) -> tuple[list[Tensor], Partials]:
-    """The gradients of both grids for each reduction in turn, and the partial ones of the weights."""
-    dgrids = _empty_like(grids[0], 2 * len(grads))
-    parts = pointwise.backward_parts(grids[0], grads[0].weights[0])
-    partials = [dgrid.new_empty(parts, grads[0].weights[0].numel()) for dgrid in dgrids if wants_weights]
-    halves = [
-        half
-        for grad in grads
-        for half in zip(
-            *(grids, grad.weights, grad.z.chunk(2, 1), grad.g.chunk(2, 1), grad.coef.chunk(2)), strict=True
-        )
-    ]
-    none: list[Tensor | None] = [None] * len(dgrids)
-    pointwise.backward(
-        [ProductGrad(*half, *to) for half, *to in zip(halves, dgrids, partials or none, strict=True)], exact
-    )
-    return dgrids, Partials(partials[::2], partials[1::2])
+    return dxs, partials if wants_weights else Partials([], [])
 
 
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """1x1 convolutions of relu(x) in CUDA C++ (``csrc/pointwise.cu``), for fp32.
 
-Legend: x [B, C, H, W], weight [O, C, 1, 1], z [B, O, H, W]; ``moments`` and ``coef`` as in ``cell_kernels``.
-Only the first dimension of x, z, g and ``moments`` may be strided.
+Legend: x [B, C, H, W], weight [O, C, 1, 1]; z, g [B, O, H', W'], as large as x or half as large: at stride
+2 a convolution reads the pixels (2i + corner, 2j + corner) of x, zeros past its last row. ``moments`` and
+``coef`` as in ``cell_kernels``. Only the first dimension of x, z, g and ``moments`` may be strided.
 """
 
 from collections.abc import Sequence
@@ -24,77 +25,102 @@ class Product(NamedTuple):
     weight: Tensor
     z: Tensor
     moments: Tensor
+    corner: int = 0
 
 
-class ProductGrad(NamedTuple):
-    """What the gradients of ``Product(x, weight, z)`` start from, dz = A · g + B · z + D, and where they go.
+class Source(NamedTuple):
+    """What the gradients of a ``Product`` start from, dz = A · g + B · z + D.
 
-    The weight's gradient is the sum of ``partial`` [parts, O · C] over the parts.
+    The weight's gradient is the sum of ``partial`` [parts, O · C], where it is wanted, over the parts.
     """
 
-    x: Tensor
     weight: Tensor
     z: Tensor
     g: Tensor
     coef: Tensor
-    dx: Tensor | None
     partial: Tensor | None
 
 
-def takes(x: Tensor, weight: Tensor) -> Support:
+class Target(NamedTuple):
+    """The gradient of x by all ``sources`` of one corner, and where it goes if it is wanted.
+
+    At stride 2 it fills the rows that start at ``corner``.
+    """
+
+    x: Tensor
+    dx: Tensor | None
+    sources: Sequence[Source]
+    corner: int = 0
+
+
+def takes(x: Tensor, weight: Tensor, stride: int = 1) -> Support:
     """Whether the kernels take these operands."""
     out_channels, channels = weight.shape[:2]
     if {x.dtype, weight.dtype} != {torch.float32}:
         return Support(False, "only fp32")
-    if not x.is_contiguous():
-        return Support(False, "x is not contiguous")
+    if not x[0].is_contiguous():
+        return Support(False, "pictures are not contiguous")
     if channels % 16 or out_channels % 8 or out_channels > _MAX_OUT_CHANNELS:
         return Support(False, f"{channels} to {out_channels} channels")
-    if x[0, 0].numel() % 4:
-        return Support(False, f"pictures of {x.shape[2]} x {x.shape[3]} pixels")
+    height, width = x.shape[2:]
+    if width % 8 if stride == 2 else height * width % 4:
+        return Support(False, f"pictures of {height} x {width} pixels")
     return Support(True)
 
 
-def forward_parts(x: Tensor, weight: Tensor) -> int:
+def forward_parts(x: Tensor, weight: Tensor, stride: int = 1) -> int:
     """Of the moments."""
-    return extension().pointwise_forward_parts(_shape(x, weight, False))
+    return extension().pointwise_forward_parts(_shape(x, weight, stride, False))
 
 
-def backward_parts(x: Tensor, weight: Tensor) -> int:
+def backward_parts(x: Tensor, weight: Tensor, stride: int = 1) -> int:
     """Of the weight's gradient."""
-    return extension().pointwise_backward_parts(_shape(x, weight, False))
+    return extension().pointwise_backward_parts(_shape(x, weight, stride, False))
 
 
-def forward(products: Sequence[Product], exact: bool) -> None:
+def forward(products: Sequence[Product], stride: int, exact: bool) -> None:
     """Fill the results of products of one shape, together; ``exact``: of fp32 grade, else of TF32."""
     kernels = extension()
-    jobs = []
     operands = [(dense_pictures(product.x), dense(product.weight)) for product in products]
-    for (x, weight), product in zip(operands, products, strict=True):
-        jobs.append(
-            kernels.PointwiseJob(
-                *strided(x), *addresses(weight), *strided(product.z), *strided(product.moments)
-            )
+    jobs = [
+        kernels.PointwiseJob(
+            *strided(x),
+            product.corner,
+            *addresses(weight),
+            *strided(product.z),
+            *strided(product.moments),
         )
-    kernels.pointwise_forward(_shape(*operands[0], exact), jobs, current_stream())
+        for (x, weight), product in zip(operands, products, strict=True)
+    ]
+    kernels.pointwise_forward(_shape(*operands[0], stride, exact), jobs, current_stream())
 
 
-def backward(grads: Sequence[ProductGrad], exact: bool) -> None:
+def backward(targets: Sequence[Target], stride: int, exact: bool) -> None:
     """As ``forward``, the gradients that have a place."""
     kernels = extension()
-    operands = [(*map(dense_pictures, (grad.g, grad.z, grad.x)), dense(grad.weight)) for grad in grads]
+    xs = [dense_pictures(target.x) for target in targets]
+    operands = [[_dense_source(source) for source in target.sources] for target in targets]
     jobs = [
-        kernels.PointwiseGradJob(
-            *(*strided(g), *strided(z)),
-            *addresses(grad.coef),
-            *strided(x),
-            *addresses(weight, grad.dx, grad.partial),
+        kernels.PointwiseTarget(
+            *strided(x), target.corner, *addresses(target.dx), list(map(_source_job, sources))
         )
-        for (g, z, x, weight), grad in zip(operands, grads, strict=True)
+        for target, x, sources in zip(targets, xs, operands, strict=True)
     ]
-    kernels.pointwise_backward(_shape(grads[0].x, grads[0].weight, exact), jobs, current_stream())
+    shape = _shape(xs[0], targets[0].sources[0].weight, stride, exact)
+    kernels.pointwise_backward(shape, jobs, current_stream())
 
 
-def _shape(x: Tensor, weight: Tensor, exact: bool) -> Any:
+def _dense_source(source: Source) -> Source:
+    z, g = dense_pictures(source.z), dense_pictures(source.g)
+    return Source(dense(source.weight), z, g, dense(source.coef), source.partial)
+
+
+def _source_job(source: Source) -> Any:
+    return extension().PointwiseSource(
+        *strided(source.g), *strided(source.z), *addresses(source.coef, source.weight, source.partial)
+    )
+
+
+def _shape(x: Tensor, weight: Tensor, stride: int, exact: bool) -> Any:
     batch, channels, height, width = x.shape
-    return extension().PointwiseShape(batch, channels, weight.shape[0], height * width, exact)
+    return extension().PointwiseShape(batch, channels, weight.shape[0], height, width, stride, exact)

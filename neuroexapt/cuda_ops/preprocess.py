@@ -125,21 +125,21 @@ class _FactorizedReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, bn: nn.BatchNorm2d, x: Tensor, *weights: Tensor) -> Tensor:
         exact = cell_kernels.products_are_exact()
-        grids, (z,), (moments,) = kernels.reduce(x, [weights], exact)
+        (z,), (moments,) = kernels.reduce(x, [weights], exact)
         y, stats = _normalise(kernels, bn, z, moments)
         ctx.kernels, ctx.exact = kernels, exact
-        ctx.save_for_backward(x, *weights, grids, z, stats)
+        ctx.save_for_backward(x, *weights, z, stats)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights, grids, z, stats = ctx.saved_tensors
+        x, *weights, z, stats = ctx.saved_tensors
         g = g.contiguous()
         wants_weights = any(ctx.needs_input_grad[3:])
         coef = _backward_normalise(ctx.kernels, z, stats, g)
         grad = ReduceGrad(tuple(weights), z, g, coef)
-        dx, partials = ctx.kernels.backward_reduce(x, grids, [grad], ctx.exact, wants_weights)
+        (dx,), partials = ctx.kernels.backward_reduce(x, [grad], ctx.exact, wants_weights)
         if not wants_weights:
             return None, None, dx, None, None
         first, second = partials

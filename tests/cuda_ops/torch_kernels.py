@@ -63,25 +63,26 @@ def backward_multiply(
 
 def reduce(
     x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], exact: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor]]:
     zs = [_reduce(x, *pair) for pair in weights]
-    return x, zs, plane_moments(zs)
+    return zs, plane_moments(zs)
 
 
 def backward_reduce(
-    x: Tensor, grids: Tensor, grads: Sequence[ReduceGrad], exact: bool, wants_weights: bool
-) -> tuple[Tensor, Partials]:
-    dx, partials = torch.zeros_like(x), Partials([], [])
+    x: Tensor, grads: Sequence[ReduceGrad], exact: bool, wants_weights: bool
+) -> tuple[list[Tensor], Partials]:
+    dxs: list[Tensor] = []
+    partials = Partials([], [])
     for grad in grads:
         with torch.enable_grad():
-            leaves = [leaf.detach().requires_grad_() for leaf in (grids, *grad.weights)]
+            leaves = [leaf.detach().requires_grad_() for leaf in (x, *grad.weights)]
             z = _reduce(*leaves)
         own_dx, first, second = torch.autograd.grad(z, leaves, _affine(grad.g, grad.z, grad.coef))
-        dx += own_dx
+        dxs.append(own_dx)
         if wants_weights:
             partials.depthwise.append(_split(first))
             partials.pointwise.append(_split(second))
-    return dx, partials
+    return dxs, partials
 
 
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

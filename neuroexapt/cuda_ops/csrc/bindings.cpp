@@ -30,12 +30,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("sepconv_forward", &sepconv::forward);
   m.def("sepconv_backward", &sepconv::backward);
 
-  pybind11::class_<pointwise::Shape>(m, "PointwiseShape").def(pybind11::init<int, int, int, int, bool>());
+  pybind11::class_<pointwise::Shape>(m, "PointwiseShape")
+      .def(pybind11::init<int, int, int, int, int, int, bool>());
   pybind11::class_<pointwise::Job>(m, "PointwiseJob")
-      .def(pybind11::init<Address, std::int64_t, Address, Address, std::int64_t, Address, std::int64_t>());
-  pybind11::class_<pointwise::GradJob>(m, "PointwiseGradJob")
-      .def(pybind11::init<Address, std::int64_t, Address, std::int64_t, Address, Address, std::int64_t, Address,
-                          Address, Address>());
+      .def(pybind11::init<Address, std::int64_t, int, Address, Address, std::int64_t, Address, std::int64_t>());
+  pybind11::class_<pointwise::Source>(m, "PointwiseSource")
+      .def(pybind11::init<Address, std::int64_t, Address, std::int64_t, Address, Address, Address>());
+  pybind11::class_<pointwise::Target>(m, "PointwiseTarget")
+      .def(pybind11::init<Address, std::int64_t, int, Address, std::vector<pointwise::Source>>());
   m.def("pointwise_forward_parts", &pointwise::forward_parts);
   m.def("pointwise_backward_parts", &pointwise::backward_parts);
   m.def("pointwise_forward", &pointwise::forward);

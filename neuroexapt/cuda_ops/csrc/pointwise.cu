@@ -7,7 +7,8 @@
 // global memory straight into registers, and the shares are added up through shared memory. With few pixels there
 // are more shares, so that a picture of 8 x 8 still occupies the chip. Blocks go on to further pixels rather than
 // leave more parts of the moments, which somebody has to merge.
-// Backward, a block owns some pixels of up to 64 input channels, with dz formed as g and z are read.
+// Backward, a block owns some pixels of up to 64 input channels, with dz formed as g and z are read, and keeps their
+// gradient in registers while it goes through all that read them.
 
 #include "pointwise.h"
 
@@ -54,13 +55,17 @@ __device__ float component(const float4& v, int i) { return i == 0 ? v.x : i == 
 // together, are neighbours.
 __device__ int quad_of_column(int n) { return n / 2 + n % 2 * 4; }
 
-// Where a quad of the row of all pictures lies.
+__host__ __device__ int pixels_of(const Shape& shape) {  // of a plane of z
+  return shape.stride == 1 ? shape.height * shape.width : (shape.height + 1) / 2 * (shape.width / 2);
+}
+
+// Where a quad of the row of all pictures of z lies.
 struct Quad {
   bool exists;
   int picture, pixel;
 
   __device__ Quad(const Shape& shape, int i) {
-    const unsigned a_picture = shape.pixels / 4, last = a_picture * shape.batch - 1;
+    const unsigned a_picture = pixels_of(shape) / 4, last = a_picture * shape.batch - 1;
     exists = unsigned(i) <= last;
     const unsigned quad = min(unsigned(i), last);  // one that can be read
     picture = quad / a_picture;
@@ -68,6 +73,24 @@ struct Quad {
   }
 
   __device__ int64_t offset(int64_t batch_stride) const { return picture * batch_stride + pixel; }
+};
+
+// The pixels of x that a quad stands for: neighbours, or every second one of a row from column `corner` on.
+template <int Stride>
+struct Pixels {
+  bool exist;
+  int64_t offset;  // of the first, at stride 2 of the row's pixels from column 0 on
+
+  __device__ Pixels(const Shape& shape, const Quad& quad, int64_t batch_stride, int corner) {
+    if constexpr (Stride == 1) {
+      exist = quad.exists;
+      offset = quad.offset(batch_stride);
+    } else {
+      const int width = shape.width / 2, y = quad.pixel / width, row = 2 * y + corner;
+      exist = quad.exists && row < shape.height;
+      offset = quad.picture * batch_stride + row * shape.width + 2 * (quad.pixel - y * width);
+    }
+  }
 };
 
 // --- Forward ---------------------------------------------------------------------------------------------------
@@ -85,7 +108,7 @@ struct Split {
 };
 
 Split split_of(const Shape& shape, int warps) {
-  const int chunks = shape.C / kChunk, groups = ceil_div(shape.batch * shape.pixels, kGroup);
+  const int chunks = shape.C / kChunk, groups = ceil_div(shape.batch * pixels_of(shape), kGroup);
   int shares = 1;
   while (shares * kChunksInFlight < chunks && shares < warps) shares *= 2;
   while (shares < std::min(chunks, warps) && groups * shares < kMultiprocessors * warps) shares *= 2;
@@ -101,18 +124,29 @@ struct ForwardLaunch {
   Job jobs[kMaxJobs];
 };
 
-// A warp's operands: relu(x) of kChunksInFlight chunks, of which a lane holds a quad of four channels each.
+// A warp's operands: x of kChunksInFlight chunks, of which a lane holds a quad of four channels each.
+template <int Stride>
 struct Operands {
   float4 v[kChunksInFlight][4];
 
-  __device__ void load(const float* x, int pixels, int C, int first, int shares) {
-    const int q = threadIdx.x % 4;
+  __device__ void load(const Job& job, const Shape& shape, int quad, int first, int shares) {
+    const Pixels<Stride> pixels(shape, Quad(shape, quad), job.x_batch_stride, job.corner);
+    const float* x = input(job.x) + pixels.offset + (Stride == 1 ? 0 : job.corner);
+    const int q = threadIdx.x % 4, plane = shape.height * shape.width;
 #pragma unroll
     for (int i = 0; i < kChunksInFlight; ++i) {
       const int channel = (first + i * shares) * kChunk + 4 * q;
-      if (channel >= C) break;
+      if (channel >= shape.C) break;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) v[i][k] = load4(x + int64_t(channel + k) * pixels);
+      for (int k = 0; k < 4; ++k) {
+        const float* source = x + int64_t(channel + k) * plane;
+        if constexpr (Stride == 1) {
+          v[i][k] = load4(source);
+        } else {
+          v[i][k] = make_float4(0.f, 0.f, 0.f, 0.f);
+          if (pixels.exist) v[i][k] = make_float4(__ldg(source), __ldg(source + 2), __ldg(source + 4), __ldg(source + 6));
+        }
+      }
     }
   }
 };
@@ -184,7 +218,7 @@ __device__ float2 merge(float2 a, float count_a, float2 b, float count_b) {
 }
 
 // Grid: (parts, jobs).
-template <int M, bool kExact>
+template <int M, int Stride, bool kExact>
 __global__ void __launch_bounds__(Block<M>::kThreads) fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
   constexpr int kItems = 2 * M;
   const Shape& shape = launch.shape;
@@ -192,22 +226,21 @@ __global__ void __launch_bounds__(Block<M>::kThreads) fwd_kernel(const __grid_co
   const int shares = launch.split.shares, groups = Block<M>::kWarps / shares;
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
   const int share = threadIdx.x / 32 % shares, group = threadIdx.x / 32 / shares;
-  const int C = shape.C, O = shape.O, pixels = shape.pixels, chunks = C / kChunk;
+  const int C = shape.C, O = shape.O, pixels = pixels_of(shape), chunks = C / kChunk;
   const int first_group = blockIdx.x * launch.split.iterations * groups + group;
   extern __shared__ __align__(16) float4 shared[];
   float2* moments = reinterpret_cast<float2*>(shared + Block<M>::kWarps * kItems * 64);
   const auto pixels_of_group = [&](int i) { return min(max(shape.batch * pixels - i * kGroup, 0), kGroup); };
 
-  const auto source = [&](int iteration) {
-    const Quad quad(shape, (first_group + iteration * groups) * (kGroup / 4) + quad_of_column(g));
-    return input(job.x) + quad.offset(job.x_batch_stride);
+  const auto quad_of = [&](int iteration) {
+    return (first_group + iteration * groups) * (kGroup / 4) + quad_of_column(g);
   };
-  Operands operands;
-  operands.load(source(0), pixels, C, share, shares);
+  Operands<Stride> operands;
+  operands.load(job, shape, quad_of(0), share, shares);
   for (int iteration = 0; iteration < launch.split.iterations; ++iteration) {
     Sums<M> sums = {};
     for (int first = share; first < chunks; first += kChunksInFlight * shares) {
-      if (first != share) operands.load(source(iteration), pixels, C, first, shares);
+      if (first != share) operands.load(job, shape, quad_of(iteration), first, shares);
 #pragma unroll
       for (int i = 0; i < kChunksInFlight; ++i) {
         const int chunk = first + i * shares;
@@ -215,7 +248,7 @@ __global__ void __launch_bounds__(Block<M>::kThreads) fwd_kernel(const __grid_co
         multiply_chunk<M, kExact>(sums, operands.v[i], input(job.weight) + chunk * kChunk + 4 * q, C, O);
       }
     }
-    if (iteration + 1 < launch.split.iterations) operands.load(source(iteration + 1), pixels, C, share, shares);
+    if (iteration + 1 < launch.split.iterations) operands.load(job, shape, quad_of(iteration + 1), share, shares);
     __syncthreads();  // the sums of the iteration before have been read
     share_sums<M>(shared + threadIdx.x / 32 * kItems * 64, sums);
     __syncthreads();
@@ -279,29 +312,45 @@ struct Tile {
 Tile tile_of(const Shape& shape) {
   int channels = 64;
   while (shape.C % channels != 0) channels -= 16;
-  const int total = shape.batch * shape.pixels, blocks = ceil_div(total, 128) * (shape.C / channels);
+  const int total = shape.batch * pixels_of(shape), blocks = ceil_div(total, 128) * (shape.C / channels);
   return {channels, blocks >= 2 * kMultiprocessors ? 128 : 64};
 }
+
+struct TargetOfLaunch {
+  Address x;
+  int64_t x_batch_stride;
+  int corner;
+  Address dx;
+  int first, count;  // of the sources
+};
 
 struct BackwardLaunch {
   Shape shape;
   Tile tile;
-  GradJob jobs[kMaxJobs];
+  TargetOfLaunch targets[kMaxTargets];
+  Source sources[kMaxJobs];
 };
 
-// 16 bytes into shared memory that are not waited for, or zeros.
+// 16 or 4 bytes into shared memory that are not waited for, or zeros.
 __device__ void copy_async(float* target, const float* source, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(target))),
                "l"(source), "r"(exists ? 16 : 0)
                : "memory");
 }
 
+__device__ void copy4_async(float* target, const float* source, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(unsigned(__cvta_generic_to_shared(target))),
+               "l"(source), "r"(exists ? 4 : 0)
+               : "memory");
+}
+
 __device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // dz = A · g + B · z + D of the tile's pixels; zero for those past the last.
-__device__ void load_dz(float* target, const GradJob& job, const Shape& shape, const Quad& quad, int row,
+__device__ void load_dz(float* target, const Source& job, const Shape& shape, const Quad& quad, int row,
                         int row_step, int pitch) {
   constexpr int kBatch = 4;  // rows in flight
+  const int pixels = pixels_of(shape);
   const float* g = input(job.g) + quad.offset(job.g_batch_stride);
   const float* z = input(job.z) + quad.offset(job.z_batch_stride);
   for (; row < shape.O; row += kBatch * row_step) {
@@ -309,7 +358,7 @@ __device__ void load_dz(float* target, const GradJob& job, const Shape& shape, c
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int o = min(row + i * row_step, shape.O - 1);
-      gs[i] = load4(g + int64_t(o) * shape.pixels), zs[i] = load4(z + int64_t(o) * shape.pixels);
+      gs[i] = load4(g + int64_t(o) * pixels), zs[i] = load4(z + int64_t(o) * pixels);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -334,44 +383,71 @@ __device__ float4 masked(float4 v, float4 x) {  // by relu'(x); NaN lets gradien
   return make_float4(x.x <= 0.f ? 0.f : v.x, x.y <= 0.f ? 0.f : v.y, x.z <= 0.f ? 0.f : v.z, x.w <= 0.f ? 0.f : v.w);
 }
 
-// dx = relu'(x) · Wᵀ · dz of the tile. A warp takes 16 channels by 32 pixels at a time.
+// Wᵀ · dz of the tile, of which a warp takes 16 channels by 32 pixels at a time, at most kTasks times.
+constexpr int kTasks = 2;
+using InputSums = float[kTasks][4][4];
+
+template <typename F>
+__device__ void for_tasks(const Tile& tile, F f) {
+  const int groups = tile.pixels / kGroup;
+#pragma unroll
+  for (int i = 0; i < kTasks; ++i) {
+    const int task = threadIdx.x / 32 + i * kBackwardWarps;
+    if (task < tile.channels / 16 * groups) f(i, task / groups * 16, task % groups * kGroup);
+  }
+}
+
 template <bool kExact>
-__device__ void input_gradient(float* dx, const float* x, const float* dz, const float* weight, const Shape& shape,
-                               const Tile& tile, int first_quad) {
-  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
-  const int pitch = tile.pitch(), weight_pitch = tile.weight_pitch(), groups = tile.pixels / kGroup;
-  for (int task = threadIdx.x / 32; task < tile.channels / 16 * groups; task += kBackwardWarps) {
-    const int pixel = task % groups * kGroup, channel = task / groups * 16 + g;
-    const float* w = weight + q * weight_pitch + channel;
+__device__ void add_input_gradient(InputSums& sums, const float* dz, const float* weight, const Shape& shape,
+                                   const Tile& tile) {
+  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, pitch = tile.pitch(), weight_pitch = tile.weight_pitch();
+  for_tasks(tile, [&](int i, int channel, int pixel) {
+    const float* w = weight + q * weight_pitch + channel + g;
     const float* right_of_lane = dz + q * pitch + pixel + 4 * quad_of_column(g);
-    float sums[4][4] = {};
 #pragma unroll 2
     for (int o = 0; o < shape.O; o += 8) {
       Fragment<4, kExact> left;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) left.set(i, w[(o + i / 2 * 4) * weight_pitch + i % 2 * 8]);
+      for (int k = 0; k < 4; ++k) left.set(k, w[(o + k / 2 * 4) * weight_pitch + k % 2 * 8]);
       const float4 upper = read4(right_of_lane + o * pitch), lower = read4(right_of_lane + (o + 4) * pitch);
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         Fragment<2, kExact> right;
         right.set(0, component(upper, t)), right.set(1, component(lower, t));
-        multiply<kExact>(sums[t], left, right);
+        multiply<kExact>(sums[i][t], left, right);
       }
     }
+  });
+}
+
+// dx = relu'(x) · sums.
+template <int Stride>
+__device__ void store_input_gradient(const TargetOfLaunch& target, const InputSums& sums, const float* x,
+                                     const Shape& shape, const Tile& tile, int first_channel, int first_quad) {
+  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, plane = shape.height * shape.width;
+  for_tasks(tile, [&](int i, int channel, int pixel) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int column = pixel / 4 + quad_of_column(2 * q + e);
       const Quad quad(shape, first_quad + column);
-      if (!quad.exists) continue;
-      float* target = dx + quad.offset(int64_t(shape.C) * shape.pixels);
+      const Pixels<Stride> pixels(shape, quad, int64_t(shape.C) * plane, target.corner);
+      if (!pixels.exist) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int c = channel + h * 8, r = h * 2 + e;
-        const float4 v = make_float4(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
-        store4(target + int64_t(c) * shape.pixels, masked(v, read4(x + c * pitch + 4 * column)));
+        const int c = channel + h * 8 + g, r = h * 2 + e;
+        float* dx = output(target.dx) + pixels.offset + int64_t(first_channel + c) * plane;
+        const float4 v = masked(make_float4(sums[i][0][r], sums[i][1][r], sums[i][2][r], sums[i][3][r]),
+                                read4(x + c * tile.pitch() + 4 * column));
+        if constexpr (Stride == 1) {
+          store4(dx, v);
+        } else {
+          const bool odd = target.corner;
+          store4(dx, odd ? make_float4(0.f, v.x, 0.f, v.y) : make_float4(v.x, 0.f, v.y, 0.f));
+          store4(dx + 4, odd ? make_float4(0.f, v.z, 0.f, v.w) : make_float4(v.z, 0.f, v.w, 0.f));
+        }
       }
     }
-  }
+  });
 }
 
 // dW = dz · relu(x)ᵀ of the tile. A warp takes all O by 8 input channels at a time.
@@ -382,6 +458,7 @@ __device__ void weight_gradient(float* partial, const float* x, const float* dz,
   for (int first = threadIdx.x / 32 * 8; first < tile.channels; first += kBackwardWarps * 8) {
     float sums[M][4] = {};
     // A lane contracts eight neighbouring pixels of 32.
+#pragma unroll 1
     for (int pixel = 8 * q; pixel < tile.pixels; pixel += kGroup) {
 #pragma unroll 1
       for (int e = 0; e < 2; ++e) {
@@ -421,12 +498,12 @@ __device__ void weight_gradient(float* partial, const float* x, const float* dz,
 }
 
 // Shared memory: x [channels, pitch], dz [O, pitch], W [O, weight_pitch].
-// Grid: (parts, blocks of channels, jobs).
-template <int M, bool kExact>
+// Grid: (parts, blocks of channels, targets).
+template <int M, int Stride, bool kExact>
 __global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_constant__ BackwardLaunch launch) {
   const Shape& shape = launch.shape;
   const Tile& tile = launch.tile;
-  const GradJob& job = launch.jobs[blockIdx.z];
+  const TargetOfLaunch& target = launch.targets[blockIdx.z];
   const int pitch = tile.pitch(), first_channel = blockIdx.y * tile.channels;
   extern __shared__ __align__(16) float shared_floats[];
   float* x = shared_floats;
@@ -435,76 +512,100 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_c
 
   const int across = tile.pixels / 4, column = threadIdx.x % across, row = threadIdx.x / across;
   const int row_step = kBackwardThreads / across, first_quad = blockIdx.x * across;
+  const int plane = shape.height * shape.width;
   const Quad quad(shape, first_quad + column);
-  const float* source =
-      input(job.x) + quad.offset(job.x_batch_stride) + int64_t(first_channel) * shape.pixels;
+  const Pixels<Stride> pixels(shape, quad, target.x_batch_stride, target.corner);
+  const float* picture = input(target.x) + pixels.offset + int64_t(first_channel) * plane;
   for (int c = row; c < tile.channels; c += row_step) {
-    copy_async(x + c * pitch + 4 * column, source + int64_t(c) * shape.pixels, quad.exists);
+    const float* source = picture + int64_t(c) * plane;
+    float* place = x + c * pitch + 4 * column;
+    if constexpr (Stride == 1) {
+      copy_async(place, source, pixels.exist);
+    } else {
+#pragma unroll
+      for (int t = 0; t < 4; ++t) copy4_async(place + t, source + 2 * t + target.corner, pixels.exist);
+    }
   }
-  const int weight_quads = tile.channels / 4;
-  for (int i = threadIdx.x; i < shape.O * weight_quads; i += kBackwardThreads) {
-    const int o = i / weight_quads, c = i % weight_quads * 4;
-    copy_async(weight + o * tile.weight_pitch() + c, input(job.weight) + o * shape.C + first_channel + c, true);
+  InputSums sums = {};
+#pragma unroll 1
+  for (int i = target.first; i < target.first + target.count; ++i) {
+    const Source& source = launch.sources[i];
+    if (i > target.first) __syncthreads();  // dz and W of the source before have been read
+    const int weight_quads = tile.channels / 4;
+    for (int k = threadIdx.x; k < shape.O * weight_quads; k += kBackwardThreads) {
+      const int o = k / weight_quads, c = k % weight_quads * 4;
+      copy_async(weight + o * tile.weight_pitch() + c, input(source.weight) + o * shape.C + first_channel + c, true);
+    }
+    load_dz(dz + 4 * column, source, shape, quad, row, row_step, pitch);
+    wait_for_copies();
+    __syncthreads();
+    if (target.dx != 0) add_input_gradient<kExact>(sums, dz, weight, shape, tile);
+    if (source.partial != 0) {
+      float* partial = output(source.partial) + int64_t(blockIdx.x) * shape.O * shape.C + first_channel;
+      weight_gradient<M, kExact>(partial, x, dz, shape, tile);
+    }
   }
-  load_dz(dz + 4 * column, job, shape, quad, row, row_step, pitch);
-  wait_for_copies();
-  __syncthreads();
-
-  if (job.dx != 0) {
-    float* dx = output(job.dx) + int64_t(first_channel) * shape.pixels;
-    input_gradient<kExact>(dx, x, dz, weight, shape, tile, first_quad);
-  }
-  if (job.partial != 0) {
-    float* partial = output(job.partial) + int64_t(blockIdx.x) * shape.O * shape.C + first_channel;
-    weight_gradient<M, kExact>(partial, x, dz, shape, tile);
-  }
+  if (target.dx != 0) store_input_gradient<Stride>(target, sums, x, shape, tile, first_channel, first_quad);
 }
 
-// Calls f with the tiles of 16 output channels and with the precision as compile-time constants.
+// Calls f with the tiles of 16 output channels, the stride and the precision as compile-time constants.
 template <typename F>
 auto specialise(const Shape& shape, F f) {
-  const auto with_precision = [&](auto M) {
-    return shape.exact ? f(M, std::true_type()) : f(M, std::false_type());
+  const auto with_precision = [&](auto M, auto stride) {
+    return shape.exact ? f(M, stride, std::true_type()) : f(M, stride, std::false_type());
   };
-  if (shape.O <= 16) return with_precision(std::integral_constant<int, 1>());
-  if (shape.O <= 32) return with_precision(std::integral_constant<int, 2>());
-  return with_precision(std::integral_constant<int, 4>());
+  const auto with_stride = [&](auto M) {
+    return shape.stride == 1 ? with_precision(M, std::integral_constant<int, 1>())
+                             : with_precision(M, std::integral_constant<int, 2>());
+  };
+  if (shape.O <= 16) return with_stride(std::integral_constant<int, 1>());
+  if (shape.O <= 32) return with_stride(std::integral_constant<int, 2>());
+  return with_stride(std::integral_constant<int, 4>());
 }
 
-template <typename Parameters, typename Job>
-void copy_jobs(Parameters& parameters, const std::vector<Job>& jobs) {
-  if (jobs.size() > kMaxJobs) throw std::invalid_argument("too many 1x1 convolutions in one launch");
-  std::copy(jobs.begin(), jobs.end(), parameters.jobs);
+void check_room(bool there_is) {
+  if (!there_is) throw std::invalid_argument("too many 1x1 convolutions in one launch");
 }
 
 }  // namespace
 
 int forward_parts(const Shape& shape) {
-  return specialise(shape, [&](auto M, auto) { return split_of(shape, Block<M()>::kWarps).parts; });
+  return specialise(shape, [&](auto M, auto, auto) { return split_of(shape, Block<M()>::kWarps).parts; });
 }
 
 int backward_parts(const Shape& shape) {
-  return ceil_div(shape.batch * shape.pixels, tile_of(shape).pixels);
+  return ceil_div(shape.batch * pixels_of(shape), tile_of(shape).pixels);
 }
 
 void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
-  specialise(shape, [&](auto M, auto exact) {
+  check_room(jobs.size() <= kMaxJobs);
+  specialise(shape, [&](auto M, auto stride, auto exact) {
     constexpr int kWarps = Block<M()>::kWarps;
     ForwardLaunch parameters{shape, split_of(shape, kWarps), {}};
-    copy_jobs(parameters, jobs);
+    std::copy(jobs.begin(), jobs.end(), parameters.jobs);
     const int moments = kWarps / parameters.split.shares * shape.O * sizeof(float2);
-    launch(fwd_kernel<M(), exact()>, dim3(parameters.split.parts, jobs.size()), Block<M()>::kThreads,
+    launch(fwd_kernel<M(), stride(), exact()>, dim3(parameters.split.parts, jobs.size()), Block<M()>::kThreads,
            kWarps * 2 * M() * 64 * sizeof(float4) + moments, stream, parameters);
   });
 }
 
-void backward(const Shape& shape, const std::vector<GradJob>& jobs, Address stream) {
+void backward(const Shape& shape, const std::vector<Target>& targets, Address stream) {
   const Tile tile = tile_of(shape);
-  BackwardLaunch parameters{shape, tile, {}};
-  copy_jobs(parameters, jobs);
-  specialise(shape, [&](auto M, auto exact) {
-    launch(bwd_kernel<M(), exact()>, dim3(backward_parts(shape), shape.C / tile.channels, jobs.size()),
-           kBackwardThreads, tile.shared_floats(shape) * sizeof(float), stream, parameters);
+  BackwardLaunch parameters{shape, tile, {}, {}};
+  check_room(targets.size() <= kMaxTargets);
+  int count = 0;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    const Target& target = targets[i];
+    const int own = target.sources.size();
+    check_room(count + own <= kMaxJobs);
+    parameters.targets[i] = {target.x, target.x_batch_stride, target.corner, target.dx, count, own};
+    std::copy(target.sources.begin(), target.sources.end(), parameters.sources + count);
+    count += own;
+  }
+  specialise(shape, [&](auto M, auto stride, auto exact) {
+    launch(bwd_kernel<M(), stride(), exact()>,
+           dim3(backward_parts(shape), shape.C / tile.channels, targets.size()), kBackwardThreads,
+           tile.shared_floats(shape) * sizeof(float), stream, parameters);
   });
 }
 

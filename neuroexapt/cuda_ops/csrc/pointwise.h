@@ -1,7 +1,9 @@
 // Launchers of 1x1 convolutions of relu(x) and of their gradients, fp32.
 //
-// Legend: B pictures of C channels (a multiple of 16) in, O (of 8, at most 64) out, P pixels (of 4) a plane; planes
-// are contiguous and 16-byte aligned and only the distance of two pictures varies (`*_batch_stride`, in elements).
+// Legend: B pictures of C channels (a multiple of 16) and H x W pixels in, O channels (of 8, at most 64) out. At stride
+// 2 they read the pixels (2i + corner, 2j + corner) of every picture, zeros past its last row, for both corners, 0 and
+// 1; W is a multiple of 8 then, and at stride 1 H · W one of 4. Planes are contiguous and 16-byte aligned and only the
+// distance of two pictures varies (`*_batch_stride`, in elements).
 // A part is what one block leaves of a sum over all pixels, to be merged in a fixed order by a later launch.
 // Addresses travel as integers, as in softmax_sum.h.
 #pragma once
@@ -14,11 +16,12 @@ namespace pointwise {
 using Address = std::uintptr_t;
 
 struct Shape {
-  int batch, C, O, pixels;
+  int batch, C, O, height, width, stride;
   bool exact;  // products of fp32 grade (three TF32 products each) or of TF32 grade
 };
 
-constexpr int kMaxJobs = 32;  // of one launch
+constexpr int kMaxJobs = 32;     // of one launch
+constexpr int kMaxTargets = 16;  // of one launch
 
 int forward_parts(const Shape& shape);
 int backward_parts(const Shape& shape);
@@ -28,6 +31,7 @@ int backward_parts(const Shape& shape);
 struct Job {
   Address x;
   std::int64_t x_batch_stride;
+  int corner;
   Address weight, z;
   std::int64_t z_batch_stride;
   Address moments;
@@ -35,17 +39,23 @@ struct Job {
 };
 void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream);
 
-// With dz = A · g + B · z + D per channel (coef: float4 {A, B, D, 0} [O]): dx = relu'(x) · Wᵀ · dz, contiguous, and
-// partial [parts, O, C], whose sum over the parts is the gradient of W; 0 where they are not wanted.
-struct GradJob {
+// With dz = A · g + B · z + D per channel (coef: float4 {A, B, D, 0} [O]) the gradient of x by all of `sources`,
+// Σ relu'(x) · Wᵀ · dz; and of each partial [parts, O, C], whose sum over the parts is the gradient of W. Both are 0
+// where they are not wanted. dx is contiguous; that of a corner fills every second row, with zeros beside its pixels.
+struct Source {
   Address g;
   std::int64_t g_batch_stride;
   Address z;
   std::int64_t z_batch_stride;
-  Address coef, x;
-  std::int64_t x_batch_stride;
-  Address weight, dx, partial;
+  Address coef, weight, partial;
 };
-void backward(const Shape& shape, const std::vector<GradJob>& jobs, Address stream);
+struct Target {
+  Address x;
+  std::int64_t x_batch_stride;
+  int corner;
+  Address dx;
+  std::vector<Source> sources;
+};
+void backward(const Shape& shape, const std::vector<Target>& targets, Address stream);
 
 }  // namespace pointwise
