@@ -203,7 +203,7 @@ def test_backward_of_a_sum_forms_pools_again(shape, kinds):
     for edge, stride in ((5, 1), (6, 2), (7, 1)):
         x = strided(batch, channels, stride * height, stride * width)
         terms += [
-            Summand(x, stats(channels), (edge, column), Pooling(kind, stride))
+            Summand(x, None if edge == 7 else stats(channels), (edge, column), Pooling(kind, stride))
             for column, kind in enumerate(kinds)
         ]
     actual = cell_kernels.backward_add_up(terms, weights, g, grad, True)

@@ -103,7 +103,8 @@ def results(function, module: nn.Module, inputs, wants_weights=True, wants_alpha
     y = function(module, *leaves)
     torch.manual_seed(2)
     # Some of the gradient from outside the nodes' sum, as from the next cells.
-    (y * torch.randn_like(y)).sum().backward()
+    # The same numbers for all dtypes and devices, of which each draws its own.
+    (y * torch.randn(y.shape, dtype=torch.double).to(y)).sum().backward()
     edges = module.edges if isinstance(module, SearchCell) else module
     named = {f"grad of input {i}": leaf.grad for i, leaf in enumerate(leaves)} | {"y": y.detach()}
     named |= {f"grad of {name}": p.grad for name, p in edges.named_parameters()}
