@@ -55,6 +55,10 @@ class Strategy(nn.Module, ABC):
     not_fused: ClassVar[str] = ""
     """Why cells do not run by their plan, if they don't."""
 
+    single_path: ClassVar[bool] = False
+    """Whether the weights learn with one operation an edge at a time."""
+    learns_alpha: ClassVar[bool] = True
+    """Whether α tells anything in the end."""
     against_collapse: ClassVar[bool] = False
     """Whether the method was made to keep skip connections from winning."""
 

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 from neuroexapt.errors import UserError
 from neuroexapt.spaces import get_space
-from neuroexapt.strategies import STRATEGIES, published_settings
+from neuroexapt.strategies import STRATEGIES, get_strategy, published_settings
 
 EXECUTIONS = ("fused", "reference", "compile", "fastest")
 CRITERIA = ("", "skips", "eigenvalue")
+SELECTIONS = ("argmax", "perturbation", "shrink")
 PRECISIONS = ("fp32", "bf16")
 CONTROLS = ("random", "resnet18")
 CONTROL_BUDGETS = ("epochs", "time")
@@ -94,6 +95,9 @@ class SearchConfig(RunConfig):
     arch_learning_rate: float = setting(3e-4, "learning rate of α (Adam)")
     arch_weight_decay: float = setting(1e-3, "weight decay of α")
     train_portion: float = setting(0.5, "share of the training pictures for w; the rest is for α")
+    selection: str = setting(
+        "argmax", "choice of the genotype: argmax (of α), perturbation (DARTS-PT) or shrink (by validation)"
+    )
     stop: str = setting("", "end early: skips, eigenvalue (of the Hessian over α), or not at all")
     minutes: float | None = setting(None, "end the search after the epoch in which it has taken so long")
     execution: str = setting(
@@ -115,9 +119,32 @@ class SearchConfig(RunConfig):
             raise UserError(f"train_portion={self.train_portion}: choose a share between 0 and 1")
         _require_one_of(self, "execution", EXECUTIONS)
         _require_one_of(self, "stop", CRITERIA)
+        _require_one_of(self, "selection", SELECTIONS)
+        self._refuse_combinations()
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"warmup_epochs={self.warmup_epochs} leaves none of {self.epochs} epochs for α; choose fewer"
+            )
+
+    def _refuse_combinations(self) -> None:
+        """Those of strategy, selection and stopping that make no sense."""
+        strategy = get_strategy(self.strategy)
+        if self.selection == "argmax" and not strategy.learns_alpha:
+            raise UserError(
+                f"{self.strategy} learns no α to take the largest of; choose --selection shrink, which "
+                "compares its paths by validation"
+            )
+        if self.selection == "perturbation" and strategy.single_path:
+            raise UserError(
+                f"perturbation takes single operations out of their sum, and the weights of {self.strategy} "
+                "never learned to be summed; choose --selection shrink"
+            )
+        if self.stop and not strategy.learns_alpha:
+            raise UserError(f"--stop watches α, which {self.strategy} leaves as it is; leave it out")
+        if self.stop and self.selection != "argmax":
+            raise UserError(
+                f"--stop {self.stop} goes back to an earlier α, --selection {self.selection} judges the "
+                "weights that the search ended with; give one of them"
             )
 
 

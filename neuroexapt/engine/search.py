@@ -17,6 +17,7 @@ from neuroexapt.engine.device import place
 from neuroexapt.engine.result import RunResult, finish, read_curves
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.search_phase import SearchPhase
+from neuroexapt.engine.select_phase import SELECTIONS, SelectPhase
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
 from neuroexapt.engine.training import TrainPhase, evaluate_loss, score
 from neuroexapt.errors import UserError
@@ -53,8 +54,11 @@ def derive(run_dir: str | Path) -> AnyGenotype:
             f"{run_dir} holds no checkpoint of a search: {folder.checkpoint(SearchPhase.name)} is missing"
         )
     config = make_config(SearchConfig, folder.read_json("config.json"))
-    mixing_weights = load_checkpoint(folder.checkpoint(SearchPhase.name))["phase"]["mixing"]
-    return get_space(config.space).derive(mixing_weights)
+    selection = folder.checkpoint(SelectPhase.name)
+    state = load_checkpoint(selection)["phase"] if selection.exists() else {}
+    if "mixing" not in state:  # the selection has not come to its end
+        state = load_checkpoint(folder.checkpoint(SearchPhase.name))["phase"]
+    return get_space(config.space).derive(state["mixing"])
 
 
 def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
@@ -69,6 +73,10 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
     phase.prepare_execution(progress.say)
     seconds = {"search": run.train(phase)}
     genotype = phase.genotype()
+    if config.selection != "argmax":
+        selection = SELECTIONS[config.selection](phase, config)
+        seconds["select"] = run.train(selection)
+        genotype = selection.genotype()
     run.folder.write_json("genotype.json", genotype.to_dict())
     progress.say(f"found {genotype}")
 

@@ -62,7 +62,7 @@ class SearchPhase(Phase):
         self.space: Space = get_space(config.space)
         self.strategy = get_strategy(config.strategy).to(self.device)
         self._config = config
-        self._train_loader, self._valid_loader = train_loader, valid_loader
+        self._train_loader, self.valid_loader = train_loader, valid_loader
         self._table = table
         self.stopping = Stopping(config.stop, config.minutes)
         self._say: Callable[[str], None] = lambda text: None
@@ -89,8 +89,8 @@ class SearchPhase(Phase):
         supernet.set_recompute(config.recompute)
         self._set_execution(self._execution)
 
-    def _reshape(self) -> None:
-        """Follow the strategy to another network; parameters that stay keep their optimizer's state."""
+    def reshape(self) -> None:
+        """Follow a change of the network; parameters that stay keep their optimizer's state."""
         before = {**self.weight_optimizer.state, **self.arch_optimizer.state}
         self._make_step()
         for optimizer in (self.weight_optimizer, self.arch_optimizer):
@@ -123,9 +123,9 @@ class SearchPhase(Phase):
     def _step_ms(self, execution: str) -> float:
         """Median time of a step with a copy of the search network."""
         supernet = copy.deepcopy(self.supernet)
-        twin = SearchPhase(supernet, self._train_loader, self._valid_loader, self._config)
+        twin = SearchPhase(supernet, self._train_loader, self.valid_loader, self._config)
         twin._set_execution(execution)
-        batches = *next(self._train_loader.epoch(0)), *next(self._valid_loader.forever(0))
+        batches = *next(self._train_loader.epoch(0)), *next(self.valid_loader.forever(0))
         return time_calls(lambda: twin._take_step(*batches), self.device, MEASURED_SECONDS).median_ms
 
     def _step_key(self) -> str:
@@ -142,7 +142,7 @@ class SearchPhase(Phase):
         return names[:2] if self._warming_up(epoch) else names
 
     def _warming_up(self, epoch: int) -> bool:
-        return epoch < self._config.warmup_epochs
+        return epoch < self._config.warmup_epochs or not self.strategy.learns_alpha
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.supernet.parameters())
@@ -152,14 +152,18 @@ class SearchPhase(Phase):
 
     def steps(self, epoch: int, start: int) -> Iterator[Tensor]:
         if self.strategy.start_epoch(self.supernet, epoch, self.epochs):
-            self._reshape()
-        set_learning_rate(self.weight_optimizer, self.learning_rate(epoch))
+            self.reshape()
+        return self.steps_at(epoch, start, self.learning_rate(epoch))
+
+    def steps_at(self, epoch: int, start: int, learning_rate: float) -> Iterator[Tensor]:
+        """``steps`` at a learning rate of their own, also after the last epoch."""
+        set_learning_rate(self.weight_optimizer, learning_rate)
         train = self._train_loader.epoch(epoch, start)
         if self._warming_up(epoch):
             for batch in train:
                 yield self._take_step(*batch)
             return
-        valid = self._valid_loader.forever(epoch * self.steps_per_epoch + start)
+        valid = self.valid_loader.forever(epoch * self.steps_per_epoch + start)
         for batch, valid_batch in zip(train, valid, strict=False):
             yield self._take_step(*batch, *valid_batch)
 
@@ -176,7 +180,7 @@ class SearchPhase(Phase):
         curvature = self._curvature(epoch) if self._config.stop == "eigenvalue" else {}
         self.supernet.eval()
         weights = self.mixing_weights()
-        valid_loss, valid_accuracy = evaluate_loss(self._score, self._valid_loader)
+        valid_loss, valid_accuracy = evaluate_loss(self._score, self.valid_loader)
         return {
             "valid_loss": valid_loss,
             "valid_accuracy": valid_accuracy,
@@ -193,7 +197,7 @@ class SearchPhase(Phase):
     def _curvature(self, epoch: int) -> dict[str, float]:
         """Of the validation loss over α, on one batch."""
         self.supernet.train()
-        batch = next(iter(self._valid_loader.forever(epoch * self.steps_per_epoch)))
+        batch = next(iter(self.valid_loader.forever(epoch * self.steps_per_epoch)))
         alphas = self.supernet.arch_parameters()
         return {"eigenvalue": largest_eigenvalue(lambda: self._arch_gradient(*batch), alphas)}
 

@@ -47,7 +47,7 @@ class Stopping:
         elif self._criterion == "eigenvalue" and self._has_grown():
             self._stop("the largest eigenvalue of the Hessian over α grows", epochs_back=WINDOW)
         elif self._minutes is not None and seconds > 60 * self._minutes:
-            self._stop(f"{self._minutes:g} minutes are over", epochs_back=0)
+            self.reason, self._history = f"{self._minutes:g} minutes are over", []
         return self.reason
 
     def _stop(self, reason: str, epochs_back: int) -> None:
@@ -62,8 +62,8 @@ class Stopping:
 
     @property
     def weights(self) -> dict[str, Tensor] | None:
-        """What a search that was stopped stands for."""
-        return self._history[0] if self.reason else None
+        """What a search stands for that went too far before it was stopped."""
+        return self._history[0] if self.reason and self._history else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"reason": self.reason, "eigenvalues": self._eigenvalues, "history": self._history}

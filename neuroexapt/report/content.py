@@ -24,6 +24,7 @@ Record = Mapping[str, Any]
 
 PHASES = {
     "search": "Search",
+    "select": "Selection by validation",
     "inherit": "Derived network, inherited weights",
     "scratch": "Derived network, from scratch",
     "evaluate": "Given genotype, from scratch",
@@ -235,8 +236,9 @@ class Report:
         ]
 
     def _curves(self, phase: str, quantity: str) -> Markup:
-        held_out = "valid" if phase == "search" else "test"
-        values = {part: self._values(phase, f"{part}_{quantity}") for part in ("train", held_out)}
+        names = {part: f"{part}_{quantity}" for part in ("train", "valid", "test")}
+        recorded = self._metrics[phase][0]
+        values = {part: self._values(phase, name) for part, name in names.items() if name in recorded}
         return self._svg(curves(values, quantity), f"{phase_title(phase)}: {_ends(values, quantity)}")
 
     @cached_property

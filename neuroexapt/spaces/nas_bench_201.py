@@ -28,6 +28,7 @@ class NasBench201(Space):
     """
 
     name = "nas-bench-201"
+    may_choose_none = True
     primitives = PRIMITIVES
 
     @property

@@ -23,6 +23,8 @@ class Space(ABC):
     name: str
     primitives: tuple[str, ...]
     """The candidate operations, in the order of the columns of α."""
+    may_choose_none = False
+    """Whether ``none`` can be an edge's operation in a genotype."""
 
     @property
     def defaults(self) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from neuroexapt.strategies.fair_darts import FairDarts
 from neuroexapt.strategies.gdas import Gdas
 from neuroexapt.strategies.lambda_darts import LambdaDarts
 from neuroexapt.strategies.pc_darts import PcDarts
+from neuroexapt.strategies.random_paths import RandomPaths
 from neuroexapt.strategies.sdarts import AdversariallySmoothed, RandomlySmoothed
 from neuroexapt.strategies.snas import Snas
 
@@ -27,6 +28,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "sdarts-rs": RandomlySmoothed,
     "sdarts-adv": AdversariallySmoothed,
     "lambda-darts": LambdaDarts,
+    "random": RandomPaths,
 }
 
 

@@ -28,6 +28,7 @@ class Gdas(Darts):
 
     paper = "Dong, Yang: Searching for a Robust Neural Architecture in Four GPU Hours, CVPR 2019"
     defaults: ClassVar = {"epochs": 250}
+    single_path = True
     temperature: Tensor
 
     def __init__(self) -> None:

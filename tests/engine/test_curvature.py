@@ -23,8 +23,8 @@ def test_a_searchs_is_that_of_the_exact_hessian(small_space: None, monkeypatch: 
     monkeypatch.setattr(curvature, "RADIUS", 1e-5)
     phase = make_phase(stop="eigenvalue")
     phase.supernet.double()
-    images, labels = next(iter(phase._valid_loader.forever(0)))
-    monkeypatch.setattr(phase._valid_loader, "forever", lambda step: iter([(images.double(), labels)]))
+    images, labels = next(iter(phase.valid_loader.forever(0)))
+    monkeypatch.setattr(phase.valid_loader, "forever", lambda step: iter([(images.double(), labels)]))
     alphas = phase.supernet.arch_parameters()
     statistics = [buffer.clone() for buffer in phase.supernet.buffers()]
     found = phase._curvature(0)["eigenvalue"]

@@ -10,7 +10,7 @@ from neuroexapt.data import make_loader
 from neuroexapt.data.augment import Augmentation
 from neuroexapt.data.dataset import ResidentImages
 from neuroexapt.engine.bilevel import Batch, BilevelStep, Strategy
-from neuroexapt.engine.config import SearchConfig
+from neuroexapt.engine.config import SearchConfig, make_config
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.spaces import CellSpace
 
@@ -69,4 +69,4 @@ def make_phase(device: str = "cpu", channels: int = 8, **settings: Any) -> Searc
     usual = {"space": SPACE.name, "epochs": 4, "batch_size": 8, "arch_learning_rate": 0.1}
     supernet = make_supernet(channels).to(device)
     loaders = (make_loader_of(seed, device) for seed in (1, 2))
-    return SearchPhase(supernet, *loaders, SearchConfig(**{**usual, **settings}))
+    return SearchPhase(supernet, *loaders, make_config(SearchConfig, {**usual, **settings}))
