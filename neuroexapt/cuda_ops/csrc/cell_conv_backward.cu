@@ -115,54 +115,56 @@ struct Strips {
     shift = __ffs(Tile<C>::kWidth / 4) - 1 + wide;
   }
   __device__ int count() const { return rows << shift; }
+  __device__ int row(int strip) const { return top + (strip >> shift); }
   __device__ int column(int strip) const { return left + (strip & ((1 << shift) - 1)) * 4; }
   __device__ bool contains(int x) const { return 0 <= x && x < right; }
   // Where a strip lies in a plane of shared memory, -1 where it is none of ours.
   __device__ int offset(int strip, const Place<C>& at, int pitch) const {
     const int x = column(strip);
-    return strip < count() && contains(x) ? (top + (strip >> shift) - at.first) * pitch + kHalo + x - at.x0 : -1;
+    return strip < count() && contains(x) ? (row(strip) - at.first) * pitch + kHalo + x - at.x0 : -1;
   }
 };
 
 // Forms dz where e will be, and for the weight gradients also by itself. Its channels lie in gradient_slot order.
+// A thread takes a strip and every kGroups-th channel, so that all of their addresses differ by constants.
 template <int C, bool kWeights>
 __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& job, const Strips<C>& strips,
                               const Place<C>& at, const Shape& shape) {
-  constexpr int kThreads = Block<C, kWeights>::kThreads, kPitch = Memory<C, kWeights>::kPitch;
-  constexpr int kBatch = 4;  // pairs of loads in flight
-  const int width = shape.width, plane = shape.height * width;
-  const float* gradient = reinterpret_cast<const float*>(job.g) + at.picture * job.g_batch_stride;
-  const float* z = reinterpret_cast<const float*>(job.z) + int64_t(at.picture) * C * plane;
-  const float4* coef = reinterpret_cast<const float4*>(job.coef);
+  using M = Memory<C, kWeights>;
+  constexpr int kThreads = Block<C, kWeights>::kThreads, kStrips = C == 16 ? 128 : C == 32 ? 64 : 16;
+  constexpr int kGroups = kThreads / kStrips, kBatch = C / kGroups < 4 ? C / kGroups : 4;  // of loads in flight
+  const int first = thread_index() / kStrips, width = shape.width, plane = shape.height * width;
   const bool aligned = rows_aligned(reinterpret_cast<const void*>(job.g), job.g_batch_stride, width);
-  const int x = strips.column(thread_index()), column = x - at.x0;
-  if (!strips.contains(x)) return;
-  const auto store = [&](int channel, int y, float4 dz) {
-    if (!aligned) {
-      if (x + 1 >= width) dz.y = 0.f;
-      if (x + 2 >= width) dz.z = 0.f;
-      if (x + 3 >= width) dz.w = 0.f;
-    }
-    const int slot = gradient_slot(channel), row = y - at.y0;
-    *reinterpret_cast<float4*>(memory.e + slot * memory.plane + (y - at.first) * kPitch + kHalo + column) = dz;
-    if (kWeights && 0 <= row && row < Tile<C>::kRows && 0 <= column && column < Tile<C>::kWidth) {
-      *reinterpret_cast<float4*>(memory.dz + slot * Memory<C, kWeights>::kGradientPlane +
-                                 row * Tile<C>::kWidth + column) = dz;
-    }
-  };
-  RowWalk walk(strips.rows, thread_index() >> strips.shift, kThreads >> strips.shift);
-  while (walk.channel < C) {
-    float4 gs[kBatch], zs[kBatch];
-    RowWalk ahead = walk;
+  const float4* coef = reinterpret_cast<const float4*>(job.coef) + first;
+  for (int strip = thread_index() % kStrips; strip < strips.count(); strip += kStrips) {
+    const int x = strips.column(strip), y = strips.row(strip), row = y - at.y0, column = x - at.x0;
+    if (!strips.contains(x)) continue;
+    const int offset = first * plane + y * width;
+    const float* g = reinterpret_cast<const float*>(job.g) + at.picture * job.g_batch_stride + offset;
+    const float* z = reinterpret_cast<const float*>(job.z) + int64_t(at.picture) * C * plane + offset;
+    float* target = memory.e + gradient_slot(first) * memory.plane + strips.offset(strip, at, M::kPitch);
+    float* copy = memory.dz + gradient_slot(first) * M::kGradientPlane + row * Tile<C>::kWidth + column;
+    const bool in_tile = 0 <= row && row < Tile<C>::kRows && 0 <= column && column < Tile<C>::kWidth;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i, ahead.next()) {
-      if (ahead.channel >= C) continue;
-      const int row = ahead.channel * plane + (strips.top + ahead.row) * width;
-      gs[i] = load_row4(gradient + row, x, width, aligned), zs[i] = load_row4(z + row, x, width, aligned);
-    }
+    for (int i = 0; i < C; i += kGroups * kBatch) {
+      float4 gs[kBatch], zs[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i, walk.next()) {
-      if (walk.channel < C) store(walk.channel, strips.top + walk.row, affine(__ldg(coef + walk.channel), gs[i], zs[i]));
+      for (int j = 0; j < kBatch; ++j) {
+        const int64_t channel = int64_t(i + j * kGroups) * plane;
+        gs[j] = load_row4(g + channel, x, width, aligned), zs[j] = load_row4(z + channel, x, width, aligned);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int channel = i + j * kGroups, slot = gradient_slot(channel);  // bits that `first` has not
+        float4 dz = affine(__ldg(coef + channel), gs[j], zs[j]);
+        if (!aligned) {
+          if (x + 1 >= width) dz.y = 0.f;
+          if (x + 2 >= width) dz.z = 0.f;
+          if (x + 3 >= width) dz.w = 0.f;
+        }
+        *reinterpret_cast<float4*>(target + slot * memory.plane) = dz;
+        if (kWeights && in_tile) *reinterpret_cast<float4*>(copy + slot * M::kGradientPlane) = dz;
+      }
     }
   }
 }

@@ -177,7 +177,7 @@ __device__ void load_tile(float* tile, const Source& source, const Place<C>& at,
     *reinterpret_cast<float4*>(tile + slot(walk.channel) * plane + walk.row * pitch + kHalo + 4 * quad) = v;
   };
   const int quad = threadIdx.x % kQuads;
-  constexpr int kBatch = 8;  // loads in flight: nothing else hides their latency
+  constexpr int kBatch = 12;  // loads in flight: nothing else hides their latency
   RowWalk walk(rows, threadIdx.x / kQuads, Threads / kQuads);
   while (walk.channel < C) {
     float4 v[kBatch];

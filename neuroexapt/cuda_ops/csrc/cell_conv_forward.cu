@@ -44,7 +44,7 @@ struct Unit {  // what a warp computes at a time: eight strips of kStrip pixels,
   static constexpr int kRuns = kStrip;  // runs of eight pixels
   static constexpr int kCount = Tile<C>::kRuns / kRuns;
   static constexpr int kStripsPerRow = Tile<C>::kWidth / kStrip;
-  // Convolutions that share a tile: more would spare loads, but their weights take room from other blocks.
+  // Convolutions that may share a tile: more would spare loads, but their weights take room from other blocks.
   static constexpr int kGroupSize = C == 16 ? 4 : 2;
 
   // The strip whose sums lane q of four holds at index i. Neighbouring lanes own neighbouring runs.
@@ -257,15 +257,21 @@ __device__ void store_moments(float* target, const float2* moments, const float*
   }
 }
 
-template <int C>
+template <int C, int kGroupSize>
 int forward_shared_floats(const Shape& shape, int pad) {
-  return C * Geometry<C>(shape, pad).plane +
-         Unit<C>::kGroupSize * (C * kTapsPitch + Unit<C>::kCount * (2 * C + 1));
+  return C * Geometry<C>(shape, pad).plane + kGroupSize * (C * kTapsPitch + Unit<C>::kCount * (2 * C + 1));
+}
+
+// How many blocks a multiprocessor shall hold: what leaves the compiler enough registers.
+template <int C, int kGroupSize>
+constexpr int blocks_at_a_time() {
+  if (C == 16) return kGroupSize == 1 ? 5 : 3;
+  return C == 32 ? 3 : 4;
 }
 
 // Grid: (parts, groups).
-template <int C, bool kExact>
-__global__ void __launch_bounds__(kForwardThreads, C == 64 ? 4 : 3)
+template <int C, int kGroupSize, bool kExact>
+__global__ void __launch_bounds__(kForwardThreads, (blocks_at_a_time<C, kGroupSize>()))
     forward_kernel(const __grid_constant__ ForwardLaunch launch) {
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
@@ -275,19 +281,19 @@ __global__ void __launch_bounds__(kForwardThreads, C == 64 ? 4 : 3)
   const Geometry<C> geometry(shape, pad);
   float* tile = shared;
   float* taps = tile + C * geometry.plane;
-  float2* moments = reinterpret_cast<float2*>(taps + Unit<C>::kGroupSize * C * kTapsPitch);
-  float* count = reinterpret_cast<float*>(moments + Unit<C>::kGroupSize * Unit<C>::kCount * C);
+  float2* moments = reinterpret_cast<float2*>(taps + kGroupSize * C * kTapsPitch);
+  float* count = reinterpret_cast<float*>(moments + kGroupSize * Unit<C>::kCount * C);
 
-  Taps<C, kForwardThreads> own_taps[Unit<C>::kGroupSize];
+  Taps<C, kForwardThreads> own_taps[kGroupSize];
 #pragma unroll
-  for (int n = 0; n < Unit<C>::kGroupSize; ++n) {
+  for (int n = 0; n < kGroupSize; ++n) {
     if (n < group.count) own_taps[n].load(group.convs[n].depthwise, group.kernel_size);
   }
   const Source source(group.x, group.x_batch_stride, group.stats, shape, at.picture);
   load_tile<C, kForwardThreads>(tile, source, at, shape, Geometry<C>::kPitch, geometry.plane,
                                 contraction_slot);
 #pragma unroll
-  for (int n = 0; n < Unit<C>::kGroupSize; ++n) {
+  for (int n = 0; n < kGroupSize; ++n) {
     if (n < group.count) own_taps[n].store(taps + n * C * kTapsPitch, group.kernel_size, contraction_slot);
   }
   __syncthreads();
@@ -310,7 +316,7 @@ __global__ void __launch_bounds__(kForwardThreads, C == 64 ? 4 : 3)
   constexpr int kWarps = kForwardThreads / 32, kUnits = Unit<C>::kCount;
   const int warp = threadIdx.x / 32;
   int single = 0;  // the first convolution that is not one of a pair
-  if constexpr (C == 16) {
+  if constexpr (C == 16 && kGroupSize > 1) {
     single = group.count & ~1;
     for (int task = warp; task < single / 2 * kUnits; task += kWarps) {
       Sums<C> sums[2];
@@ -368,6 +374,7 @@ int forward_parts(const Shape& shape) {
 void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
   const int size = with_channels(shape, [](auto channels) { return Unit<channels()>::kGroupSize; });
   const std::vector<Group> groups = group_jobs(jobs, size);
+  const bool share = std::any_of(groups.begin(), groups.end(), [](const Group& group) { return group.count > 1; });
   for (size_t first = 0; first < groups.size(); first += kMaxGroups) {
     const size_t count = std::min(groups.size() - first, size_t(kMaxGroups));
     ForwardLaunch parameters{shape, {}};
@@ -375,8 +382,13 @@ void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
     with_channels(shape, [&](auto channels) {
       with_precision(shape, [&](auto exact) {
         constexpr int C = channels();
-        launch(forward_kernel<C, exact()>, dim3(tile_count<C>(shape), count), kForwardThreads,
-               forward_shared_floats<C>(shape, largest_pad(groups)) * sizeof(float), stream, parameters);
+        const auto run = [&](auto group_size) {
+          constexpr int kGroupSize = group_size();
+          launch(forward_kernel<C, kGroupSize, exact()>, dim3(tile_count<C>(shape), count), kForwardThreads,
+                 forward_shared_floats<C, kGroupSize>(shape, largest_pad(groups)) * sizeof(float), stream, parameters);
+        };
+        if (share) run(std::integral_constant<int, Unit<C>::kGroupSize>());
+        else run(std::integral_constant<int, 1>());
       });
     });
   }
