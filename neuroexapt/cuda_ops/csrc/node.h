@@ -71,7 +71,7 @@ struct DotTerm {
   Address stats;
   int row;
 };
-// Terms that are the maxima and the averages, or one of them (else its stats are 0), of windows of x, which are
+// Terms that are the maxima and the averages, or one of them (the other's row is 0), of windows of x, which are
 // formed here once more. Kernel size 3, stride 1 or 2; height and width are x's own.
 struct PooledTerms {
   Tensor x;

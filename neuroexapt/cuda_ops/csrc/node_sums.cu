@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ 
     const PooledTerms& pool = launch.pools[k];
     const float2 sums = pool.stride == 1 ? pooled_dots<1, V>(launch, pool, part, channel)
                                          : pooled_dots<2, V>(launch, pool, part, channel);
-    if (pool.max_stats != 0) store(pool.max_row, sums.x);
-    if (pool.avg_stats != 0) store(pool.avg_row, sums.y);
+    if (pool.max_row != 0) store(pool.max_row, sums.x);
+    if (pool.avg_row != 0) store(pool.avg_row, sums.y);
   }
   const Share<V> share(part, shape);
   Values<V> g[kSlots] = {};
