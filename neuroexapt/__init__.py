@@ -20,10 +20,12 @@ _PUBLIC = {
     "SPACES": "neuroexapt.spaces",
     "STRATEGIES": "neuroexapt.strategies",
     "SearchConfig": "neuroexapt.engine.config",
+    "Space": "neuroexapt.spaces.space",
     "UserError": "neuroexapt.errors",
     "derive": "neuroexapt.engine.search",
     "evaluate": "neuroexapt.engine.evaluate",
     "load_genotype": "neuroexapt.core.genotypes",
+    "load_table": "neuroexapt.benchmarks",
     "search": "neuroexapt.engine.search",
     "write_report": "neuroexapt.report.html",
 }

@@ -117,6 +117,11 @@ class Supernet(nn.Module):
     def search_cells(self) -> Iterator[SearchCell]:
         return (cell for cell in self.cells if isinstance(cell, SearchCell))
 
+    def require_cells(self, method: str) -> None:
+        """Refuse a method of search cells where there are none."""
+        if next(self.search_cells(), None) is None:
+            raise UserError(f"{method} works on cells, and this space has none; choose another --strategy")
+
     def cell_type(self, cell: SearchCell) -> str:
         """The name of its α."""
         raise NotImplementedError

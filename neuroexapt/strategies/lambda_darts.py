@@ -41,6 +41,9 @@ class LambdaDarts(Darts):
         super().__init__()
         self.register_buffer("strength", torch.tensor(STRENGTHS[0]))
 
+    def shape(self, supernet: Supernet) -> None:
+        supernet.require_cells("lambda-darts")
+
     def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
         self.strength.fill_(linear(*STRENGTHS, epoch, epochs))
         return False

@@ -35,6 +35,7 @@ class PcDarts(Darts):
     _entering: Tensor
 
     def shape(self, supernet: Supernet) -> None:
+        supernet.require_cells("pc-darts")
         use_partial_channels(supernet, SHARE)
         targets = torch.tensor([target for _, target in supernet.topology.edges])
         device = next(supernet.parameters()).device

@@ -10,6 +10,7 @@ from neuroexapt.core.genotypes import BlockGenotype, genotype_from_text
 from neuroexapt.core.operations import Zero
 from neuroexapt.errors import UserError
 from neuroexapt.spaces.mobile import MOBILE
+from neuroexapt.strategies import get_strategy
 
 SIZES = {"in_channels": 3, "num_classes": 5, "channels": 4, "layers": 6}
 BLOCKS = ("mb_k3_e3", "skip_connect", "mb_k5_e6", "mb_k7_e3", "mb_k3_e6", "skip_connect")
@@ -77,6 +78,12 @@ def test_refuses_networks_that_cannot_be() -> None:
         MOBILE.network(GENOTYPE, **SIZES, auxiliary=True)
     with pytest.raises(UserError, match="init_channels=0"):
         MOBILE.check((8, 8), 0, 6, batch_size=4)
+
+
+@pytest.mark.parametrize("strategy", ["pc-darts", "lambda-darts"])
+def test_strategies_of_cells_are_refused(strategy: str) -> None:
+    with pytest.raises(UserError, match=f"{strategy} works on cells"):
+        get_strategy(strategy).shape(MOBILE.supernet(**SIZES))
 
 
 def test_random_genotypes_are_networks() -> None:
