@@ -102,8 +102,8 @@ class SelectPhase(Phase):
         self.search.supernet.keep(cell, kept)
 
     def accuracy_at(self, weights: Weights) -> float:
-        """On all validation pictures, by the statistics of each batch: running ones are not those of a part of
-        the network.
+        """On all validation pictures, by the statistics of each batch: running ones are of the whole network,
+        not of a part.
         """
 
         def score_batch(images: Tensor, labels: Tensor) -> Tensor:
