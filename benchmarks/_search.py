@@ -33,10 +33,11 @@ class Network:
     channels: int
     in_channels: int
     side: int
+    space: str = "darts"
 
     def supernet(self, device: torch.device) -> Supernet:
         """The same for every seed of PyTorch's, whatever the device."""
-        supernet = get_space("darts").supernet(
+        supernet = get_space(self.space).supernet(
             in_channels=self.in_channels, num_classes=10, channels=self.channels, layers=self.layers
         )
         return place(supernet, device)
@@ -49,6 +50,7 @@ class Network:
 
 NETWORKS = {
     "cifar10": Network(layers=8, channels=16, in_channels=3, side=32),
+    "nb201": Network(layers=17, channels=16, in_channels=3, side=32, space="nas-bench-201"),
     "digits": Network(layers=4, channels=8, in_channels=1, side=8),
 }
 

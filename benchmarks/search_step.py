@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from neuroexapt.backend import dispatch_report
 from neuroexapt.core.cells import SearchCell
 from neuroexapt.core.plan import ConvTerm
+from neuroexapt.core.residual import ResidualBlock
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.engine.bilevel import Batch, BilevelStep
 from neuroexapt.engine.captured import CapturedStep, capture
@@ -62,7 +63,8 @@ GROUPS = {
     "first convolutions, backward": r"\bbackward_first_kernel",
     "second convolutions, backward": r"\bbackward_second_kernel",
     "their weight gradients, summed": r"cell_conv::.*\breduce_kernel",
-    "strided convolutions": r"sepconv::",
+    "strided convolutions": r"(cell_strided|sepconv)::",
+    "1x1 convolutions": r"pointwise::",
     "pools": r"node::.*\bpool_kernel",
     "node sums": r"node::.*\bsum_kernel",
     "node dots": r"node::.*\bdots_kernel",
@@ -262,7 +264,8 @@ def visit_bytes(supernet: Supernet, network: Network, batch: int, precision: str
 
     A convolution with BatchNorm outside of the cells (stem, preprocessing) takes x to z. Forward: x read, z
     written. Backward: the gradient g of its normalised output and z read for their sums; then g, z, x read,
-    the gradient of x written. Cells: see ``cell_planes``.
+    the gradient of x written. So do those of a residual block; its shortcut's convolution is part of their
+    sum, for which y is written and g read twice. Cells: see ``cell_planes``.
     """
     element = 2 if precision == "bfloat16" else 4
     side = side_before = network.side
@@ -270,9 +273,15 @@ def visit_bytes(supernet: Supernet, network: Network, batch: int, precision: str
     total = (5 * stem + 2 * network.in_channels) * side**2
     channels, channels_before = stem, stem
     for cell in supernet.cells:
+        if isinstance(cell, ResidualBlock):
+            total += 2 * 3 * channels * side**2
+            channels, side = 2 * channels, -(-side // 2)
+            total += (3 + 2 * 5 + 3) * channels * side**2
+            continue
         width = cell.channels_out // len(cell.topology.concat)
-        total += 3 * channels_before * side_before**2 + 3 * channels * side**2  # both inputs' x, x and dx
-        total += 2 * 5 * width * side**2
+        if cell.topology.inputs == 2:
+            total += 3 * channels_before * side_before**2 + 3 * channels * side**2  # both inputs' x, x and dx
+            total += 2 * 5 * width * side**2
         after = -(-side // cell.stride(0))
         in_planes, out_planes = cell_planes(cell)
         total += width * (in_planes * side**2 + out_planes * after**2)
