@@ -28,6 +28,19 @@ __host__ __device__ inline int part_count(const Shape& shape, int span = kSpan) 
   return int((int64_t(shape.batch) * shape.pixels + span - 1) / span);
 }
 
+// Divides numbers below 2^31 in a multiplication and a shift.
+struct Divisor {
+  unsigned divisor, factor;
+  int shift = 31;
+
+  explicit Divisor(unsigned divisor) : divisor(divisor) {
+    while ((uint64_t(1) << (shift - 31)) < divisor) ++shift;
+    factor = unsigned(((uint64_t(1) << shift) + divisor - 1) / divisor);
+  }
+
+  __device__ unsigned divide(unsigned n) const { return unsigned(uint64_t(n) * factor >> shift); }
+};
+
 template <typename T>
 __device__ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);

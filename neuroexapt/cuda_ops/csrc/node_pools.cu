@@ -80,7 +80,7 @@ struct Tile {
 struct WindowGradients {
   static constexpr int kLeft = 4, kNowhere = 255;
   int pitch;
-  float *max, *avg;  // avg already divided by the window's number of pixels
+  float *max, *avg;  // avg is already shared out to the window's pixels
   unsigned char* first_maximum;
 
   __device__ WindowGradients(float* shared, int rows, int width)
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
 #pragma unroll
       for (int v = 0; v < W; ++v) {
         windows.max[target + v] = max_gradient[v];
-        windows.avg[target + v] = avg_gradient[v] / float(window_pixels(y, x + v, kRadius, S, shape));
+        windows.avg[target + v] = avg_gradient[v] * pooled.share[v];
         windows.first_maximum[target + v] = pooled.first_maximum(v);
       }
     }

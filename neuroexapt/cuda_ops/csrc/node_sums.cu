@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
 
 struct DotsLaunch {
   Shape shape;
-  int width, count, pool_count;
+  int count, pool_count;
+  Divisor across, rows;  // V neighbours, of a row; rows of a picture
   Tensor g;
   float* dots;
   DotTerm terms[kMaxTerms];
@@ -67,17 +68,18 @@ __device__ float2 pooled_dots(const DotsLaunch& launch, const PooledTerms& pool,
   constexpr int W = V == 1 ? 1 : V / S;  // windows that are formed together
   const Shape& shape = launch.shape;
   const PoolShape plane_shape{shape.batch, shape.channels, pool.height, pool.width, 0, 0, kPoolSize, S};
-  const unsigned end = unsigned(shape.batch) * shape.pixels / V;
   const unsigned first = unsigned(part) * (kSpan / V) + threadIdx.x % kWarp;
+  const unsigned end = min(unsigned(shape.batch) * shape.pixels, unsigned(part + 1) * kSpan) / V;
+  const float* x_planes = pointer<const float>(pool.x.data) + int64_t(channel) * pool.height * pool.width;
+  const float* g_planes = pointer<const float>(launch.g.data) + int64_t(channel) * shape.pixels;
   const float max_mean = stats_of(pool.max_stats, channel).x, avg_mean = stats_of(pool.avg_stats, channel).x;
   float2 sums = make_float2(0.f, 0.f);
 #pragma unroll 1
-  for (unsigned i = first; i < min(end, first + kSpan / V); i += kWarp) {
-    const Position at = Position::of<V>(i, shape);
-    const Values<V> g = Values<V>::load(at.in(launch.g, channel, shape));
-    const float* plane = pointer<const float>(pool.x.data) + at.picture * pool.x.batch_stride +
-                         int64_t(channel) * pool.height * pool.width;
-    const int y = at.pixel / launch.width, x = at.pixel % launch.width;
+  for (unsigned i = first; i < end; i += kWarp) {
+    const unsigned row = launch.across.divide(i), picture = launch.rows.divide(row);
+    const int x = (i - row * launch.across.divisor) * V, y = row - picture * launch.rows.divisor;
+    const float* plane = x_planes + picture * pool.x.batch_stride;
+    const Values<V> g = Values<V>::load(g_planes + picture * launch.g.batch_stride + i * V - picture * shape.pixels);
 #pragma unroll
     for (int w = 0; w < V; w += W) {
       const Windows<kPoolSize, S, W> windows(plane, y, x + w, plane_shape);
@@ -91,9 +93,9 @@ __device__ float2 pooled_dots(const DotsLaunch& launch, const PooledTerms& pool,
   return sums;
 }
 
-// Grid: (parts, channels, splits); the warps of all splits take turns, first with the pools, then with the terms.
+// Grid: (parts, channels, splits); the warps of all splits take turns.
 template <int V>
-__global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ DotsLaunch launch) {
+__global__ void __launch_bounds__(kThreads, V == 4 ? 6 : 3) dots_kernel(const __grid_constant__ DotsLaunch launch) {
   constexpr int kSlots = Share<V>::kSlots;
   const Shape& shape = launch.shape;
   const int part = blockIdx.x, channel = blockIdx.y, step = gridDim.z * kWarps;
@@ -104,39 +106,49 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ 
     }
   };
   const int warp = blockIdx.z * kWarps + threadIdx.x / kWarp;
-  int k = warp;
-  for (; k < launch.pool_count; k += step) {
-    const PooledTerms& pool = launch.pools[k];
-    const float2 sums = pool.stride == 1 ? pooled_dots<1, V>(launch, pool, part, channel)
-                                         : pooled_dots<2, V>(launch, pool, part, channel);
-    if (pool.max_row != 0) store(pool.max_row, sums.x);
-    if (pool.avg_row != 0) store(pool.avg_row, sums.y);
-  }
-  const Share<V> share(part, shape);
-  Values<V> g[kSlots] = {};
-  share.load(g, launch.g, channel, shape);
-  if (warp == 0) {
-    float sum = 0.f;
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) sum += g[slot].v[v];
+  const auto visit_pools = [&] {
+    for (int k = warp; k < launch.pool_count; k += step) {
+      const PooledTerms& pool = launch.pools[k];
+      const float2 sums = pool.stride == 1 ? pooled_dots<1, V>(launch, pool, part, channel)
+                                           : pooled_dots<2, V>(launch, pool, part, channel);
+      if (pool.max_row != 0) store(pool.max_row, sums.x);
+      if (pool.avg_row != 0) store(pool.avg_row, sums.y);
     }
-    store(0, sum);
-  }
+  };
+  const auto visit_terms = [&] {
+    const Share<V> share(part, shape);
+    Values<V> g[kSlots] = {};
+    share.load(g, launch.g, channel, shape);
+    if (warp == 0) {
+      float sum = 0.f;
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum += g[slot].v[v];
+      }
+      store(0, sum);
+    }
+    const int turn = (warp + step - launch.pool_count % step) % step;  // after those that had one pool more
 #pragma unroll 2
-  for (k -= launch.pool_count; k < launch.count; k += step) {
-    const DotTerm& term = launch.terms[k];
-    Values<V> z[kSlots] = {};
-    share.load(z, term.z, channel, shape);
-    const float mean = stats_of(term.stats, channel).x;
-    float sum = 0.f;
+    for (int k = turn; k < launch.count; k += step) {
+      const DotTerm& term = launch.terms[k];
+      Values<V> z[kSlots] = {};
+      share.load(z, term.z, channel, shape);
+      const float mean = stats_of(term.stats, channel).x;
+      float sum = 0.f;
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
+      for (int slot = 0; slot < kSlots; ++slot) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) sum = fmaf(g[slot].v[v], z[slot].v[v] - mean, sum);
+        for (int v = 0; v < V; ++v) sum = fmaf(g[slot].v[v], z[slot].v[v] - mean, sum);
+      }
+      store(term.row, sum);
     }
-    store(term.row, sum);
+  };
+  // Pools keep the arithmetic units busy and terms the memory, so neighbouring blocks begin with the one and the other.
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    if ((part + i) % 2 == 0) visit_pools();
+    else visit_terms();
   }
 }
 
@@ -241,14 +253,15 @@ void dots(const Shape& shape, int width, const std::vector<DotTerm>& terms, cons
                        std::all_of(pools.begin(), pools.end(), [](const PooledTerms& pool) {
                          return wide(pool.x) && pool.width % 4 == 0;
                        });
-  DotsLaunch parameters{shape, width, int(terms.size()), int(pools.size()), g, reinterpret_cast<float*>(dots), {}, {}};
-  copy_into(parameters.terms, terms, "too many terms in one node");
-  copy_into(parameters.pools, pools, "too many pools in one node");
   constexpr int kWantedBlocks = 1024;  // about eight for each of 132 multiprocessors
   const int blocks = parts(shape) * shape.channels;
   const int most_splits = std::max(1, ceil_div(terms.size() + pools.size(), kWarps));
   const int splits = std::clamp(ceil_div(kWantedBlocks, blocks), 1, most_splits);
   with_width(is_wide, [&](auto V) {
+    DotsLaunch parameters{shape, int(terms.size()), int(pools.size()), Divisor(std::max(1, width / V())),
+                          Divisor(shape.pixels / width), g, reinterpret_cast<float*>(dots), {}, {}};
+    copy_into(parameters.terms, terms, "too many terms in one node");
+    copy_into(parameters.pools, pools, "too many pools in one node");
     launch(dots_kernel<V()>, dim3(parts(shape), shape.channels, splits), kThreads, 0, stream, parameters);
   });
 }

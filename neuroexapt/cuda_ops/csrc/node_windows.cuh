@@ -18,37 +18,36 @@ __device__ inline float larger(float a, float b) {
   return larger;
 }
 
-__device__ inline int window_pixels(int y, int x, int radius, int stride, const PoolShape& shape) {
-  const int rows = min(y * stride + radius, shape.height - 1) - max(y * stride - radius, 0) + 1;
-  const int columns = min(x * stride + radius, shape.width - 1) - max(x * stride - radius, 0) + 1;
-  return rows * columns;
-}
-
 // V neighbouring windows of K x K pixels, S apart. With more than one their centres are four pixels of a row that
 // is read in one access.
 template <int K, int S, int V>
 struct Windows {
   static constexpr int kRadius = K / 2, kColumns = (V - 1) * S + K;
-  static_assert(V == 1 || V * S == 4);
+  static_assert(K == 3 && (V == 1 || V * S == 4));
   float pixels[K][kColumns];  // −∞ outside the picture
   float max[V], avg[V];
+  float share[V];  // of each pixel in the average: 1 / those inside the picture
 
   // Those of the output pixels (y, x), (y, x + 1), …
   __device__ Windows(const float* plane, int y, int x, const PoolShape& shape) {
     const int left = x * S - kRadius, top = y * S - kRadius;
+    const float* row = plane + top * shape.width + left;
 #pragma unroll
-    for (int ky = 0; ky < K; ++ky) load_row(ky, plane, top + ky, left, shape);
+    for (int ky = 0; ky < K; ++ky, row += shape.width) {
+      load_row(ky, row, unsigned(top + ky) < unsigned(shape.height), left, shape);
+    }
     float column_max[kColumns], column_sum[kColumns];
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const bool inside = in_picture(i, left, shape);
-      column_max[i] = pixels[0][i], column_sum[i] = 0.f;
+      column_max[i] = pixels[0][i], column_sum[i] = inside && top >= 0 ? pixels[0][i] : 0.f;
 #pragma unroll
-      for (int ky = 0; ky < K; ++ky) {
+      for (int ky = 1; ky < K; ++ky) {
         column_max[i] = larger(column_max[i], pixels[ky][i]);
-        if (inside && unsigned(top + ky) < unsigned(shape.height)) column_sum[i] += pixels[ky][i];
+        if (inside && top + ky < shape.height) column_sum[i] += pixels[ky][i];
       }
     }
+    const float share_of_row = one_of(K - (top < 0) - (top + K > shape.height));
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       max[v] = column_max[v * S];
@@ -58,7 +57,10 @@ struct Windows {
         max[v] = larger(max[v], column_max[v * S + kx]);
         sum += column_sum[v * S + kx];
       }
-      avg[v] = __fdividef(sum, float(window_pixels(y, x + v, kRadius, S, shape)));
+      // Only the first window can reach beyond the left side, only the last one beyond the right.
+      const bool cut_left = v == 0 && left < 0, cut_right = v == V - 1 && left + v * S + K > shape.width;
+      share[v] = share_of_row * one_of(K - cut_left - cut_right);
+      avg[v] = sum * share[v];
     }
   }
 
@@ -73,15 +75,15 @@ struct Windows {
   }
 
  private:
+  static __device__ float one_of(int count) { return count == 3 ? 1.f / 3.f : count == 2 ? 0.5f : 1.f; }
+
   static __device__ bool is_center(int column) { return V > 1 && column >= kRadius && column < kRadius + 4; }
 
   static __device__ bool in_picture(int column, int left, const PoolShape& shape) {
     return is_center(column) || unsigned(left + column) < unsigned(shape.width);
   }
 
-  __device__ void load_row(int ky, const float* plane, int y, int left, const PoolShape& shape) {
-    const bool inside = unsigned(y) < unsigned(shape.height);
-    const float* row = plane + int64_t(y) * shape.width + left;
+  __device__ void load_row(int ky, const float* row, bool inside, int left, const PoolShape& shape) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       pixels[ky][i] = -kInfinity;
