@@ -1,4 +1,4 @@
-"""Launchers of the kernels of a fused cell (``csrc/cell_conv_*.cu``, ``csrc/node_*.cu``), taking tensors.
+"""Launchers of the kernels of a fused cell (``csrc/cell_*.cu``, ``csrc/node_*.cu``), taking tensors.
 
 Legend: B pictures of C channels, fp32; ``z``: [B, C, H, W], an input of a BatchNorm; ``stats``: [C, 2], mean
 and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count, mean, sum of squared deviations};
