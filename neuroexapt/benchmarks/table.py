@@ -100,7 +100,10 @@ class NatsTable(Table):
             raise UserError(
                 f"reading {path} takes the package nats_bench: pip install nats_bench; or give a CSV file"
             ) from error
-        self._api = nats_bench.create(str(path), "topology", fast_mode=path.is_dir(), verbose=False)
+        try:
+            self._api = nats_bench.create(str(path), "topology", fast_mode=path.is_dir(), verbose=False)
+        except Exception as error:  # whatever unpickling another file raises
+            raise UserError(f"nats_bench cannot read {path}: {error}") from error
 
     def _find(self, arch: str) -> dict[str, float] | None:
         index = self._api.query_index_by_arch(arch)

@@ -89,6 +89,17 @@ def test_the_files_of_nats_bench_are_read_through_its_package(
         table.query(CellGenotype.from_text("|max_pool_3x3~0|"))
 
 
+def test_files_that_the_package_cannot_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*args: object, **kwargs: object) -> None:
+        raise EOFError("ran out of input")
+
+    monkeypatch.setitem(sys.modules, "nats_bench", types.SimpleNamespace(create=create))
+    with pytest.raises(UserError, match="nats_bench cannot read .*: ran out of input"):
+        load_table(tmp_path)
+
+
 def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nats_bench", None)
     with pytest.raises(UserError, match="pip install nats_bench"):
