@@ -96,7 +96,7 @@ def test_files_that_the_package_cannot_read_are_refused(
         raise EOFError("ran out of input")
 
     monkeypatch.setitem(sys.modules, "nats_bench", types.SimpleNamespace(create=create))
-    with pytest.raises(UserError, match="nats_bench cannot read .*: ran out of input"):
+    with pytest.raises(UserError, match=r"nats_bench cannot read .*: ran out of input"):
         load_table(tmp_path)
 
 
