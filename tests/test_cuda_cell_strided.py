@@ -49,6 +49,15 @@ def in_double(thing):
     return type(thing)(*map(in_double, thing)) if isinstance(thing, tuple) else thing
 
 
+@pytest.fixture(autouse=True)
+def pytorch_without_tf32():
+    """What the kernels leave to PyTorch is of full precision, as their own products are where it is asked for."""
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    yield
+    convolutions.fp32_precision = before
+
+
 def assert_close(got: Tensor, wanted: Tensor, exact: bool) -> None:
     assert (got.double() - wanted).norm() <= (2e-6 if exact else 2e-3) * wanted.norm()
 
