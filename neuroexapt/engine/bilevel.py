@@ -110,6 +110,7 @@ class BilevelStep:
         *,
         grad_clip: float,
         criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        cost: Callable[[Mapping[str, Tensor]], Tensor | None] = lambda weights: None,
     ) -> None:
         self.supernet = supernet
         self.strategy = strategy
@@ -117,13 +118,14 @@ class BilevelStep:
         self.arch_optimizer = arch_optimizer
         self.grad_clip = grad_clip
         self.criterion = criterion
+        self.cost = cost
         self.weights = supernet.weights()
         self.alphas = supernet.arch_parameters()
 
     def gradients(
         self, batch: Batch, wanted: Sequence[Tensor], weights: Mapping[str, Tensor] | None = None
     ) -> Gradients:
-        """Those of loss and penalty with respect to ``wanted``, of the search network as the strategy
+        """Those of loss, penalty and cost with respect to ``wanted``, of the search network as the strategy
         relaxes it. The loss that is returned is that of the batch.
 
         With ``weights``, of the loss alone at these mixing weights, which may be among ``wanted``.
@@ -133,8 +135,8 @@ class BilevelStep:
             relaxed = self.strategy.relax(alphas) if weights is None else weights
             logits = self.supernet(batch.images, relaxed)
             loss = self.criterion(logits, batch.labels)
-            penalty = self.strategy.penalty(alphas, relaxed) if weights is None else None
-            objective = loss if penalty is None else loss + penalty
+            terms = [self.strategy.penalty(alphas, relaxed), self.cost(relaxed)] if weights is None else []
+            objective = sum((term for term in terms if term is not None), start=loss)
             return Gradients(torch.autograd.grad(objective, wanted), loss.detach(), logits.detach())
 
     def __call__(self, train: Batch, valid: Batch | None) -> StepMetrics:

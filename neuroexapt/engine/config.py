@@ -17,6 +17,7 @@ from neuroexapt.spaces import get_space
 from neuroexapt.strategies import STRATEGIES, get_strategy, published_settings
 
 EXECUTIONS = ("fused", "reference", "compile", "fastest")
+LIMITS = ("max_flops", "max_params", "max_latency_ms")
 CRITERIA = ("", "skips", "eigenvalue")
 SELECTIONS = ("argmax", "perturbation", "shrink")
 PRECISIONS = ("fp32", "bf16")
@@ -98,6 +99,9 @@ class SearchConfig(RunConfig):
     selection: str = setting(
         "argmax", "choice of the genotype: argmax (of α), perturbation (DARTS-PT) or shrink (by validation)"
     )
+    max_flops: float | None = setting(None, "most multiply-adds a picture of the derived network")
+    max_params: float | None = setting(None, "most parameters of the derived network")
+    max_latency_ms: float | None = setting(None, "longest forward pass of it, a batch, on this device")
     stop: str = setting("", "end early: skips, eigenvalue (of the Hessian over α), or not at all")
     minutes: float | None = setting(None, "end the search after the epoch in which it has taken so long")
     execution: str = setting(
@@ -113,7 +117,7 @@ class SearchConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "epochs", "arch_learning_rate", "minutes")
+        _require_positive(self, "epochs", "arch_learning_rate", "minutes", *LIMITS)
         _require_not_negative(self, "warmup_epochs", "arch_weight_decay", "train_epochs")
         if not 0 < self.train_portion < 1:
             raise UserError(f"train_portion={self.train_portion}: choose a share between 0 and 1")

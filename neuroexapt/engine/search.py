@@ -8,11 +8,11 @@ import torch
 
 from neuroexapt.benchmarks import load_table
 from neuroexapt.core.derived import DerivedNetwork, count_parameters, inherit_weights
-from neuroexapt.core.genotypes import AnyGenotype
+from neuroexapt.core.genotypes import AnyGenotype, genotype_from_dict
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import split_indices
 from neuroexapt.engine.checkpoint import load_checkpoint
-from neuroexapt.engine.config import SearchConfig, make_config
+from neuroexapt.engine.config import SearchConfig
 from neuroexapt.engine.device import place
 from neuroexapt.engine.result import RunResult, finish, read_curves
 from neuroexapt.engine.run import RunFolder
@@ -53,12 +53,11 @@ def derive(run_dir: str | Path) -> AnyGenotype:
         raise UserError(
             f"{run_dir} holds no checkpoint of a search: {folder.checkpoint(SearchPhase.name)} is missing"
         )
-    config = make_config(SearchConfig, folder.read_json("config.json"))
     selection = folder.checkpoint(SelectPhase.name)
     state = load_checkpoint(selection)["phase"] if selection.exists() else {}
-    if "mixing" not in state:  # the selection has not come to its end
+    if "genotype" not in state:  # the selection has not come to its end
         state = load_checkpoint(folder.checkpoint(SearchPhase.name))["phase"]
-    return get_space(config.space).derive(state["mixing"])
+    return genotype_from_dict(state["genotype"])
 
 
 def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
@@ -93,6 +92,7 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
         **phase.table_accuracies(genotype),
         "scratch_test_accuracy": scratch_accuracy,
         "stopped": phase.stopping.reason,
+        **(phase.resources.measure(genotype) if phase.resources else {}),
         "seconds": sum(seconds.values()),
         "seconds_by_phase": seconds,
         **run.measurements("search"),

@@ -20,6 +20,7 @@ from neuroexapt.engine.curvature import largest_eigenvalue
 from neuroexapt.engine.device import get_device_name, place
 from neuroexapt.engine.execution import choose_execution, set_execution
 from neuroexapt.engine.phase import Phase
+from neuroexapt.engine.resources import MEASURES, Resources
 from neuroexapt.engine.stopping import COLLAPSED, Stopping, count_skips
 from neuroexapt.engine.training import (
     cosine,
@@ -68,7 +69,28 @@ class SearchPhase(Phase):
         self._say: Callable[[str], None] = lambda text: None
         self._is_warned = False
         self._execution = "reference"
+        self.strategy.shape(supernet)
+        self.resources = self._make_resources()
         self._make_step()
+
+    def _make_resources(self) -> Resources | None:
+        config = self._config
+        limits = {name: limit for name in MEASURES if (limit := getattr(config, name)) is not None}
+        if not limits:
+            return None
+        pictures = next(self._train_loader.epoch(0))[0]
+        num_classes = len(self.supernet.weights()[-1])  # the classifier's bias
+
+        def make_network(genotype: AnyGenotype) -> nn.Module:
+            return self.space.network(
+                genotype,
+                in_channels=pictures.shape[1],
+                num_classes=num_classes,
+                channels=config.init_channels,
+                layers=config.layers,
+            )
+
+        return Resources(limits, self.supernet, pictures, self.space.derive, make_network)
 
     def _make_step(self) -> None:
         """The search network as the strategy wants it, and optimizers for the parameters that it has then."""
@@ -84,7 +106,12 @@ class SearchPhase(Phase):
             capturable=self.device.type == "cuda",
         )
         self.bilevel_step = BilevelStep(
-            supernet, self.strategy, self.weight_optimizer, self.arch_optimizer, grad_clip=config.grad_clip
+            supernet,
+            self.strategy,
+            self.weight_optimizer,
+            self.arch_optimizer,
+            grad_clip=config.grad_clip,
+            cost=self.resources.penalty if self.resources else lambda weights: None,
         )
         supernet.set_recompute(config.recompute)
         self._set_execution(self._execution)
@@ -244,7 +271,11 @@ class SearchPhase(Phase):
 
     def genotype(self) -> AnyGenotype:
         """What the search would choose if it stopped now."""
-        return self.space.derive(self.mixing_weights())
+        return self.choose(self.mixing_weights())
+
+    def choose(self, weights: dict[str, Tensor]) -> AnyGenotype:
+        """The genotype that mixing weights stand for, within the budgets."""
+        return self.resources.fit(weights) if self.resources else self.space.derive(weights)
 
     def figures(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Heat maps of α and the cells chosen so far, some ten times in a search: drawing takes time."""
@@ -265,7 +296,7 @@ class SearchPhase(Phase):
         return {
             "supernet": self.supernet.state_dict(),
             "strategy": self.strategy.state_dict(),
-            "mixing": self.mixing_weights(),
+            "genotype": self.genotype().to_dict(),
             "stopping": self.stopping.state_dict(),
             "weight_optimizer": self.weight_optimizer.state_dict(),
             "arch_optimizer": self.arch_optimizer.state_dict(),

@@ -71,7 +71,7 @@ class SelectPhase(Phase):
         return record
 
     def genotype(self) -> AnyGenotype:
-        return self.search.space.derive(self._selected())
+        return self.search.choose(self._selected())
 
     def _selected(self) -> Weights:
         weights = self.search.mixing_weights()
@@ -124,7 +124,7 @@ class SelectPhase(Phase):
 
     def state_dict(self) -> dict[str, Any]:
         state = {"search": self.search.state_dict(), "strengths": self._strengths}
-        return state | ({"mixing": self._selected()} if self._strengths else {})
+        return state | ({"genotype": self.genotype().to_dict()} if self._strengths else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.search.load_state_dict(state["search"])

@@ -66,7 +66,14 @@ def some_alphas(rows: int = 5, columns: int = 4) -> dict[str, torch.Tensor]:
 def make_phase(device: str = "cpu", channels: int = 8, **settings: Any) -> SearchPhase:
     """A search of 4 epochs in the small space, which has to be registered."""
     torch.manual_seed(0)
-    usual = {"space": SPACE.name, "epochs": 4, "batch_size": 8, "arch_learning_rate": 0.1}
+    usual = {
+        "space": SPACE.name,
+        "layers": 3,
+        "init_channels": channels,
+        "epochs": 4,
+        "batch_size": 8,
+        "arch_learning_rate": 0.1,
+    }
     supernet = make_supernet(channels).to(device)
     loaders = (make_loader_of(seed, device) for seed in (1, 2))
     return SearchPhase(supernet, *loaders, make_config(SearchConfig, {**usual, **settings}))
