@@ -9,7 +9,7 @@ constexpr int kMaxPools = 16, kMaxStates = 2;  // of a launch
 constexpr int kStateThreads = 256;
 constexpr int kTilePixels = 1024;
 constexpr int kPoolSpan = 256;  // pixels of a part: fewer than elsewhere, since a window is many loads
-constexpr int kEdgesAtOnce = 2, kAddendsAtOnce = 4;  // whose loads a thread issues before it uses the first
+constexpr int kAtOnce = 4;  // edges or addends whose loads a thread issues before it uses the first
 
 struct PoolLaunch {
   PoolShape shape;
@@ -48,7 +48,7 @@ struct State {
   Tensor x;
   float* dx;
   int edges, addends;
-  bool max, avg;  // whether there are such pools
+  bool max, avg, identities;  // whether there are such
   StateEdge edge[kMaxEdges];
   Tensor addend[kMaxAddends];
 };
@@ -64,7 +64,7 @@ struct Tile {
   int planes, rows;
 
   __host__ __device__ Tile(const PoolShape& shape)
-      : planes(max(1, kTilePixels / (shape.height * shape.width))),
+      : planes(min(shape.channels, max(1, kTilePixels / (shape.height * shape.width)))),
         rows(planes > 1 ? shape.height : min(shape.height, max(1, kTilePixels / shape.width))) {}
 
   __host__ __device__ int bands(const PoolShape& shape) const { return ceil_div(shape.height, rows); }
@@ -97,9 +97,34 @@ struct WindowGradients {
   static int bytes(int rows, int width) { return rows * pitch_of(width) * (2 * sizeof(float) + 1); }
 };
 
-__device__ float4 coef_of(Address coef, int channel) {
-  return coef == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : __ldg(pointer<const float4>(coef) + channel);
-}
+// What a block reads of every edge, in shared memory.
+struct EdgeMemory {
+  float4* coefs;   // of maxima and of averages, of every edge, of every plane; zeros where there is no such pool
+  float* weights;  // of identities, likewise
+
+  static int bytes(int planes, int edges) { return planes * edges * 2 * sizeof(float4) + kMaxEdges * sizeof(float); }
+
+  __device__ EdgeMemory(float* shared, int planes, int edges)
+      : coefs(reinterpret_cast<float4*>(shared)),
+        weights(reinterpret_cast<float*>(coefs + planes * edges * 2)) {}
+
+  __device__ float* end() const { return weights + kMaxEdges; }
+
+  __device__ void load(const State& state, int first_plane, int planes, int channels) const {
+    if (threadIdx.x < state.edges) {
+      const Address weight = state.edge[threadIdx.x].identity_weight;
+      weights[threadIdx.x] = weight == 0 ? 0.f : weight_of(weight);
+    }
+    const int per_plane = state.edges * 2;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < planes * per_plane; i += kStateThreads) {
+      const StateEdge& edge = state.edge[i % per_plane / 2];
+      const Address coef = i % 2 == 0 ? edge.max_coef : edge.avg_coef;
+      const int channel = (first_plane + i / per_plane) % channels;
+      coefs[i] = coef == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : __ldg(pointer<const float4>(coef) + channel);
+    }
+  }
+};
 
 // gradient += A · g + B · pooled + D for V windows.
 template <int V>
@@ -165,11 +190,14 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
   // The windows that reach into rows [top, bottom).
   const int first_window = max(0, (top - kRadius + S - 1) / S);
   const int window_rows = min(shape.out_height, (bottom - 1 + kRadius) / S + 1) - first_window;
-  const int64_t out_plane = int64_t(shape.out_height) * shape.out_width;
-  const int64_t plane_pixels = int64_t(shape.height) * shape.width;
-  const WindowGradients windows(shared, tile.planes * tile.window_rows(shape), shape.out_width);
+  const int out_plane = shape.out_height * shape.out_width, plane_pixels = shape.height * shape.width;
+  const EdgeMemory edges(shared, tile.planes, state.edges);
+  const WindowGradients windows(edges.end(), tile.planes * tile.window_rows(shape), shape.out_width);
+  edges.load(state, first_plane, planes, shape.channels);
+  __syncthreads();
 
   if (state.max || state.avg) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * planes * window_rows; i += kStateThreads) {
       windows.clear(windows.column(i / 2, i % 2 == 0 ? -1 : shape.out_width));
     }
@@ -181,31 +209,32 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
       const Windows<K, S, W> pooled(
           pointer<const float>(state.x.data) + picture * state.x.batch_stride + channel * plane_pixels, y, x,
           shape);
-      float max_gradient[W] = {}, avg_gradient[W] = {};
-      const int64_t window = channel * out_plane + y * shape.out_width + x;
-      for (int first = 0; first < state.edges; first += kEdgesAtOnce) {
-        Values<W> g[kEdgesAtOnce];
-        float4 max_coef[kEdgesAtOnce], avg_coef[kEdgesAtOnce];
+      const int target = windows.column(row, x);
 #pragma unroll
-        for (int e = 0; e < kEdgesAtOnce; ++e) {
-          const StateEdge& edge = state.edge[min(first + e, state.edges - 1)];
-          const bool there = first + e < state.edges;
-          g[e] = Values<W>::load(pointer<const float>(edge.g.data) + picture * edge.g.batch_stride + window);
-          max_coef[e] = coef_of(there ? edge.max_coef : 0, channel);
-          avg_coef[e] = coef_of(there ? edge.avg_coef : 0, channel);
+      for (int v = 0; v < W; ++v) windows.first_maximum[target + v] = pooled.first_maximum(v);
+      float max_gradient[W] = {}, avg_gradient[W] = {};
+      const int window = channel * out_plane + y * shape.out_width + x;
+      const float4* coefs = edges.coefs + row / window_rows * state.edges * 2;
+#pragma unroll 1
+      for (int first = 0; first < state.edges; first += kAtOnce) {
+        Values<W> g[kAtOnce];
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+          const Tensor& source = state.edge[min(first + e, state.edges - 1)].g;
+          g[e] = Values<W>::load(pointer<const float>(source.data) + picture * source.batch_stride + window);
         }
 #pragma unroll
-        for (int e = 0; e < kEdgesAtOnce; ++e) {
-          add_gradient(max_gradient, g[e], max_coef[e], pooled.max);
-          add_gradient(avg_gradient, g[e], avg_coef[e], pooled.avg);
+        for (int e = 0; e < kAtOnce; ++e) {
+          if (first + e < state.edges) {
+            add_gradient(max_gradient, g[e], coefs[2 * (first + e)], pooled.max);
+            add_gradient(avg_gradient, g[e], coefs[2 * (first + e) + 1], pooled.avg);
+          }
         }
       }
-      const int target = windows.column(row, x);
 #pragma unroll
       for (int v = 0; v < W; ++v) {
         windows.max[target + v] = max_gradient[v];
         windows.avg[target + v] = avg_gradient[v] * pooled.share[v];
-        windows.first_maximum[target + v] = pooled.first_maximum(v);
       }
     }
     __syncthreads();
@@ -216,7 +245,7 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
     const int row = i / across, x = i % across * V;
     const int plane = first_plane + row / rows, y = top + row % rows;
     const int picture = plane / shape.channels, channel = plane % shape.channels;
-    const int64_t pixel = channel * plane_pixels + int64_t(y) * shape.width + x;
+    const int pixel = channel * plane_pixels + y * shape.width + x;
     Values<V> dx = {};
     const auto load = [&](const Tensor& tensor) {
       return Values<V>::load(pointer<const float>(tensor.data) + picture * tensor.batch_stride + pixel);
@@ -225,18 +254,23 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
 #pragma unroll
       for (int v = 0; v < V; ++v) dx.v[v] = fmaf(weight, values.v[v], dx.v[v]);
     };
-    for (int first = 0; first < state.addends; first += kAddendsAtOnce) {
-      Values<V> addends[kAddendsAtOnce];
+    for (int first = 0; first < state.addends; first += kAtOnce) {
+      Values<V> addends[kAtOnce];
 #pragma unroll
-      for (int a = 0; a < kAddendsAtOnce; ++a) addends[a] = load(state.addend[min(first + a, state.addends - 1)]);
+      for (int a = 0; a < kAtOnce; ++a) addends[a] = load(state.addend[min(first + a, state.addends - 1)]);
 #pragma unroll
-      for (int a = 0; a < kAddendsAtOnce; ++a) {
+      for (int a = 0; a < kAtOnce; ++a) {
         if (first + a < state.addends) add(addends[a], 1.f);
       }
     }
-    for (int e = 0; e < state.edges; ++e) {
-      const StateEdge& edge = state.edge[e];
-      if (edge.identity_weight != 0) add(load(edge.g), weight_of(edge.identity_weight));
+    for (int first = 0; state.identities && first < state.edges; first += kAtOnce) {
+      Values<V> g[kAtOnce];
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) g[e] = load(state.edge[min(first + e, state.edges - 1)].g);
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        if (first + e < state.edges) add(g[e], edges.weights[first + e]);
+      }
     }
     if (state.max || state.avg) {
       const int window_plane = row / rows * window_rows - first_window;
@@ -275,6 +309,7 @@ State state_of(const StateJob& job) {
   for (const StateEdge& edge : job.edges) {
     state.max |= edge.max_coef != 0;
     state.avg |= edge.avg_coef != 0;
+    state.identities |= edge.identity_weight != 0;
   }
   return state;
 }
@@ -310,15 +345,20 @@ void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, 
   StateLaunch parameters{shape, {}};
   in_batches(jobs, kMaxStates, [&](size_t first, size_t count) {
     std::transform(jobs.begin() + first, jobs.begin() + first + count, parameters.states, state_of);
-    const bool has_pools = std::any_of(parameters.states, parameters.states + count,
-                                       [](const State& state) { return state.max || state.avg; });
+    State* end = parameters.states + count;
+    const bool has_pools =
+        std::any_of(parameters.states, end, [](const State& state) { return state.max || state.avg; });
+    const int edges = std::max_element(parameters.states, end, [](const State& a, const State& b) {
+                        return a.edges < b.edges;
+                      })->edges;
     with_windows(shape, are_wide(jobs), [&](auto K, auto S, auto W) {
       constexpr int V = W() == 1 ? 1 : 4;
       const Tile<K(), S()> tile(shape);
       const int groups = ceil_div(shape.batch * shape.channels, tile.planes);
       const int window_rows = has_pools ? tile.planes * tile.window_rows(shape) : 0;
-      launch(state_kernel<K(), S(), W(), V>, dim3(groups * tile.bands(shape), count), kStateThreads,
-             WindowGradients::bytes(window_rows, shape.out_width), stream, parameters);
+      const int bytes = EdgeMemory::bytes(tile.planes, edges) + WindowGradients::bytes(window_rows, shape.out_width);
+      launch(state_kernel<K(), S(), W(), V>, dim3(groups * tile.bands(shape), count), kStateThreads, bytes, stream,
+             parameters);
     });
   });
 }
