@@ -89,6 +89,10 @@ class Strategy(nn.Module, ABC):
         ``start_epoch`` asked for it.
         """
 
+    def holds_alpha(self, epoch: int, epochs: int) -> bool:
+        """Whether α stays as it is in ``epoch`` of ``epochs``, besides the warm-up that the user wants."""
+        return not self.learns_alpha
+
     def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
         """Set up ``epoch`` of ``epochs``, perhaps one that broke off; whether the network has to change."""
         return False

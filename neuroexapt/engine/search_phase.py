@@ -169,7 +169,8 @@ class SearchPhase(Phase):
         return names[:2] if self._warming_up(epoch) else names
 
     def _warming_up(self, epoch: int) -> bool:
-        return epoch < self._config.warmup_epochs or not self.strategy.learns_alpha
+        in_search = min(epoch, self.epochs - 1)  # a selection goes on as the search ended
+        return epoch < self._config.warmup_epochs or self.strategy.holds_alpha(in_search, self.epochs)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.supernet.parameters())
