@@ -10,6 +10,7 @@ from neuroexapt.strategies.drnas import DrNas, ProgressiveDrNas
 from neuroexapt.strategies.fair_darts import FairDarts
 from neuroexapt.strategies.gdas import Gdas
 from neuroexapt.strategies.lambda_darts import LambdaDarts
+from neuroexapt.strategies.p_darts import PDarts
 from neuroexapt.strategies.pc_darts import PcDarts
 from neuroexapt.strategies.random_paths import RandomPaths
 from neuroexapt.strategies.sdarts import AdversariallySmoothed, RandomlySmoothed
@@ -29,6 +30,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "sdarts-adv": AdversariallySmoothed,
     "lambda-darts": LambdaDarts,
     "random": RandomPaths,
+    "p-darts": PDarts,
 }
 
 

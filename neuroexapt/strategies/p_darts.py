@@ -1,0 +1,88 @@
+"""P-DARTS: Progressive Differentiable Architecture Search (Chen, Xie, Wu, Tian; ICCV 2019)."""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from neuroexapt.core.supernet import Supernet
+from neuroexapt.strategies.darts import Darts
+from neuroexapt.strategies.pruning import keep_strongest
+
+KEPT = (1.0, 5 / 8, 3 / 8)
+"""Share of the candidates that each stage begins with: 8, 5 and 3 of 8."""
+DROP_RATES = (0.0, 0.4, 0.7)
+"""Probability of dropping a skip connection at the start of each stage."""
+HELD = 0.4
+"""Share of each stage in which α stays as it is: 10 of 25 epochs."""
+DECAY = 5.0
+"""Of the drop rate while α learns, a stage: exp(−0.2) an epoch of 25."""
+
+
+class PDarts(Darts):
+    """Three stages, each with fewer candidates; skip connections are dropped at random, less and less.
+
+    While α is held, in the first part of a stage, the drop rate falls linearly as if to 0 at the stage's end;
+    then it starts anew and falls exponentially. α starts each stage at 0.
+
+    The published search also makes the network deeper from stage to stage, begins each with new weights,
+    drops single elements of a skip connection's output instead of all of it, and leaves the normal cell two
+    skip connections at most.
+    """
+
+    paper = "Chen, Xie, Wu, Tian: Progressive Differentiable Architecture Search, ICCV 2019"
+    defaults: ClassVar = {
+        "epochs": 75,
+        "batch_size": 96,
+        "learning_rate_min": 0.0,
+        "arch_learning_rate": 6e-4,
+    }
+    against_collapse = True
+    drop_rate: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("drop_rate", torch.tensor(DROP_RATES[0]))
+        self._skip: int | None = None
+
+    def shape(self, supernet: Supernet) -> None:
+        names = supernet.primitives
+        self._skip = names.index("skip_connect") if "skip_connect" in names else None
+
+    def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
+        stage, progress = _stage(epoch, epochs)
+        falls_to = 1 - progress if progress < HELD else math.exp(-DECAY * (progress - HELD))
+        self.drop_rate.fill_(DROP_RATES[stage] * falls_to)
+        count = max(1, round(KEPT[stage] * len(supernet.primitives)))
+        changed = keep_strongest(supernet, self.mixing(supernet.choices()), count)
+        if changed:
+            with torch.no_grad():
+                for alpha in supernet.alphas.values():
+                    alpha.zero_()
+        return changed
+
+    def holds_alpha(self, epoch: int, epochs: int) -> bool:
+        return _stage(epoch, epochs)[1] < HELD
+
+    def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {cell: self._dropped(weights) for cell, weights in super().relax(alphas).items()}
+
+    mixing = Darts.relax
+
+    def _dropped(self, weights: Tensor) -> Tensor:
+        """Each skip connection with weight 0 at probability ``drop_rate``, else with so much more."""
+        if self._skip is None:
+            return weights
+        kept = torch.rand_like(weights[:, 0]) >= self.drop_rate
+        scale = torch.ones_like(weights)
+        scale[:, self._skip] = kept / (1 - self.drop_rate)
+        return weights * scale
+
+
+def _stage(epoch: int, epochs: int) -> tuple[int, float]:
+    """The stage that an epoch is in, and the share of the stage that is over, from 0 on."""
+    stage = epoch * len(KEPT) // epochs
+    first, end = (math.ceil(i * epochs / len(KEPT)) for i in (stage, stage + 1))
+    return stage, (epoch - first) / (end - first)

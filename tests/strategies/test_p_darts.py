@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from neuroexapt.spaces import DARTS
+from neuroexapt.strategies.p_darts import PDarts
+from tests.strategies.small import make_phase, make_step, some_alphas
+
+
+def test_each_stage_has_fewer_candidates_and_starts_with_a_new_alpha() -> None:
+    strategy = PDarts()
+    supernet = DARTS.supernet(in_channels=1, num_classes=2, channels=2, layers=3)
+    strategy.shape(supernet)
+    counts = []
+    for epoch in range(9):
+        with torch.no_grad():
+            supernet.alphas["normal"].copy_(torch.arange(8.0))
+        assert strategy.start_epoch(supernet, epoch, 9) == (epoch in (3, 6))
+        assert (not supernet.alphas["normal"].any()) == (epoch in (3, 6))
+        assert not strategy.start_epoch(supernet, epoch, 9), "an epoch that broke off"
+        counts += supernet.kept("normal").sum(dim=-1).unique().tolist()
+    assert counts == [8] * 3 + [5] * 3 + [3] * 3
+    assert supernet.kept("normal")[:, 5:].all(), "the strongest stay"
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_skip_connections_are_dropped_as_a_whole_and_others_never(rate: float) -> None:
+    strategy = PDarts()
+    make_step(strategy)
+    strategy.drop_rate.fill_(rate)
+    torch.manual_seed(0)
+    alpha = some_alphas()["normal"][:1].expand(20_000, 4)
+    plain = alpha.softmax(dim=-1)
+    weights = strategy.relax({"cell": alpha})["cell"]
+    assert torch.equal(weights[:, [0, 2, 3]], plain[:, [0, 2, 3]])
+    dropped = weights[:, 1] == 0
+    assert dropped.float().mean().item() == pytest.approx(rate, abs=0.01)
+    torch.testing.assert_close(weights[~dropped, 1], plain[~dropped, 1] / (1 - rate))
+    assert torch.equal(strategy.mixing({"cell": alpha})["cell"], plain)
+
+
+def test_drop_rate_falls_within_each_stage() -> None:
+    strategy = PDarts()
+    step, *_ = make_step(strategy)
+    rates = []
+    for epoch in range(75):
+        strategy.start_epoch(step.supernet, epoch, 75)
+        rates.append(strategy.drop_rate.item())
+    assert rates[:25] == [0] * 25
+    assert rates[25:35] == pytest.approx([0.4 * (25 - epoch) / 25 for epoch in range(10)])
+    assert rates[60:75] == pytest.approx([0.7 * 0.8187307**epoch for epoch in range(15)])
+
+
+def test_alpha_stays_in_the_first_two_fifths_of_each_stage(small_space: None) -> None:
+    phase = make_phase(strategy="p-darts", epochs=15)
+    names = [phase.metric_names(epoch) for epoch in range(15)]
+    assert [len(of_epoch) for of_epoch in names] == ([2] * 2 + [4] * 3) * 3
