@@ -164,29 +164,30 @@ __device__ void load_x(float* planes, const Range& state, const Shape& shape, co
   }
 }
 
-// What is loaded of a convolution: g and z on the tile with its halo.
+// What is loaded of a convolution: g and z on the tile with its halo. A thread stays in its row and column, so that
+// little has to be computed for each channel. All at once they would not fit in registers beside the gradients of x.
 template <int C>
 struct Loads {
-  static constexpr int kQuads = kWidth<C> / 4, kCount = C * kStoredRows * kQuads / kThreads;
-  static_assert(C * kStoredRows * kQuads % kThreads == 0);
-  float4 g[kCount], z[kCount];
+  static constexpr int kQuads = kWidth<C> / 4;
+  static constexpr int kChannelsAtOnce = kThreads / (kStoredRows * kQuads);
+  static constexpr int kCount = ceil_div(C, kChannelsAtOnce);
+  static constexpr int kBatch = 4;  // in flight
+  float4 g[kBatch], z[kBatch];
 
-  // Where the i-th quad lies, and whether the picture has it.
   struct Quad {
-    int channel, row, column;
+    int channel, row, column, offset;  // of the first
+    bool exists;
 
-    __device__ explicit Quad(int i) {
-      const int item = thread_index() + i * kThreads;
-      column = item % kQuads * 4;
-      row = item / kQuads % kStoredRows;
-      channel = item / kQuads / kStoredRows;
-    }
-    __device__ bool exists(const Place<C>& at, int halo) const {
-      return at.from(halo) <= row && row < at.to(halo) && column < at.out_width;
-    }
-    __device__ int offset(const Place<C>& at) const {
-      return (channel * at.out_height + at.y0 - kHalo + row) * at.out_width + column;
-    }
+    __device__ Quad(const GradJob& job, const Place<C>& at) : Quad(thread_index(), halo_of(job), at) {}
+    __device__ bool has(int i) const { return exists && channel + i * kChannelsAtOnce < C; }
+
+   private:
+    __device__ Quad(int thread, int halo, const Place<C>& at)
+        : channel(thread / (kStoredRows * kQuads)),
+          row(thread / kQuads % kStoredRows),
+          column(thread % kQuads * 4),
+          offset((channel * at.out_height + at.y0 - kHalo + row) * at.out_width + column),
+          exists(channel < kChannelsAtOnce && at.from(halo) <= row && row < at.to(halo) && column < at.out_width) {}
   };
 
   static __device__ const float* g_of(const GradJob& job, const Place<C>& at) {
@@ -196,38 +197,39 @@ struct Loads {
     return reinterpret_cast<const float*>(job.z) + int64_t(at.picture) * C * at.out_height * at.out_width;
   }
 
-  __device__ void load(const GradJob& job, const Place<C>& at) {
-    const float *g_picture = g_of(job, at), *z_picture = z_of(job, at);
+  __device__ void load(const GradJob& job, const Place<C>& at, int first) {
+    const Quad quad(job, at);
+    const float *g_quad = g_of(job, at) + quad.offset, *z_quad = z_of(job, at) + quad.offset;
+    const int step = kChannelsAtOnce * at.out_height * at.out_width;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const Quad quad(i);
-      if (!quad.exists(at, halo_of(job))) continue;
-      g[i] = load4(g_picture + quad.offset(at)), z[i] = load4(z_picture + quad.offset(at));
+    for (int i = 0; i < kBatch; ++i) {
+      if (quad.has(first + i)) g[i] = load4(g_quad + (first + i) * step), z[i] = load4(z_quad + (first + i) * step);
     }
   }
 
   // Of the next convolution, into the L2 cache; a line holds eight quads.
   static __device__ void prefetch(const GradJob& job, const Place<C>& at) {
+    const Quad quad(job, at);
     if (threadIdx.x % 8 != 0) return;
+    const float *g_quad = g_of(job, at) + quad.offset, *z_quad = z_of(job, at) + quad.offset;
+    const int step = kChannelsAtOnce * at.out_height * at.out_width;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Quad quad(i);
-      if (!quad.exists(at, halo_of(job))) continue;
-      prefetch_line(g_of(job, at) + quad.offset(at));
-      prefetch_line(z_of(job, at) + quad.offset(at));
+      if (quad.has(i)) prefetch_line(g_quad + i * step), prefetch_line(z_quad + i * step);
     }
   }
 
   static __device__ void prefetch_line(const float* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-  __device__ void store_dz(float* dz, const GradJob& job, const Place<C>& at) const {
-    const float4* coefs = reinterpret_cast<const float4*>(job.coef);
+  __device__ void store_dz(float* dz, const GradJob& job, const Place<C>& at, int first) const {
+    const Quad quad(job, at);
+    const float4* coefs = reinterpret_cast<const float4*>(job.coef) + quad.channel;
+    float* target = dz + quad.channel * Shared<C>::kPitchOfDz + quad.row * kWidth<C> + quad.column;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const Quad quad(i);
-      if (!quad.exists(at, halo_of(job))) continue;
-      const float4 coef = __ldg(coefs + quad.channel);
-      *reinterpret_cast<float4*>(dz + quad.channel * Shared<C>::kPitchOfDz + quad.row * kWidth<C> + quad.column) =
+    for (int i = 0; i < kBatch; ++i) {
+      if (!quad.has(first + i)) continue;
+      const float4 coef = __ldg(coefs + (first + i) * kChannelsAtOnce);
+      *reinterpret_cast<float4*>(target + (first + i) * kChannelsAtOnce * Shared<C>::kPitchOfDz) =
           make_float4(fmaf(coef.x, g[i].x, fmaf(coef.y, z[i].x, coef.z)),
                       fmaf(coef.x, g[i].y, fmaf(coef.y, z[i].y, coef.z)),
                       fmaf(coef.x, g[i].z, fmaf(coef.y, z[i].z, coef.z)),
@@ -235,6 +237,13 @@ struct Loads {
     }
   }
 };
+
+template <int K>
+__device__ void load_taps(float* taps, const float* depthwise) {
+  for (int i = threadIdx.x; i < kChannels * K * K; i += kThreads) {
+    taps[i / (K * K) * kTapsPitch + tap_position(i % (K * K), K)] = __ldg(depthwise + i);
+  }
+}
 
 // The weights of the block's channels: W_pw [C, kPitchOfWeight] and taps [kChannels, kTapsPitch].
 template <int C>
@@ -244,11 +253,10 @@ __device__ void load_weights(float* weight, float* taps, const GradJob& job, int
     const int o = i / (kChannels / 4), c = i % (kChannels / 4) * 4;
     *reinterpret_cast<float4*>(weight + o * Shared<C>::kPitchOfWeight + c) = load4(pointwise + o * C + c);
   }
-  const int K = job.kernel_size, size = K * K;
-  const float* depthwise = reinterpret_cast<const float*>(job.depthwise) + first_channel * size;
-  for (int i = threadIdx.x; i < kChannels * size; i += kThreads) {
-    taps[i / size * kTapsPitch + tap_position(i % size, K)] = __ldg(depthwise + i);
-  }
+  const float* depthwise =
+      reinterpret_cast<const float*>(job.depthwise) + first_channel * job.kernel_size * job.kernel_size;
+  if (job.kernel_size == 5) load_taps<5>(taps, depthwise);
+  else load_taps<3>(taps, depthwise);
 }
 
 __device__ float4 read4(const float* shared) { return *reinterpret_cast<const float4*>(shared); }
@@ -487,9 +495,14 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
     const GradJob& job = launch.jobs[i];
     const int from = at.from(halo_of(job)), to = at.to(halo_of(job));
     Loads<C> loads;
-    loads.load(job, at);
+    loads.load(job, at, 0);
     __syncthreads();  // dz and the weights of the convolution before have been read
-    loads.store_dz(dz, job, at);
+    loads.store_dz(dz, job, at, 0);
+#pragma unroll
+    for (int first = Loads<C>::kBatch; first < Loads<C>::kCount; first += Loads<C>::kBatch) {
+      loads.load(job, at, first);
+      loads.store_dz(dz, job, at, first);
+    }
     load_weights<C>(shared + Shared::kWeight, shared + Shared::kTaps, job, at.first_channel);
     if (i + 1 < state.first + state.count) Loads<C>::prefetch(launch.jobs[i + 1], at);
     __syncthreads();

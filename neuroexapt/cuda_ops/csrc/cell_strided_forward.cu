@@ -77,30 +77,46 @@ constexpr int kConvsAtOnce = C == 64 ? 1 : 2;  // of a warp, whose windows are l
 template <int C>
 constexpr int kUnits = kRows * kStripsPerRow<C> / 8;  // of eight strips, which a warp computes at a time
 
+// Steps through the rows of all channels, kStep at a time, without division.
+template <int kRowsOfChannel, int kStep>
+struct RowWalk {
+  int channel, row;
+
+  __device__ explicit RowWalk(int first) : channel(first / kRowsOfChannel), row(first % kRowsOfChannel) {}
+
+  __device__ void next() {
+    channel += kStep / kRowsOfChannel;
+    row += kStep % kRowsOfChannel;
+    if (row >= kRowsOfChannel) row -= kRowsOfChannel, ++channel;
+  }
+};
+
 template <int C, int K, int D>
 __device__ void load_tile(float* tile, const float* x, const Shape& shape, const Place<C>& at) {
   using Tile = Tile<C, K, D>;
-  constexpr int kItems = C * Tile::kStoredRows * Tile::kQuads;
-  constexpr int kStep = D == 1 ? 1 : 2;  // rows of the picture
-  const int top = 2 * at.y0 - K / 2 * D, left = 2 * at.x0 - 4;
-  for (int first = threadIdx.x; first < kItems; first += kBatch * kThreads) {
+  constexpr int kRowsAtOnce = kThreads / Tile::kQuads;
+  const int quad = threadIdx.x % Tile::kQuads, first = threadIdx.x / Tile::kQuads;
+  if (first >= kRowsAtOnce) return;
+  const int top = 2 * at.y0 - K / 2 * D, column = 2 * at.x0 - 4 + 4 * quad;
+  const bool inside = unsigned(column) < unsigned(shape.width);
+  RowWalk<Tile::kStoredRows, kRowsAtOnce> walk(first);
+#pragma unroll 1
+  while (walk.channel < C) {
     float4 v[kBatch];
+    auto ahead = walk;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int item = first + i * kThreads, quad = item % Tile::kQuads, row = item / Tile::kQuads;
-      const int channel = row / Tile::kStoredRows;
-      const int py = top + row % Tile::kStoredRows * kStep, px = left + 4 * quad;
+    for (int i = 0; i < kBatch; ++i, ahead.next()) {
+      const int y = top + ahead.row * D;
       v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (item < kItems && unsigned(py) < unsigned(shape.height) && unsigned(px) < unsigned(shape.width)) {
-        v[i] = load4(x + (channel * shape.height + py) * shape.width + px);
+      if (ahead.channel < C && inside && unsigned(y) < unsigned(shape.height)) {
+        v[i] = load4(x + (ahead.channel * shape.height + y) * shape.width + column);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int item = first + i * kThreads, quad = item % Tile::kQuads, row = item / Tile::kQuads;
-      if (item >= kItems) break;
+    for (int i = 0; i < kBatch; ++i, walk.next()) {
+      if (walk.channel >= C) break;
       const float4 a = relu4(v[i]);
-      float* target = tile + Tile::slot(row / Tile::kStoredRows) * Tile::kPlane + row % Tile::kStoredRows * Tile::kPitch;
+      float* target = tile + Tile::slot(walk.channel) * Tile::kPlane + walk.row * Tile::kPitch;
       if constexpr (D == 1) {
         if (quad > 0) *reinterpret_cast<float2*>(target + 4 * quad - 2) = make_float2(a.x, a.y);
         if (quad < Tile::kQuads - 1) *reinterpret_cast<float2*>(target + 4 * quad) = make_float2(a.z, a.w);
@@ -202,20 +218,20 @@ __device__ void store_unit(const float (&sums)[C / 16][kStrip][4], float* z, flo
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int r = 2 * h + e;
-        if (!exists[e]) continue;
         const float4 v = make_float4(sums[m][0][r], sums[m][1][r], sums[m][2][r], sums[m][3][r]);
-        store4(z + channel * plane + offsets[e], v);
-        sum += (v.x + v.y) + (v.z + v.w);
+        store4_if(exists[e], z + channel * plane + offsets[e], v);
+        sum += exists[e] ? (v.x + v.y) + (v.z + v.w) : 0.f;
       }
       const float mean = sum_over_quad(sum) * scale;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (!exists[e]) continue;
+        float own = 0.f;
 #pragma unroll
         for (int t = 0; t < kStrip; ++t) {
           const float deviation = sums[m][t][2 * h + e] - mean;
-          squares = fmaf(deviation, deviation, squares);
+          own = fmaf(deviation, deviation, own);
         }
+        squares += exists[e] ? own : 0.f;
       }
       squares = sum_over_quad(squares);
       if (q == 0) moments[channel] = make_float2(mean, squares);
