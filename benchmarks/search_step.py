@@ -62,7 +62,7 @@ GROUPS = {
     "convolutions of cells, forward": r"cell_conv::.*\bforward_kernel",
     "first convolutions, backward": r"\bbackward_first_kernel",
     "second convolutions, backward": r"\bbackward_second_kernel",
-    "their weight gradients, summed": r"cell_conv::.*\breduce_kernel",
+    "their weight gradients, summed": r"partial_sums::",
     "strided convolutions": r"(cell_strided|sepconv)::",
     "1x1 convolutions": r"pointwise::",
     "pools": r"node::.*\bpool_kernel",

@@ -171,9 +171,9 @@ def run_backward(
         cuda.cell_conv_backward_first(conv_shape, jobs, splits, stream())
     grads = [[torch.empty_like(w) for w in pair] for pair in weights_of]
     if weights:
-        cuda.cell_conv_reduce(
+        cuda.partial_sums_add_up(
             [
-                cuda.ConvReduceJob(address(partial), address(grad), grad.numel(), parts)
+                cuda.PartialSumsJob(address(partial), address(grad), grad.numel(), parts)
                 for pair, targets in zip(partials, grads, strict=True)
                 for partial, grad in zip(pair, targets, strict=True)
             ],
@@ -288,7 +288,7 @@ def test_compiles_for_hopper_with_few_spills(source, tmp_path):
     report = assembler_report(source, 90, tmp_path)
     spills = [int(stores) for stores in re.findall(r"(\d+) bytes spill stores", report)]
     assert len(spills) >= 6
-    # Where a block walks through the convolutions of a state it keeps their input gradient in registers meanwhile;
-    # products of fp32 grade at 64 channels leave it no room. Compilations differ a little.
+    # Where a block walks through the convolutions of a state it keeps their input gradient in registers
+    # meanwhile, which leaves products of fp32 grade little room. Compilations differ a little.
     assert sorted(spills)[-2] <= 200
     assert max(spills) <= 320

@@ -51,7 +51,7 @@ def in_double(thing):
 
 @pytest.fixture(autouse=True)
 def pytorch_without_tf32():
-    """What the kernels leave to PyTorch is of full precision, as their own products are where it is asked for."""
+    """Calls that the kernels leave to PyTorch are exact in both cases."""
     convolutions = torch.backends.cudnn.conv
     before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
     yield

@@ -51,7 +51,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(pybind11::init<Address, std::int64_t, Address, Address, Address, std::int64_t, Address, Address, Address,
                           Address, Address, Address, Address, int, int>());
   pybind11::class_<cell_conv::CoefJob>(m, "ConvCoefJob").def(pybind11::init<Address, Address, Address>());
-  pybind11::class_<cell_conv::ReduceJob>(m, "ConvReduceJob").def(pybind11::init<Address, Address, int, int>());
   m.def("cell_conv_forward_parts", &cell_conv::forward_parts);
   m.def("cell_conv_backward_parts", &cell_conv::backward_parts);
   m.def("cell_conv_dx_splits", &cell_conv::dx_splits);
@@ -59,7 +58,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cell_conv_backward_first", &cell_conv::backward_first);
   m.def("cell_conv_backward_second", &cell_conv::backward_second);
   m.def("cell_conv_first_coefficients", &cell_conv::first_coefficients);
-  m.def("cell_conv_reduce", &cell_conv::reduce);
 
   pybind11::class_<cell_strided::Shape>(m, "StridedShape").def(pybind11::init<int, int, int, int, bool>());
   pybind11::class_<cell_strided::Job>(m, "StridedJob")

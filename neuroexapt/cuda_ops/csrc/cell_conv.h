@@ -61,11 +61,4 @@ struct CoefJob {
 };
 void first_coefficients(const Shape& shape, bool training, const std::vector<CoefJob>& jobs, Address stream);
 
-// grad [size] = Σ_parts partial [parts, size].
-struct ReduceJob {
-  Address partial, grad;
-  int size, parts;
-};
-void reduce(const std::vector<ReduceJob>& jobs, Address stream);
-
 }  // namespace cell_conv

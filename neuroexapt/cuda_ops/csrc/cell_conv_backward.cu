@@ -18,7 +18,6 @@ namespace {
 constexpr int kMaxGradJobs = 64, kMaxStates = 4;  // of a launch
 constexpr int kMaxTaps = 25;
 constexpr int kFirstPad = 4, kSecondPad = 2;  // rows around a tile that a stage's largest kernel reads
-constexpr int kReduceColumns = 32, kReduceSplits = 8;
 constexpr int kMaxSharedBytes = 227 * 1024;
 
 struct BackwardLaunch {
@@ -616,32 +615,6 @@ __global__ void first_coefficients_kernel(const __grid_constant__ CoefLaunch lau
   reinterpret_cast<float4*>(job.coef)[channel] = make_float4(rstd, slope, offset, 0.f);
 }
 
-struct ReduceLaunch {
-  ReduceJob jobs[128];
-};
-
-// Grid: (blocks of columns, jobs).
-__global__ void __launch_bounds__(kReduceColumns* kReduceSplits)
-    reduce_kernel(const __grid_constant__ ReduceLaunch launch) {
-  __shared__ float sums[kReduceSplits][kReduceColumns];
-  const ReduceJob& job = launch.jobs[blockIdx.y];
-  const int column = blockIdx.x * kReduceColumns + threadIdx.x;
-  if (blockIdx.x * kReduceColumns >= job.size) return;
-  const float* partial = reinterpret_cast<const float*>(job.partial);
-  float sum = 0.f;
-  if (column < job.size) {
-#pragma unroll 8
-    for (int part = threadIdx.y; part < job.parts; part += kReduceSplits) {
-      sum += __ldg(partial + int64_t(part) * job.size + column);
-    }
-  }
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || column >= job.size) return;
-  for (int split = 1; split < kReduceSplits; ++split) sum += sums[split][threadIdx.x];
-  reinterpret_cast<float*>(job.grad)[column] = sum;
-}
-
 bool wants_weights(const std::vector<GradJob>& jobs) { return jobs.front().pointwise_partial != 0; }
 
 template <typename F>
@@ -720,19 +693,6 @@ void first_coefficients(const Shape& shape, bool training, const std::vector<Coe
     CoefLaunch parameters{shape.channels, backward_parts(shape), training ? 1.f / count : 0.f, {}};
     std::copy_n(jobs.begin() + first, size, parameters.jobs);
     launch(first_coefficients_kernel, dim3(shape.channels, size), 32, 0, stream, parameters);
-  }
-}
-
-void reduce(const std::vector<ReduceJob>& jobs, Address stream) {
-  constexpr size_t kMaxJobs = std::size(ReduceLaunch().jobs);
-  for (size_t first = 0; first < jobs.size(); first += kMaxJobs) {
-    const size_t count = std::min(jobs.size() - first, kMaxJobs);
-    ReduceLaunch parameters{};
-    std::copy_n(jobs.begin() + first, count, parameters.jobs);
-    int size = 0;
-    for (size_t i = 0; i < count; ++i) size = std::max(size, parameters.jobs[i].size);
-    launch(reduce_kernel, dim3((size + kReduceColumns - 1) / kReduceColumns, count),
-           dim3(kReduceColumns, kReduceSplits), 0, stream, parameters);
   }
 }
 
