@@ -1,6 +1,6 @@
 """The CIFAR-10 search from the command line, wall time, all included.
 
-``python benchmarks/full_search.py --data DIR [--epochs 50]`` runs ``neuroexapt search`` as a user would, in
+``python benchmarks/full_search.py --data DATA [--epochs 50]`` runs ``neuroexapt search`` as a user would, in
 a process of its own: start of Python, building the CUDA extension (into an empty cache; ``--built`` takes one
 that is there), reading the data, capture, validation and checkpoint after every epoch, test and report. The
 derived network is not trained. Without ``--data`` the pictures are noise in the number and shapes of
@@ -66,7 +66,7 @@ def record(results: Results, case: str, execution: str, wall_seconds: float, run
 
 def arguments_from_command_line() -> argparse.Namespace:
     parser = results_parser("full_search", __doc__)
-    parser.add_argument("--data", type=Path, help="folder of CIFAR-10 (default: noise)")
+    parser.add_argument("--data", type=Path, help="folder of CIFAR-10, or .npz file (default: noise)")
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--batch", type=int, default=64, help="batch size")
     parser.add_argument("--execution", default="fused", help="of the search network")
@@ -89,6 +89,9 @@ def main() -> int:
             write_noise(folder / "noise.npz", arguments.pictures, arguments.pictures * TEST // TRAINING)
             options.append(f"--dataset=npz:{folder / 'noise.npz'}")
             data = "noise" if arguments.pictures == TRAINING else f"noise-{arguments.pictures}"
+        elif arguments.data.suffix == ".npz":
+            options.append(f"--dataset=npz:{arguments.data}")
+            data = arguments.data.stem
         else:
             options += ["--dataset=cifar10", f"--data-root={arguments.data}"]
             data = "cifar10"

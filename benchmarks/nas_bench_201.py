@@ -67,7 +67,7 @@ class Search:
         """Seconds that it took; None if the deadline came first."""
         command = [sys.executable, "-m", "neuroexapt", "search", "--space=nas-bench-201", "--train-epochs=0"]
         command += [f"--strategy={self.strategy}", f"--seed={self.seed}", f"--out={self.folder}", *options]
-        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible_gpu(gpu)}
         start = time.monotonic()
         with open(self.folder.with_suffix(".log"), "w") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -91,6 +91,12 @@ class Search:
 
     def genotype_id(self) -> int:
         return id_of_genotype(CellGenotype.from_dict(json.loads((self.folder / "genotype.json").read_text())))
+
+
+def visible_gpu(number: int) -> str:
+    """What a process has to see to have the GPU of this number among those that this one sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[number] if visible else str(number)
 
 
 def _stop(process: subprocess.Popen) -> None:
