@@ -385,7 +385,8 @@ __device__ void pass_windows(Gradients<C>& gradients, float* shared, const GradJ
     gather<C, K, D>(gradients[i], e + i * Strips<C>::kRowsOfWarp * Shared::kPitch, taps);
   }
   if (job.pointwise_partial == 0) return;
-  const float* x = shared + Shared::kX + strips.channel * Shared::kPlaneOfX + strips.row * Shared::kPitch + strips.column;
+  const float* x =
+      shared + Shared::kX + strips.channel * Shared::kPlaneOfX + strips.row * Shared::kPitch + strips.column;
   float* target = shared + Shared::kDepthwise + strips.channel * Shared::kPitchOfDepthwise +
                   strips.row * kWidth<C> + strips.column;
   float gradient[K * K] = {};

@@ -43,9 +43,11 @@ __device__ inline void store4(float* target, float4 v) {
 
 // Without a branch, for which the compiler writes out what follows twice.
 __device__ inline void store4_if(bool wanted, float* target, float4 v) {
-  asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n@wanted st.global.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(
-                   target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(unsigned(wanted))
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n"
+      "@wanted st.global.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(target),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(unsigned(wanted))
+      : "memory");
 }
 
 __device__ inline float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch

@@ -144,7 +144,8 @@ struct Operands {
           v[i][k] = load4(source);
         } else {
           v[i][k] = make_float4(0.f, 0.f, 0.f, 0.f);
-          if (pixels.exist) v[i][k] = make_float4(__ldg(source), __ldg(source + 2), __ldg(source + 4), __ldg(source + 6));
+          if (!pixels.exist) continue;
+          v[i][k] = make_float4(__ldg(source), __ldg(source + 2), __ldg(source + 4), __ldg(source + 6));
         }
       }
     }
@@ -217,81 +218,109 @@ __device__ float2 merge(float2 a, float count_a, float2 b, float count_b) {
                      a.y + b.y + difference * difference * count_a * share);
 }
 
+// A warp's part in its block: `shares` warps share the channels of each of `groups` groups of pixels.
+struct Role {
+  int shares, groups, share, group, iterations;
+
+  __device__ Role(const Split& split, int warps)
+      : shares(split.shares),
+        groups(warps / split.shares),
+        share(threadIdx.x / 32 % split.shares),
+        group(threadIdx.x / 32 / split.shares),
+        iterations(split.iterations) {}
+
+  __device__ int group_of_grid(int group_of_block, int iteration) const {
+    return (blockIdx.x * iterations + iteration) * groups + group_of_block;
+  }
+};
+
+__device__ int pixels_of_group(const Shape& shape, int group) {
+  return min(max(shape.batch * pixels_of(shape) - group * kGroup, 0), kGroup);
+}
+
+// Adds up the shares of this warp's items and stores them; `moments` [O] of the group take in those of this iteration.
+template <int M>
+__device__ void store_items(const Job& job, const Shape& shape, const Role& role, int iteration,
+                            const float4* shared, float2* moments) {
+  constexpr int kItems = 2 * M;
+  const int lane = threadIdx.x % 32, q = lane % 4, group = role.group_of_grid(role.group, iteration);
+  const float count = pixels_of_group(shape, group), before = iteration * kGroup;
+  for (int item = role.share; item < kItems && item * 8 < shape.O; item += role.shares) {
+    const int channel = item * 8 + lane / 4;
+    const float4* summands = shared + (role.group * role.shares * kItems + item) * 64 + lane;
+    float* z = output(job.z) + int64_t(channel) * pixels_of(shape);
+    float4 v[2];
+    bool exists[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      v[e] = sum_of_shares(summands + e * 32, role.shares, kItems * 64);
+      const Quad quad(shape, group * (kGroup / 4) + quad_of_column(2 * q + e));
+      exists[e] = quad.exists;
+      if (exists[e]) store4(z + quad.offset(job.z_batch_stride), v[e]);
+    }
+    const float sum = sum_over_quad((exists[0] ? sum4(v[0]) : 0.f) + (exists[1] ? sum4(v[1]) : 0.f));
+    const float mean = sum / fmaxf(count, 1.f);
+    const float squares = sum_over_quad((exists[0] ? squared_deviations(v[0], mean) : 0.f) +
+                                        (exists[1] ? squared_deviations(v[1], mean) : 0.f));
+    if (q != 0) continue;
+    const float2 own = make_float2(mean, squares);
+    moments[channel] = iteration == 0 ? own : merge(moments[channel], before, own, count);
+  }
+}
+
+// The moments of a channel from those of the block's groups [groups, O].
+__device__ void store_moments(float* target, const float2* moments, const Shape& shape, const Role& role) {
+  float2 sum = make_float2(0.f, 0.f);
+  float count = 0.f;
+  for (int group = 0; group < role.groups; ++group) {
+    float own = 0.f;
+    for (int i = 0; i < role.iterations; ++i) own += pixels_of_group(shape, role.group_of_grid(group, i));
+    sum = merge(sum, count, moments[group * shape.O], own);
+    count += own;
+  }
+  target[0] = count, target[1] = sum.x, target[2] = sum.y;
+}
+
 // Grid: (parts, jobs).
 template <int M, int Stride, bool kExact>
 __global__ void __launch_bounds__(Block<M>::kThreads) fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
-  constexpr int kItems = 2 * M;
+  constexpr int kSummands = 2 * M * 64;  // of a warp
   const Shape& shape = launch.shape;
   const Job& job = launch.jobs[blockIdx.y];
-  const int shares = launch.split.shares, groups = Block<M>::kWarps / shares;
-  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
-  const int share = threadIdx.x / 32 % shares, group = threadIdx.x / 32 / shares;
-  const int C = shape.C, O = shape.O, pixels = pixels_of(shape), chunks = C / kChunk;
-  const int first_group = blockIdx.x * launch.split.iterations * groups + group;
+  const Role role(launch.split, Block<M>::kWarps);
+  const int lane = threadIdx.x % 32, chunks = shape.C / kChunk;
   extern __shared__ __align__(16) float4 shared[];
-  float2* moments = reinterpret_cast<float2*>(shared + Block<M>::kWarps * kItems * 64);
-  const auto pixels_of_group = [&](int i) { return min(max(shape.batch * pixels - i * kGroup, 0), kGroup); };
+  float2* moments = reinterpret_cast<float2*>(shared + Block<M>::kWarps * kSummands);
 
   const auto quad_of = [&](int iteration) {
-    return (first_group + iteration * groups) * (kGroup / 4) + quad_of_column(g);
+    return role.group_of_grid(role.group, iteration) * (kGroup / 4) + quad_of_column(lane / 4);
   };
   Operands<Stride> operands;
-  operands.load(job, shape, quad_of(0), share, shares);
-  for (int iteration = 0; iteration < launch.split.iterations; ++iteration) {
+  operands.load(job, shape, quad_of(0), role.share, role.shares);
+  for (int iteration = 0; iteration < role.iterations; ++iteration) {
     Sums<M> sums = {};
-    for (int first = share; first < chunks; first += kChunksInFlight * shares) {
-      if (first != share) operands.load(job, shape, quad_of(iteration), first, shares);
+    for (int first = role.share; first < chunks; first += kChunksInFlight * role.shares) {
+      if (first != role.share) operands.load(job, shape, quad_of(iteration), first, role.shares);
 #pragma unroll
       for (int i = 0; i < kChunksInFlight; ++i) {
-        const int chunk = first + i * shares;
+        const int chunk = first + i * role.shares;
         if (chunk >= chunks) break;
-        multiply_chunk<M, kExact>(sums, operands.v[i], input(job.weight) + chunk * kChunk + 4 * q, C, O);
+        const float* weight = input(job.weight) + chunk * kChunk + lane % 4 * 4;
+        multiply_chunk<M, kExact>(sums, operands.v[i], weight, shape.C, shape.O);
       }
     }
-    if (iteration + 1 < launch.split.iterations) operands.load(job, shape, quad_of(iteration + 1), share, shares);
+    if (iteration + 1 < role.iterations) {
+      operands.load(job, shape, quad_of(iteration + 1), role.share, role.shares);
+    }
     __syncthreads();  // the sums of the iteration before have been read
-    share_sums<M>(shared + threadIdx.x / 32 * kItems * 64, sums);
+    share_sums<M>(shared + threadIdx.x / 32 * kSummands, sums);
     __syncthreads();
-
-    const int this_group = first_group + iteration * groups;
-    const float count = pixels_of_group(this_group), before = iteration * kGroup;
-    for (int item = share; item < kItems && item * 8 < O; item += shares) {
-      const int channel = item * 8 + g;
-      float4 v[2];
-      bool exists[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        v[e] = sum_of_shares(shared + ((group * shares * kItems + item) * 2 + e) * 32 + lane, shares, kItems * 64);
-        const Quad quad(shape, this_group * (kGroup / 4) + quad_of_column(2 * q + e));
-        exists[e] = quad.exists;
-        if (exists[e]) store4(output(job.z) + quad.offset(job.z_batch_stride) + int64_t(channel) * pixels, v[e]);
-      }
-      const float sum = sum_over_quad((exists[0] ? sum4(v[0]) : 0.f) + (exists[1] ? sum4(v[1]) : 0.f));
-      const float mean = sum / fmaxf(count, 1.f);
-      const float squares = sum_over_quad((exists[0] ? squared_deviations(v[0], mean) : 0.f) +
-                                          (exists[1] ? squared_deviations(v[1], mean) : 0.f));
-      if (q == 0) {
-        const float2 own = make_float2(mean, squares);
-        float2& all = moments[group * O + channel];
-        all = iteration == 0 ? own : merge(all, before, own, count);
-      }
-    }
+    store_items<M>(job, shape, role, iteration, shared, moments + role.group * shape.O);
   }
   __syncthreads();
   const int channel = threadIdx.x;
-  if (channel >= O) return;
-  float2 sum = make_float2(0.f, 0.f);
-  float count = 0.f;
-  for (int i = 0; i < groups; ++i) {
-    float own = 0.f;
-    for (int iteration = 0; iteration < launch.split.iterations; ++iteration) {
-      own += pixels_of_group((blockIdx.x * launch.split.iterations + iteration) * groups + i);
-    }
-    sum = merge(sum, count, moments[i * O + channel], own);
-    count += own;
-  }
-  float* target = output(job.moments) + blockIdx.x * job.moments_stride + 3 * channel;
-  target[0] = count, target[1] = sum.x, target[2] = sum.y;
+  if (channel >= shape.O) return;
+  store_moments(output(job.moments) + blockIdx.x * job.moments_stride + 3 * channel, moments + channel, shape, role);
 }
 
 // --- Backward --------------------------------------------------------------------------------------------------
