@@ -21,7 +21,7 @@ from neuroexapt.engine.device import get_device_name, place
 from neuroexapt.engine.execution import choose_execution, set_execution
 from neuroexapt.engine.phase import Phase
 from neuroexapt.engine.resources import MEASURES, Resources
-from neuroexapt.engine.stopping import COLLAPSED, Stopping, count_skips
+from neuroexapt.engine.stopping import COLLAPSED, PREFERRED, Stopping, count_skips
 from neuroexapt.engine.training import (
     cosine,
     evaluate_loss,
@@ -239,17 +239,18 @@ class SearchPhase(Phase):
         return torch.cat([gradient.flatten() for gradient in found.gradients])
 
     def _skips(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """Mean weight of a normal cell's skip connections, and how many its genotype has."""
+        """Share of a normal cell's skip connections in all weights, and how many its genotype has."""
         primitives = self.space.primitives
         if "skip_connect" not in primitives:
             return {}
         of_normal_cells = next(iter(weights.values()))
-        share = of_normal_cells[:, primitives.index("skip_connect")].mean().item()
-        return {"skip_share": share, "skips": count_skips(self.genotype())[0]}
+        share = of_normal_cells[:, primitives.index("skip_connect")].sum() / of_normal_cells.sum()
+        return {"skip_share": share.item(), "skips": count_skips(self.genotype())[0]}
 
     def reason_to_stop(self, record: dict[str, Any], seconds: float) -> str:
         skips, operations = count_skips(self.genotype())
-        if skips >= COLLAPSED * operations and not self._is_warned:
+        preference = record.get("skip_share", 0.0) * len(self.space.primitives)
+        if skips >= COLLAPSED * operations and preference > PREFERRED and not self._is_warned:
             self._is_warned = True
             self._say(
                 f"{skips} of the {operations} operations of a normal cell are skip connections now: the "

@@ -17,7 +17,9 @@ LEAST_RATIO = 0.75
 Architecture Search", ICLR 2020).
 """
 COLLAPSED = 0.5
-"""Share of skip connections among the operations of a cell from which on a search is called collapsed."""
+"""Share of skip connections among the operations of a cell from which on a search is called collapsed,"""
+PREFERRED = 1.25
+"""if α prefers them so much to the mean operation: before it has learned anything, chance decides."""
 
 
 class Stopping:

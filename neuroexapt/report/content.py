@@ -43,6 +43,8 @@ _NUMBERS = {
     },
     "valid_accuracy": ("validation accuracy in the search", percent),
     "parameters": ("parameters", large),
+    "flops": ("multiply-adds a picture", large),
+    "latency_ms": ("milliseconds of a forward pass of a batch", rate),
     "seconds": ("time in all", duration),
     "steps_per_second": ("steps a second", rate),
     "peak_memory_bytes": ("peak memory", memory),

@@ -85,6 +85,17 @@ def test_a_collapse_is_said_once_and_names_what_avoids_it(small_space: None) -> 
     assert "drnas" in message
 
 
+def test_chance_is_no_collapse(small_space: None) -> None:
+    phase, said = make_phase(), []
+    phase.prepare_execution(said.append)
+    with torch.no_grad():
+        phase.supernet.alphas["normal"][:, 1] = 0.01
+    record = phase.end_epoch(0)
+    phase.reason_to_stop(record, 0.0)
+    assert record["skips"] == 4
+    assert not said
+
+
 def test_a_run_ends_early_and_is_finished_then(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path, epochs=3, train_epochs=0, minutes=1e-6)
     result = neuroexapt.search(**settings)
