@@ -238,18 +238,25 @@ struct Loads {
   }
 };
 
-// The weights of the block's channels on their way: W_pw [C, kPitchOfWeight] and taps [kChannels, kTapsPitch].
+template <int K>
+__device__ void load_taps(float* taps, const float* depthwise) {
+  for (int i = threadIdx.x; i < kChannels * K * K; i += kThreads) {
+    taps[i / (K * K) * kTapsPitch + tap_position(i % (K * K), K)] = __ldg(depthwise + i);
+  }
+}
+
+// The weights of the block's channels: W_pw [C, kPitchOfWeight] and taps [kChannels, kTapsPitch].
 template <int C>
 __device__ void load_weights(float* weight, float* taps, const GradJob& job, int first_channel) {
   const float* pointwise = reinterpret_cast<const float*>(job.pointwise) + first_channel;
   for (int i = threadIdx.x; i < C * kChannels / 4; i += kThreads) {
     const int o = i / (kChannels / 4), c = i % (kChannels / 4) * 4;
-    copy_async(weight + o * Shared<C>::kPitchOfWeight + c, pointwise + o * C + c);
+    *reinterpret_cast<float4*>(weight + o * Shared<C>::kPitchOfWeight + c) = load4(pointwise + o * C + c);
   }
   const float* depthwise =
       reinterpret_cast<const float*>(job.depthwise) + first_channel * job.kernel_size * job.kernel_size;
-  if (job.kernel_size == 5) load_taps<5, kThreads>(taps, depthwise, kChannels);
-  else load_taps<3, kThreads>(taps, depthwise, kChannels);
+  if (job.kernel_size == 5) load_taps<5>(taps, depthwise);
+  else load_taps<3>(taps, depthwise);
 }
 
 __device__ float4 read4(const float* shared) { return *reinterpret_cast<const float4*>(shared); }
@@ -470,6 +477,7 @@ __device__ void store_dx(float* dx, const Gradients<C>& gradients, const float* 
 // Grid: (parts, shares of the channels of every state).
 template <int C, bool kExact>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_constant__ Launch launch) {
+  launching::await_stream();
   using Shared = Shared<C>;
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
@@ -481,28 +489,26 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
   for (int i = threadIdx.x; i < Shared::kFloats / 4; i += kThreads) {
     reinterpret_cast<float4*>(shared)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   }
-  launching::await_stream();
   __syncthreads();
   load_x<C>(shared + Shared::kX, state, shape, at);
   Gradients<C> gradients = {};
-  Loads<C> loads;
-  loads.load(launch.jobs[state.first], at, 0);
 #pragma unroll 1
-  for (int i = state.first, next; i < state.first + state.count; i = next) {
+  for (int i = state.first; i < state.first + state.count; ++i) {
     const GradJob& job = launch.jobs[i];
-    next = i + 1;
+    const int from = at.from(halo_of(job)), to = at.to(halo_of(job));
+    Loads<C> loads;
+    loads.load(job, at, 0);
     __syncthreads();  // dz and the weights of the convolution before have been read
-    load_weights<C>(shared + Shared::kWeight, shared + Shared::kTaps, job, at.first_channel);
     loads.store_dz(dz, job, at, 0);
 #pragma unroll
     for (int first = Loads<C>::kBatch; first < Loads<C>::kCount; first += Loads<C>::kBatch) {
       loads.load(job, at, first);
       loads.store_dz(dz, job, at, first);
     }
-    if (next < state.first + state.count) Loads<C>::prefetch(launch.jobs[next], at);
-    wait_for_copies();
+    load_weights<C>(shared + Shared::kWeight, shared + Shared::kTaps, job, at.first_channel);
+    if (i + 1 < state.first + state.count) Loads<C>::prefetch(launch.jobs[i + 1], at);
     __syncthreads();
-    compute_e<C, kExact>(shared + Shared::kE, dz, shared + Shared::kWeight, at.from(halo_of(job)), at.to(halo_of(job)));
+    compute_e<C, kExact>(shared + Shared::kE, dz, shared + Shared::kWeight, from, to);
     __syncthreads();
     switch (job.kernel_size * 2 + job.dilation) {
       case 7: pass_windows<C, 3, 1>(gradients, shared, job, at.first_channel); break;
@@ -510,7 +516,6 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
       case 11: pass_windows<C, 5, 1>(gradients, shared, job, at.first_channel); break;
       default: pass_windows<C, 5, 2>(gradients, shared, job, at.first_channel);
     }
-    if (next < state.first + state.count) loads.load(launch.jobs[next], at, 0);
     if (job.pointwise_partial == 0) continue;
     __syncthreads();
     pointwise_gradient<C, kExact>(

@@ -5,7 +5,6 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "async_copy.cuh"
 #include "cell_strided.h"
 #include "launch.cuh"
 #include "tensor_core.cuh"
@@ -13,9 +12,6 @@
 namespace cell_strided {
 namespace {
 
-using async_copy::copy4_async;
-using async_copy::copy_async;
-using async_copy::wait_for_copies;
 using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
@@ -77,14 +73,6 @@ __device__ void load_window(float (&window)[N], const float* source) {
 __device__ inline int tap_position(int tap, int kernel_size) {
   const int ky = tap / kernel_size, kx = tap % kernel_size;
   return kx < 4 ? 4 * ky + kx : 20 + ky;
-}
-
-// Taps of `count` channels on their way into shared memory.
-template <int K, int kThreads>
-__device__ void load_taps(float* taps, const float* depthwise, int count) {
-  for (int i = threadIdx.x; i < count * K * K; i += kThreads) {
-    copy4_async(taps + i / (K * K) * kTapsPitch + tap_position(i % (K * K), K), depthwise + i);
-  }
 }
 
 template <int K>

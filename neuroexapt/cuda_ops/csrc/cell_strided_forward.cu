@@ -278,11 +278,13 @@ __device__ void forward_group(const Launch& launch, const Group& group) {
   float* counts = shared + Shared<C>::kCounts;
   float* tile = shared + Shared<C>::kTile;
 
+#pragma unroll 1
   for (int n = 0; n < group.count; ++n) {
-    load_taps<K, kThreads>(taps + n * C * kTapsPitch, group.convs[n].depthwise, C);
+    for (int i = threadIdx.x; i < C * K * K; i += kThreads) {
+      taps[(n * C + i / (K * K)) * kTapsPitch + tap_position(i % (K * K), K)] = __ldg(group.convs[n].depthwise + i);
+    }
   }
   load_tile<C, K, D>(tile, group.x + at.picture * group.x_batch_stride, launch.shape, at);
-  wait_for_copies();
   __syncthreads();
 
   const int64_t picture = int64_t(at.picture) * C * at.out_height * at.out_width;

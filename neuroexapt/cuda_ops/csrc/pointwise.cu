@@ -16,16 +16,12 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "async_copy.cuh"
 #include "launch.cuh"
 #include "tensor_core.cuh"
 
 namespace pointwise {
 namespace {
 
-using async_copy::copy4_async;
-using async_copy::copy_async;
-using async_copy::wait_for_copies;
 using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
@@ -365,6 +361,21 @@ struct BackwardLaunch {
   Source sources[kMaxJobs];
 };
 
+// 16 or 4 bytes into shared memory that are not waited for, or zeros.
+__device__ void copy_async(float* target, const float* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(target))),
+               "l"(source), "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+__device__ void copy4_async(float* target, const float* source, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(unsigned(__cvta_generic_to_shared(target))),
+               "l"(source), "r"(exists ? 4 : 0)
+               : "memory");
+}
+
+__device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // dz = A · g + B · z + D of the tile's pixels; zero for those past the last.
 __device__ void load_dz(float* target, const Source& job, const Shape& shape, const Quad& quad, int row,
                         int row_step, int pitch) {
@@ -554,7 +565,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_c
     const int weight_quads = tile.channels / 4;
     for (int k = threadIdx.x; k < shape.O * weight_quads; k += kBackwardThreads) {
       const int o = k / weight_quads, c = k % weight_quads * 4;
-      copy_async(weight + o * tile.weight_pitch() + c, input(source.weight) + o * shape.C + first_channel + c);
+      copy_async(weight + o * tile.weight_pitch() + c, input(source.weight) + o * shape.C + first_channel + c, true);
     }
     load_dz(dz + 4 * column, source, shape, quad, row, row_step, pitch);
     wait_for_copies();
