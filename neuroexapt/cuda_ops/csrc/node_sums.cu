@@ -15,15 +15,15 @@ struct SumLaunch {
   Term terms[kMaxTerms];
 };
 
-// Grid: blocks of a channel's pixels times channels; neighbouring blocks read neighbouring channels of a picture.
+// Grid: (blocks of a channel's pixels, channels).
 template <int V>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumLaunch launch) {
   launching::await_stream();
   __shared__ float2 scales[kMaxTerms];  // mean and weight · rstd
   const Shape& shape = launch.shape;
-  const int channel = blockIdx.x % shape.channels, count = launch.count;
+  const int channel = blockIdx.y, count = launch.count;
   const unsigned end = unsigned(shape.batch) * shape.pixels / V;
-  const unsigned i = blockIdx.x / shape.channels * kThreads + threadIdx.x;
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
   const Position at = Position::of<V>(min(i, end - 1), shape);
   Values<V> z[kInFlight];
   const auto load = [&](int first) {
@@ -245,7 +245,7 @@ void sum(const Shape& shape, const std::vector<Term>& terms, Tensor y, Address s
   SumLaunch parameters{shape, int(terms.size()), y, {}};
   copy_into(parameters.terms, terms, "too many terms in one node");
   with_width(is_wide, [&](auto V) {
-    launch(sum_kernel<V()>, dim3(blocks_of(shape, V()) * shape.channels), kThreads, 0, stream, parameters);
+    launch(sum_kernel<V()>, dim3(blocks_of(shape, V()), shape.channels), kThreads, 0, stream, parameters);
   });
 }
 
