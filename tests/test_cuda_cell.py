@@ -15,7 +15,6 @@ from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.cuda_ops import cell_kernels, preprocess
-from neuroexapt.cuda_ops.build import SOURCES
 from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Pooling, ReduceGrad, StateGrad, Summand
 from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
@@ -593,12 +592,3 @@ def test_keeps_everything_in_registers(tmp_path, source, kernels, arch):
     frames = [int(n) for n in re.findall(r"(\d+) bytes stack frame", report)]
     assert len(frames) == kernels
     assert not any(frames)
-
-
-@pytest.mark.parametrize("source", sorted(path.name for path in SOURCES.glob("*.cu")))
-def test_every_kernel_begins_by_waiting_for_the_one_before(source):
-    text = (SOURCES / source).read_text()
-    if not re.search(r"\blaunch\(", text):
-        pytest.skip("starts its kernels by itself")
-    first_lines = re.findall(r"__global__[^{]*\{\n *(.*)", text)
-    assert set(first_lines) == {"launching::await_stream();"}

@@ -526,7 +526,6 @@ __device__ float2 store_dx(float* target, const float (&dx)[Block<C, kWeights>::
 template <int C, bool kWeights, bool kExact>
 __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeights>::kMinBlocks)
     backward_first_kernel(const __grid_constant__ BackwardLaunch launch) {
-  launching::await_stream();
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
   const Place<C> place(shape, kFirstPad);
@@ -560,7 +559,6 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
 template <int C, bool kWeights, bool kExact>
 __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeights>::kMinBlocks)
     backward_second_kernel(const __grid_constant__ BackwardLaunch launch) {
-  launching::await_stream();
   using B = Block<C, kWeights>;
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
@@ -597,7 +595,6 @@ struct CoefLaunch {
 
 // Grid: (channels, jobs). A warp adds up the parts of one channel.
 __global__ void first_coefficients_kernel(const __grid_constant__ CoefLaunch launch) {
-  launching::await_stream();
   const CoefJob& job = launch.jobs[blockIdx.y];
   const int channel = blockIdx.x, C = launch.channels;
   const float2* sums = reinterpret_cast<const float2*>(job.sums);

@@ -477,7 +477,6 @@ __device__ void store_dx(float* dx, const Gradients<C>& gradients, const float* 
 // Grid: (parts, shares of the channels of every state).
 template <int C, bool kExact>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_constant__ Launch launch) {
-  launching::await_stream();
   using Shared = Shared<C>;
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;

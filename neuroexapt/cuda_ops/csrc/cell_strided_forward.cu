@@ -310,7 +310,6 @@ __device__ void forward_group(const Launch& launch, const Group& group) {
 // Grid: (parts, groups).
 template <int C, bool kExact>
 __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const __grid_constant__ Launch launch) {
-  launching::await_stream();
   const Group& group = launch.groups[blockIdx.y];
   switch (group.kernel_size * 2 + group.dilation) {
     case 7: return forward_group<C, 3, 1, kExact>(launch, group);

@@ -13,7 +13,6 @@ struct MomentsLaunch {
 // Grid: (parts / kWarps, channels, jobs).
 template <int V>
 __global__ void __launch_bounds__(kThreads) moments_kernel(const __grid_constant__ MomentsLaunch launch) {
-  launching::await_stream();
   const Shape& shape = launch.shape;
   const MomentsJob& job = launch.jobs[blockIdx.z];
   const int part = blockIdx.x * kWarps + threadIdx.x / kWarp, channel = blockIdx.y;
@@ -87,7 +86,6 @@ __device__ float2 stats_from(float mean, float variance, float eps) {
 // Grid: (blocks of channels, jobs).
 __global__ void __launch_bounds__(kMergeChannels* kMergeSplits)
     finalize_kernel(const __grid_constant__ StatsLaunch launch) {
-  launching::await_stream();
   __shared__ Moments by_warp[kMergeWarps][kMergeChannels + 1];  // one more against bank conflicts
   const StatsJob& job = launch.jobs[blockIdx.y];
   const int first_channel = blockIdx.x * kMergeChannels;

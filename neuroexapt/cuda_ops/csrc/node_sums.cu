@@ -18,7 +18,6 @@ struct SumLaunch {
 // Grid: (blocks of a channel's pixels, channels).
 template <int V>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumLaunch launch) {
-  launching::await_stream();
   __shared__ float2 scales[kMaxTerms];  // mean and weight · rstd
   const Shape& shape = launch.shape;
   const int channel = blockIdx.y, count = launch.count;
@@ -97,7 +96,6 @@ __device__ float2 pooled_dots(const DotsLaunch& launch, const PooledTerms& pool,
 // Grid: (parts, channels, splits); the warps of all splits take turns.
 template <int V>
 __global__ void __launch_bounds__(kThreads, V == 4 ? 6 : 3) dots_kernel(const __grid_constant__ DotsLaunch launch) {
-  launching::await_stream();
   constexpr int kSlots = Share<V>::kSlots;
   const Shape& shape = launch.shape;
   const int part = blockIdx.x, channel = blockIdx.y, step = gridDim.z * kWarps;
@@ -174,7 +172,6 @@ int coefficient_lanes(int channels) {
 // Grid: terms.
 __global__ void __launch_bounds__(kCoefficientThreads)
     coefficients_kernel(const __grid_constant__ CoefficientsLaunch launch) {
-  launching::await_stream();
   __shared__ float by_warp[kCoefficientWarps];
   const TermGradient& term = launch.terms[blockIdx.x];
   const int lanes = launch.lanes, lane = threadIdx.x % lanes;
@@ -221,7 +218,6 @@ struct AffineLaunch {
 // Grid: (blocks of a channel's pixels, channels, jobs).
 template <int V>
 __global__ void __launch_bounds__(kThreads) affine_kernel(const __grid_constant__ AffineLaunch launch) {
-  launching::await_stream();
   const Shape& shape = launch.shape;
   const AffineJob& job = launch.jobs[blockIdx.z];
   const int channel = blockIdx.y;

@@ -58,7 +58,6 @@ __host__ __device__ int columns_of_block(const Job& job) {
 // Grid: (blocks of columns, jobs).
 template <int V>
 __global__ void __launch_bounds__(kThreads, 4) sum_kernel(const __grid_constant__ Launch launch) {
-  launching::await_stream();
   __shared__ Columns<V> by_thread[kThreads];
   const Job& job = launch.jobs[blockIdx.y];
   const int splits = splits_of(job), across = kThreads / splits;

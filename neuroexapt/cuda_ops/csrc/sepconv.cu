@@ -204,7 +204,6 @@ __device__ void load_weights(float (&weights)[K * K], const float* source) {
 // Grid: (tiles of all pictures, jobs).
 template <int K, int S, int D>
 __global__ void __launch_bounds__(kThreads, 2) fwd_kernel(const __grid_constant__ Launch<Job> launch) {
-  launching::await_stream();
   using Conv = Conv<K, S, D>;
   const Shape& shape = launch.shape;
   const Job& job = launch.jobs[blockIdx.y];
@@ -426,7 +425,6 @@ __device__ void pointwise_gradient(float* partial, const float* dy, int dy_pitch
 // Grid: (tiles of all pictures, blocks of channels, jobs).
 template <int K, int S, int D>
 __global__ void __launch_bounds__(kThreads, 2) bwd_kernel(const __grid_constant__ Launch<GradJob> launch) {
-  launching::await_stream();
   using Conv = Conv<K, S, D>;
   const Shape& shape = launch.shape;
   const GradJob& job = launch.jobs[blockIdx.z];
@@ -483,7 +481,6 @@ __global__ void __launch_bounds__(kThreads, 2) bwd_kernel(const __grid_constant_
 __global__ void __launch_bounds__(kReduceColumns * kReduceSplits)
     bwd_reduce_kernel(const __grid_constant__ Launch<GradJob> launch, int pointwise_size, int depthwise_size,
                       int tiles) {
-  launching::await_stream();
   __shared__ float sums[kReduceSplits][kReduceColumns];
   const GradJob& job = launch.jobs[blockIdx.y];
   int i = blockIdx.x * kReduceColumns + threadIdx.x;
