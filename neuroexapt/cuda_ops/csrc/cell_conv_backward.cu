@@ -124,20 +124,6 @@ struct Strips {
   }
 };
 
-// Asks for the rows of g and z that a convolution will read to come as near as the second-level cache: the block has
-// other work until then.
-template <int C, int Threads>
-__device__ void prefetch_gradient(const GradJob& job, const Place<C>& at, const Shape& shape) {
-  const int plane = shape.height * shape.width, start = at.first * shape.width + at.x0;
-  const float* g = reinterpret_cast<const float*>(job.g) + at.picture * job.g_batch_stride + start;
-  const float* z = reinterpret_cast<const float*>(job.z) + int64_t(at.picture) * C * plane + start;
-  for (RowWalk walk(at.rows, thread_index(), Threads); walk.channel < C; walk.next()) {
-    const int offset = walk.channel * plane + walk.row * shape.width;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(g + offset));
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(z + offset));
-  }
-}
-
 // Forms dz where e will be, and for the weight gradients also by itself. Its channels lie in gradient_slot order.
 // A thread takes a strip and every kGroups-th channel, so that all of their addresses differ by constants.
 template <int C, bool kWeights>
@@ -479,7 +465,6 @@ __device__ void prepare(const Memory<C, kWeights>& memory, const GradJob& job, c
       reinterpret_cast<float4*>(target)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
   };
-  prefetch_gradient<C, kThreads>(job, at, shape);
   clear(memory.e, C * memory.plane);
   if constexpr (kWeights) {
     clear(memory.dz, C * Memory<C, kWeights>::kGradientPlane);
@@ -531,8 +516,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   const Place<C> place(shape, kFirstPad);
   const int first = blockIdx.z == 0 ? 0 : launch.ends[blockIdx.z - 1], end = launch.ends[blockIdx.z];
   const GradJob& common = launch.jobs[first];
-  prepare<C, kWeights>(Memory<C, kWeights>(shape, kFirstPad, shared), launch.jobs[min(first + int(blockIdx.y), end - 1)],
-                       place, shape);
+  prepare<C, kWeights>(Memory<C, kWeights>(shape, kFirstPad, shared), common, place, shape);
   float dx[Block<C, kWeights>::kPasses][8] = {};
 #pragma unroll 1
   for (int j = first + blockIdx.y; j < end; j += launch.splits) {
@@ -543,9 +527,6 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
     Place<C> at = place;
     at.y0 += zero;
     const Memory<C, kWeights> memory(shape, kFirstPad, shared + zero);
-    if (j + launch.splits < end) {
-      prefetch_gradient<C, Block<C, kWeights>::kThreads>(launch.jobs[j + launch.splits], at, shape);
-    }
     process<C, kWeights, kExact>(dx, memory, job, at, shape);
   }
   const Source source(common.x, common.x_batch_stride, common.stats, shape, place.picture);
