@@ -16,7 +16,7 @@ KEPT = (1.0, 5 / 8, 3 / 8)
 DROP_RATES = (0.0, 0.4, 0.7)
 """Probability of dropping a skip connection at the start of each stage."""
 HELD = 0.4
-"""Share of each stage in which α stays as it is: 10 of 25 epochs."""
+"""Share of each stage in which α stays as it is, in whole epochs: 10 of 25."""
 DECAY = 5.0
 """Of the drop rate while α learns, a stage: exp(−0.2) an epoch of 25."""
 
@@ -52,8 +52,9 @@ class PDarts(Darts):
         self._skip = names.index("skip_connect") if "skip_connect" in names else None
 
     def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
-        stage, progress = _stage(epoch, epochs)
-        falls_to = 1 - progress if progress < HELD else math.exp(-DECAY * (progress - HELD))
+        stage, position, length = _stage(epoch, epochs)
+        learning = position - int(HELD * length)
+        falls_to = 1 - position / length if learning < 0 else math.exp(-DECAY * learning / length)
         self.drop_rate.fill_(DROP_RATES[stage] * falls_to)
         count = max(1, round(KEPT[stage] * len(supernet.primitives)))
         changed = keep_strongest(supernet, self.mixing(supernet.choices()), count)
@@ -64,7 +65,8 @@ class PDarts(Darts):
         return changed
 
     def holds_alpha(self, epoch: int, epochs: int) -> bool:
-        return _stage(epoch, epochs)[1] < HELD
+        _, position, length = _stage(epoch, epochs)
+        return position < int(HELD * length)
 
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {cell: self._dropped(weights) for cell, weights in super().relax(alphas).items()}
@@ -81,8 +83,8 @@ class PDarts(Darts):
         return weights * scale
 
 
-def _stage(epoch: int, epochs: int) -> tuple[int, float]:
-    """The stage that an epoch is in, and the share of the stage that is over, from 0 on."""
+def _stage(epoch: int, epochs: int) -> tuple[int, int, int]:
+    """The stage that an epoch is in, the epoch's place there, and the length of the stage."""
     stage = epoch * len(KEPT) // epochs
     first, end = (math.ceil(i * epochs / len(KEPT)) for i in (stage, stage + 1))
-    return stage, (epoch - first) / (end - first)
+    return stage, epoch - first, end - first

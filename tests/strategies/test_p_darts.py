@@ -54,3 +54,10 @@ def test_alpha_stays_in_the_first_two_fifths_of_each_stage(small_space: None) ->
     phase = make_phase(strategy="p-darts", epochs=15)
     names = [phase.metric_names(epoch) for epoch in range(15)]
     assert [len(of_epoch) for of_epoch in names] == ([2] * 2 + [4] * 3) * 3
+
+
+@pytest.mark.parametrize("epochs", range(1, 8))
+def test_alpha_learns_in_every_stage_of_a_short_search(epochs: int) -> None:
+    held = [PDarts().holds_alpha(epoch, epochs) for epoch in range(epochs)]
+    stages = [epoch * 3 // epochs for epoch in range(epochs)]
+    assert all(any(not h for h, s in zip(held, stages, strict=True) if s == stage) for stage in set(stages))
