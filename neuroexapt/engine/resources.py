@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.core.derived import count_parameters
@@ -29,6 +28,8 @@ Weights = Mapping[str, Tensor]
 
 def count_flops(module: nn.Module, x: Tensor) -> float:
     """Multiply-adds of convolutions and products for one picture of [B, C, H, W]: "FLOPs" in the papers."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
+
     # On the CPU, where no kernels of our own hide them.
     with FlopCounterMode(display=False) as counter:
         copy.deepcopy(module).cpu()(x[:1].cpu())
