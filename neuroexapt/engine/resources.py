@@ -135,7 +135,9 @@ class Resources:
         """Measured once for every genotype."""
         key = (setting, str(genotype))
         if key not in self._known:
-            network = self._make_network(genotype).to(self._pictures.device).eval()
+            with torch.random.fork_rng(devices=[]):  # its weights matter to nothing
+                network = self._make_network(genotype)
+            network = network.to(self._pictures.device).eval()
             self._known[key] = MEASURES[setting](network, self._pictures)
         return self._known[key]
 

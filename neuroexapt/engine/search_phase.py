@@ -69,9 +69,14 @@ class SearchPhase(Phase):
         self._say: Callable[[str], None] = lambda text: None
         self._is_warned = False
         self._execution = "reference"
-        self.strategy.shape(supernet)
+        self._shape_network()
         self.resources = self._make_resources()
         self._make_step()
+
+    def _shape_network(self) -> None:
+        """Make the search network what the strategy wants it to be."""
+        self.strategy.shape(self.supernet)
+        place(self.supernet, self.device)
 
     def _make_resources(self) -> Resources | None:
         config = self._config
@@ -94,9 +99,8 @@ class SearchPhase(Phase):
 
     def _make_step(self) -> None:
         """The search network as the strategy wants it, and optimizers for the parameters that it has then."""
+        self._shape_network()
         supernet, config = self.supernet, self._config
-        self.strategy.shape(supernet)
-        place(supernet, self.device)
         self.weight_optimizer = make_sgd(supernet.weights(), config)
         self.arch_optimizer = torch.optim.Adam(
             supernet.arch_parameters(),

@@ -124,3 +124,11 @@ def test_a_whole_run_stays_within_its_limit(tmp_path: Path) -> None:
 def test_limits_are_positive() -> None:
     with pytest.raises(UserError, match="max_flops=0"):
         make_config(SearchConfig, {"max_flops": 0})
+
+
+@pytest.mark.parametrize("strategy", ["gdas", "pc-darts"])
+def test_measuring_draws_no_random_numbers_of_the_search(strategy: str) -> None:
+    phase = make_phase(strategy=strategy, max_params=1e9)
+    state = torch.get_rng_state()
+    phase.genotype()
+    assert torch.equal(torch.get_rng_state(), state)
