@@ -51,7 +51,8 @@ class Smoothed(Darts):
         """Mixing weights, one [E, K] for each cell type, at most ε away from ``weights`` in any element."""
 
     def _noisy(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        return [_on_simplex(w + self.radius * (2 * torch.rand_like(w) - 1)) for w in weights]
+        """Candidates that were ruled out, which have weight 0, keep it."""
+        return [_on_simplex(w + (w > 0) * self.radius * (2 * torch.rand_like(w) - 1)) for w in weights]
 
 
 class RandomlySmoothed(Smoothed):

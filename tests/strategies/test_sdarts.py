@@ -59,3 +59,15 @@ def test_alpha_is_left_as_it_was(strategy: Smoothed) -> None:
     step(train, None)
     assert all(torch.equal(alpha, old) for alpha, old in zip(step.alphas, before, strict=True))
     assert step.supernet.training
+
+
+@both
+def test_what_was_ruled_out_gets_no_weight(strategy: Smoothed) -> None:
+    step, train, _ = make_step(strategy)
+    kept = torch.tensor([[True, False, True, True]]).expand(5, 4)
+    step.supernet.keep("normal", kept)
+    step.weights = step.supernet.weights()
+    weights = [w.detach() for w in strategy.relax(step.supernet.choices()).values()]
+    normal, reduce = strategy.perturb(step, train, weights)
+    assert not normal[:, 1].any()
+    assert reduce[:, 1].any()
