@@ -32,8 +32,10 @@ class PartialMixedOp(nn.Module):
         rest = x[:, active:]
         if self.stride == 2:
             rest = F.max_pool2d(rest, 2, ceil_mode=True)
-        y = torch.cat([self.mixed(x[:, :active], weights), weights.sum() * rest], dim=1)
-        return y.unflatten(1, (self.share, -1)).transpose(1, 2).flatten(1, 2)
+        mixed, passed = self.mixed(x[:, :active], weights), weights.sum() * rest
+        # [B, C / share, share, H, W]: put together and shuffled at once
+        dealt = [mixed.unsqueeze(2), passed.unflatten(1, (self.share - 1, active)).transpose(1, 2)]
+        return torch.cat(dealt, dim=2).flatten(1, 2)
 
 
 def use_partial_channels(supernet: Supernet, share: int) -> None:
