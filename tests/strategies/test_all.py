@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neuroexapt.engine.captured import CapturedStep
 from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -95,6 +96,16 @@ def test_the_user_stands_over_the_preset_over_what_was_published() -> None:
 def test_an_unknown_one_is_refused() -> None:
     with pytest.raises(UserError, match="unknown strategy 'dart'; known are darts, "):
         make_config(SearchConfig, {"strategy": "dart"})
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_no_step_looks_at_a_value(name: str) -> None:
+    """On a GPU that would wait for the device. Tensors without values show it everywhere."""
+    with FakeTensorMode():
+        step, train, valid = make_step(get_strategy(name), channels=8)
+        step.supernet.set_execution("reference")
+        assert step(train, valid).train_loss.shape == ()
+        step.strategy.mixing(step.supernet.choices())
 
 
 @pytest.mark.gpu
