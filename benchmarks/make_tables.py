@@ -67,9 +67,11 @@ def _table(figures: list[dict]) -> str:
     ]
     spread = max((f["p80"] - f["p20"]) / f["median"] for f in figures if f["median"])
     versions = f"torch {last['torch']}, triton {last['triton']}, CUDA {last['cuda']}"
+    shown = {(f["case"], f["dtype"], f["implementation"]): f["commit"][:7] for f in figures}
+    commits = ", ".join(dict.fromkeys(shown.values()))
     return "\n".join(
         [
-            f"{last['device']}, {versions}, commit {last['commit'][:7]}, {last['date']}. "
+            f"{last['device']}, {versions}, commit{'s' * (',' in commits)} {commits}, {last['date']}. "
             f"Medians{f' in {unit}' if unit else ''}; p20 to p80 span at most {spread:.0%} of them.",
             "",
             _line(header),

@@ -216,7 +216,7 @@ def draw(path: Path, figure_path: Path) -> None:
 
     lines = _read(path)
     with matplotlib.rc_context(RC_PARAMS):
-        figure = Figure(figsize=(10, 4.6), layout="constrained")
+        figure = Figure(figsize=(10, 5.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         _draw_searches(left, [line for line in lines if line["metric"] == "accuracy_curve"])
         _draw_discrete(right, [line for line in lines if line["metric"] == "accuracy_by_queries"])
@@ -224,7 +224,7 @@ def draw(path: Path, figure_path: Path) -> None:
             best = f"best cell {OPTIMUM:.2%}"
             axes.axhline(OPTIMUM, color=INK, linestyle="dotted", linewidth=1, label=best)
             axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.legend(fontsize=8, loc="lower left" if axes is left else "lower right")
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         figure.savefig(figure_path, dpi=160)
 
 
