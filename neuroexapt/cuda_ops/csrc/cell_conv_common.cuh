@@ -6,12 +6,16 @@
 
 #include "cell_conv.h"
 #include "launch.cuh"
+#include "tensor_core.cuh"
 
 namespace cell_conv {
 namespace {
 
 using launching::check;
 using launching::launch;
+using tensor_core::Fragment;
+using tensor_core::multiply;
+using tensor_core::sum_over_quad;
 
 constexpr int kHalo = 4;  // columns beside a tile: what a 5 x 5 of dilation 2 reads; rows are as many as needed
 constexpr int kTapsPitch = 28;
@@ -256,48 +260,6 @@ struct Taps {
     }
   }
 };
-
-__device__ inline uint32_t to_tf32(float v) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
-  return bits;
-}
-
-// Operands of the tensor cores: N values rounded to TF32 and, for products of fp32 grade, what that cut off.
-template <int N, bool kExact>
-struct Fragment {
-  uint32_t high[N], low[kExact ? N : 1];
-
-  __device__ void set(int i, float v) {
-    high[i] = to_tf32(v);
-    if constexpr (kExact) low[i] = to_tf32(v - __uint_as_float(high[i]));
-  }
-};
-
-__device__ inline void mma(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// sums [16, 8] += a [16, 8] · b [8, 8]. With g = lane / 4 and q = lane % 4 a lane holds
-// a: (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4); b: (q, g), (q + 4, g);
-// sums: (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
-template <bool kExact>
-__device__ void multiply(float (&sums)[4], const Fragment<4, kExact>& a, const Fragment<2, kExact>& b) {
-  if constexpr (kExact) {
-    mma(sums, a.low, b.high);
-    mma(sums, a.high, b.low);
-  }
-  mma(sums, a.high, b.high);
-}
-
-__device__ inline float sum_over_quad(float v) {  // of the four lanes that share g
-  v += __shfl_xor_sync(~0u, v, 1);
-  return v + __shfl_xor_sync(~0u, v, 2);
-}
 
 template <int kSize_, int kDilation_>
 struct Kind {
