@@ -6,16 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from neuroexapt.core.supernet import Supernet
-from neuroexapt.strategies.darts import Darts
-from neuroexapt.strategies.gumbel import gumbel_softmax
-from neuroexapt.strategies.schedule import linear
-
-TEMPERATURES = (10.0, 0.1)
-"""τ of the first and of the last epoch."""
+from neuroexapt.strategies.gumbel import Annealed, gumbel_softmax
 
 
-class Gdas(Darts):
+class Gdas(Annealed):
     """One operation an edge, drawn for every pass anew with the probabilities softmax(α).
 
     Of the sample p of ``gumbel_softmax`` the largest element counts: its weight is 1 and has the gradient of
@@ -29,20 +23,10 @@ class Gdas(Darts):
     paper = "Dong, Yang: Searching for a Robust Neural Architecture in Four GPU Hours, CVPR 2019"
     defaults: ClassVar = {"epochs": 250}
     single_path = True
-    temperature: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("temperature", torch.tensor(TEMPERATURES[0]))
-
-    def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
-        self.temperature.fill_(linear(*TEMPERATURES, epoch, epochs))
-        return False
+    temperatures = (10.0, 0.1)
 
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {cell: self._draw(alpha) for cell, alpha in alphas.items()}
-
-    mixing = Darts.relax
 
     def _draw(self, alpha: Tensor) -> Tensor:
         p = gumbel_softmax(alpha, self.temperature)

@@ -7,6 +7,7 @@
 #include "cell_conv.h"
 #include "launch.cuh"
 #include "tensor_core.cuh"
+#include "tiles.cuh"
 
 namespace cell_conv {
 namespace {
@@ -16,9 +17,9 @@ using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::sum_over_quad;
+using namespace tiles;
 
 constexpr int kHalo = 4;  // columns beside a tile: what a 5 x 5 of dilation 2 reads; rows are as many as needed
-constexpr int kTapsPitch = 28;
 
 // A tile of a picture: Rows x Width pixels of all channels. Wider for fewer channels, so that shared memory
 // holds it and a search network's usual pictures (32 pixels at 16 channels, 16 at 32, 8 at 64) fill it.
@@ -67,19 +68,12 @@ int tile_count(const Shape& shape) {
   return shape.batch * across * down;
 }
 
-// The least number from `floats` on that leaves `remainder` when divided by the 32 banks.
-__host__ __device__ constexpr int pad_to_bank(int floats, int remainder) {
-  return floats + ((remainder - floats) % 32 + 32) % 32;
-}
-
 // threadIdx.x, unknown to the compiler: which would else compute all addresses of a loop's body ahead of the loop.
 __device__ inline int thread_index() {
   int thread = threadIdx.x;
   asm volatile("" : "+r"(thread));
   return thread;
 }
-
-__device__ inline float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
 
 // As in PyTorch, NaN passes.
 __device__ inline float relu(float x) {
@@ -97,12 +91,6 @@ __device__ inline float4 load_row4(const float* row, int x, int width, bool alig
   if (x + 2 < width) v.z = __ldg(row + x + 2);
   if (x + 3 < width) v.w = __ldg(row + x + 3);
   return v;
-}
-
-// Written out: the compiler splits a float4 that it gathers from scattered registers.
-__device__ inline void store4(float* target, float4 v) {
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
 }
 
 __device__ inline void store_row4(float* row, int x, int width, bool aligned, float4 v) {
@@ -214,20 +202,6 @@ __device__ void load_window(float (&window)[N + 2 * kHalo], const float* strip) 
     const float2 right = *reinterpret_cast<const float2*>(strip + N + 4);
     window[2] = left.x, window[3] = left.y, window[N + 4] = right.x, window[N + 5] = right.y;
   }
-}
-
-// Depthwise weights of a channel in shared memory, for one aligned load a row: the first three or four of every
-// row, four floats apart, then the fifth of every row.
-__device__ inline int tap_position(int tap, int kernel_size) {
-  const int ky = tap / kernel_size, kx = tap % kernel_size;
-  return kx < 4 ? 4 * ky + kx : 20 + ky;
-}
-
-template <int K>
-__device__ void load_tap_row(float (&taps)[K], const float* channel_taps, int ky) {
-  const float4 v = *reinterpret_cast<const float4*>(channel_taps + 4 * ky);
-  taps[0] = v.x, taps[1] = v.y, taps[2] = v.z;
-  if constexpr (K == 5) taps[3] = v.w, taps[4] = channel_taps[20 + ky];
 }
 
 // A convolution's depthwise weights on their way to shared memory: fetched all at once, stored when there is time.

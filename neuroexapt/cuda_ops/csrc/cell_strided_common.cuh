@@ -8,6 +8,7 @@
 #include "cell_strided.h"
 #include "launch.cuh"
 #include "tensor_core.cuh"
+#include "tiles.cuh"
 
 namespace cell_strided {
 namespace {
@@ -16,9 +17,9 @@ using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::sum_over_quad;
+using namespace tiles;
 
-constexpr int kStrip = 4;      // neighbouring pixels that a lane computes at a time
-constexpr int kTapsPitch = 28;
+constexpr int kStrip = 4;  // neighbouring pixels that a lane computes at a time
 
 // Columns of a tile of output pixels: a search network's usual pictures fill it.
 template <int C>
@@ -27,19 +28,6 @@ template <int C>
 constexpr int kStripsPerRow = kWidth<C> / kStrip;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// The least number from `floats` on that leaves `remainder` when divided by the 32 banks.
-__host__ __device__ constexpr int pad_to_bank(int floats, int remainder) {
-  return floats + ((remainder - floats) % 32 + 32) % 32;
-}
-
-__device__ inline float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
-
-// Written out: the compiler splits a float4 that it gathers from scattered registers.
-__device__ inline void store4(float* target, float4 v) {
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
-}
 
 // Without a branch, for which the compiler writes out what follows twice.
 __device__ inline void store4_if(bool wanted, float* target, float4 v) {
@@ -66,20 +54,6 @@ __device__ void load_window(float (&window)[N], const float* source) {
     const float4 v = *reinterpret_cast<const float4*>(source + i);
     window[i] = v.x, window[i + 1] = v.y, window[i + 2] = v.z, window[i + 3] = v.w;
   }
-}
-
-// Depthwise weights of a channel in shared memory, for one aligned load a row: the first three or four of every
-// row, four floats apart, then the fifth of every row.
-__device__ inline int tap_position(int tap, int kernel_size) {
-  const int ky = tap / kernel_size, kx = tap % kernel_size;
-  return kx < 4 ? 4 * ky + kx : 20 + ky;
-}
-
-template <int K>
-__device__ void load_tap_row(float (&taps)[K], const float* channel_taps, int ky) {
-  const float4 v = *reinterpret_cast<const float4*>(channel_taps + 4 * ky);
-  taps[0] = v.x, taps[1] = v.y, taps[2] = v.z;
-  if constexpr (K == 5) taps[3] = v.w, taps[4] = channel_taps[20 + ky];
 }
 
 // Calls f with the channels and the precision as compile-time constants.

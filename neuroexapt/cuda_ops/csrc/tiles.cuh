@@ -1,0 +1,35 @@
+// Tiles in shared memory and their ways in and out, for the convolution stages of fused cells.
+#pragma once
+
+namespace tiles {
+
+// The least number from `floats` on that leaves `remainder` when divided by the 32 banks.
+__host__ __device__ constexpr int pad_to_bank(int floats, int remainder) {
+  return floats + ((remainder - floats) % 32 + 32) % 32;
+}
+
+__device__ inline float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
+
+// Written out: the compiler splits a float4 that it gathers from scattered registers.
+__device__ inline void store4(float* target, float4 v) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
+constexpr int kTapsPitch = 28;  // of a channel's depthwise weights
+
+// For one aligned load a row: the first three or four weights of every row, four floats apart, then the fifth of
+// every row.
+__device__ inline int tap_position(int tap, int kernel_size) {
+  const int ky = tap / kernel_size, kx = tap % kernel_size;
+  return kx < 4 ? 4 * ky + kx : 20 + ky;
+}
+
+template <int K>
+__device__ void load_tap_row(float (&taps)[K], const float* channel_taps, int ky) {
+  const float4 v = *reinterpret_cast<const float4*>(channel_taps + 4 * ky);
+  taps[0] = v.x, taps[1] = v.y, taps[2] = v.z;
+  if constexpr (K == 5) taps[3] = v.w, taps[4] = channel_taps[20 + ky];
+}
+
+}  // namespace tiles
