@@ -62,6 +62,7 @@ class Implementation:
     execution: str
     tier: str
     captured: bool
+    recompute: bool = False
 
     @contextlib.contextmanager
     def in_force(self, precision: str, device: torch.device) -> Iterator[None]:
@@ -80,6 +81,7 @@ class Implementation:
         # Kernels for exactly the shapes at hand: the compiler would make one for all after the second edge.
         torch._dynamo.config.automatic_dynamic_shapes = False
         set_execution(supernet, self.execution)
+        supernet.set_recompute(self.recompute)
         if precision == "bfloat16":
             _run_in_bfloat16(supernet)
 
@@ -104,9 +106,10 @@ IMPLEMENTATIONS = {
     "plan-graph": Implementation("fused", "torch", captured=True),
     "ext": Implementation("fused", "ext", captured=False),
     "ext-graph": Implementation("fused", "ext", captured=True),
+    "ext-graph-recompute": Implementation("fused", "ext", captured=True, recompute=True),
 }
 """``eager``: module by module. ``compile``: every MixedOp through torch.compile. ``plan``: the cell's plan in
-plain PyTorch. ``ext``: the plan in CUDA C++.
+plain PyTorch. ``ext``: the plan in CUDA C++. ``recompute``: keeping only what enters each cell.
 """
 
 
