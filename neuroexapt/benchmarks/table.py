@@ -50,7 +50,10 @@ class Table(ABC):
         """
         found = self._find(str(genotype))
         if found is None:
-            raise UserError(f"{self.path} does not hold {genotype}; is it a table of this search space?")
+            raise UserError(
+                f"{self.path} is not a table of this search space, or is incomplete: give another --table or "
+                f"none. It lacks {genotype}"
+            )
         return found
 
     @abstractmethod

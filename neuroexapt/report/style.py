@@ -87,7 +87,7 @@ class OpStyle:
 def op_style(op: str) -> OpStyle:
     """The style of operation `op`; one that no family knows is a family of its own."""
     kernel_sizes = [int(size) for size in re.findall(r"(\d+)x\d+", op)]
-    line = {5: "dashed", 7: "dotted"}.get(max(kernel_sizes, default=3), "solid")
+    line = {1: "dotted", 5: "dashed", 7: "dotted"}.get(max(kernel_sizes, default=3), "solid")
     for stem, family in _FAMILIES.items():
         if stem in op:
             return OpStyle(family, THEME[stem][0], line)
