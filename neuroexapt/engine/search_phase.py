@@ -212,6 +212,7 @@ class SearchPhase(Phase):
         curvature = self._curvature(epoch) if self._config.stop == "eigenvalue" else {}
         self.supernet.eval()
         weights = self.mixing_weights()
+        genotype = self.choose(weights)
         valid_loss, valid_accuracy = evaluate_loss(self._score, self.valid_loader)
         return {
             "valid_loss": valid_loss,
@@ -220,10 +221,10 @@ class SearchPhase(Phase):
             "arch_learning_rate": self._config.arch_learning_rate,
             "alpha": {cell: w.tolist() for cell, w in weights.items()},
             "alpha_entropy": {cell: entropy(w).tolist() for cell, w in weights.items()},
-            "genotype": self.genotype().to_dict(),
-            **self._skips(weights),
+            "genotype": genotype.to_dict(),
+            **self._skips(weights, genotype),
             **curvature,
-            **self.table_accuracies(self.genotype()),
+            **self.table_accuracies(genotype),
         }
 
     def _curvature(self, epoch: int) -> dict[str, float]:
@@ -242,14 +243,14 @@ class SearchPhase(Phase):
             found = self.bilevel_step.gradients(Batch(images, labels), alphas, weights)
         return torch.cat([gradient.flatten() for gradient in found.gradients])
 
-    def _skips(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    def _skips(self, weights: Mapping[str, Tensor], genotype: AnyGenotype) -> dict[str, float]:
         """Share of a normal cell's skip connections in all weights, and how many its genotype has."""
         primitives = self.space.primitives
         if "skip_connect" not in primitives:
             return {}
         of_normal_cells = next(iter(weights.values()))
         share = of_normal_cells[:, primitives.index("skip_connect")].sum() / of_normal_cells.sum()
-        return {"skip_share": share.item(), "skips": count_skips(self.genotype())[0]}
+        return {"skip_share": share.item(), "skips": count_skips(genotype)[0]}
 
     def reason_to_stop(self, record: dict[str, Any], seconds: float) -> str:
         skips, operations = count_skips(self.genotype())

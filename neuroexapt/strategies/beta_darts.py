@@ -6,15 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from neuroexapt.core.supernet import Supernet
-from neuroexapt.strategies.darts import Darts
-from neuroexapt.strategies.schedule import linear
-
-STRENGTHS = (0.0, 50.0)
-"""λ of the first and of the last epoch."""
+from neuroexapt.strategies.schedule import Scheduled
 
 
-class BetaDarts(Darts):
+class BetaDarts(Scheduled):
     """DARTS whose loss of α counts ``λ · mean_e logsumexp_k(α_ek)``, summed over the cell types.
 
     The gradient of that is λ · softmax(α) / E: it lowers each α by its own share, so that the shares stay
@@ -27,15 +22,8 @@ class BetaDarts(Darts):
     )
     against_collapse = True
     defaults_of_space: ClassVar = {"nas-bench-201": {"epochs": 100}}
+    schedule = ("strength", 0.0, 50.0)
     strength: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("strength", torch.tensor(STRENGTHS[0]))
-
-    def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
-        self.strength.fill_(linear(*STRENGTHS, epoch, epochs))
-        return False
 
     def penalty(self, alphas: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
         means = [alpha.logsumexp(dim=-1).mean() for alpha in alphas.values()]

@@ -6,10 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from neuroexapt.strategies.gumbel import Annealed, gumbel_softmax
+from neuroexapt.strategies.darts import Darts
+from neuroexapt.strategies.gumbel import gumbel_softmax
+from neuroexapt.strategies.schedule import Scheduled
 
 
-class Gdas(Annealed):
+class Gdas(Scheduled):
     """One operation an edge, drawn for every pass anew with the probabilities softmax(α).
 
     Of the sample p of ``gumbel_softmax`` the largest element counts: its weight is 1 and has the gradient of
@@ -23,10 +25,13 @@ class Gdas(Annealed):
     paper = "Dong, Yang: Searching for a Robust Neural Architecture in Four GPU Hours, CVPR 2019"
     defaults: ClassVar = {"epochs": 250}
     single_path = True
-    temperatures = (10.0, 0.1)
+    schedule = ("temperature", 10.0, 0.1)
+    temperature: Tensor
 
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {cell: self._draw(alpha) for cell, alpha in alphas.items()}
+
+    mixing = Darts.relax
 
     def _draw(self, alpha: Tensor) -> Tensor:
         p = gumbel_softmax(alpha, self.temperature)

@@ -1,13 +1,7 @@
-"""Samples of a categorical distribution that can be differentiated, and searches that draw them."""
-
-from typing import ClassVar
+"""Samples of a categorical distribution that can be differentiated."""
 
 import torch
 from torch import Tensor
-
-from neuroexapt.core.supernet import Supernet
-from neuroexapt.strategies.darts import Darts
-from neuroexapt.strategies.schedule import linear
 
 
 def gumbel_softmax(alpha: Tensor, temperature: Tensor) -> Tensor:
@@ -20,21 +14,3 @@ def gumbel_softmax(alpha: Tensor, temperature: Tensor) -> Tensor:
     """
     noise = -torch.empty_like(alpha).exponential_().log()
     return ((alpha.log_softmax(dim=-1) + noise) / temperature).softmax(dim=-1)
-
-
-class Annealed(Darts):
-    """A search whose samples have a temperature τ that falls linearly; it is validated without them."""
-
-    temperatures: ClassVar[tuple[float, float]]
-    """τ of the first and of the last epoch."""
-    temperature: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("temperature", torch.tensor(self.temperatures[0]))
-
-    def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
-        self.temperature.fill_(linear(*self.temperatures, epoch, epochs))
-        return False
-
-    mixing = Darts.relax

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.engine.bilevel import Batch, BilevelStep, Gradients
-from neuroexapt.strategies.darts import Darts
-from neuroexapt.strategies.schedule import linear
+from neuroexapt.strategies.schedule import Scheduled
 
-STRENGTHS = (0.0, 0.125)
-"""λ of the first and of the last epoch."""
 FINITE_DIFFERENCE_RADIUS = 1e-4
 """ε₀ of the published code: ε = ε₀ / ‖Δ‖."""
 
@@ -21,7 +18,7 @@ TINY = 1e-12
 """Keeps ε finite where no cell has a second one of its type."""
 
 
-class LambdaDarts(Darts):
+class LambdaDarts(Scheduled):
     """DARTS whose weights learn to let all cells of a type ask for the same change of α.
 
     With g_l the gradient of the training loss with respect to the mixing weights of cell l, the loss of w is
@@ -35,18 +32,11 @@ class LambdaDarts(Darts):
         "Collapse by Harmonizing Operation Selection among Cells, ICLR 2023"
     )
     against_collapse = True
+    schedule = ("strength", 0.0, 0.125)
     strength: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("strength", torch.tensor(STRENGTHS[0]))
 
     def shape(self, supernet: Supernet) -> None:
         supernet.require_cells("lambda-darts")
-
-    def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
-        self.strength.fill_(linear(*STRENGTHS, epoch, epochs))
-        return False
 
     @torch.no_grad()
     def weight_gradient(self, step: BilevelStep, train: Batch) -> Gradients:

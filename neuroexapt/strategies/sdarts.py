@@ -9,17 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from neuroexapt.core.supernet import Supernet
 from neuroexapt.engine.bilevel import Batch, BilevelStep, Gradients
-from neuroexapt.strategies.darts import Darts
-from neuroexapt.strategies.schedule import linear
+from neuroexapt.strategies.schedule import Scheduled
 
-RADII = (0.03, 0.3)
-"""ε of the first and of the last epoch."""
 ATTACK_STEPS = 7
 
 
-class Smoothed(Darts):
+class Smoothed(Scheduled):
     """DARTS whose weights learn at mixing weights up to ε away from softmax(α), so that the loss is smooth
     there. α is learned at softmax(α) itself. ε grows linearly.
     """
@@ -30,15 +26,8 @@ class Smoothed(Darts):
     )
     against_collapse = True
     defaults_of_space: ClassVar = {"nas-bench-201": {"epochs": 100}}
+    schedule = ("radius", 0.03, 0.3)
     radius: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("radius", torch.tensor(RADII[0]))
-
-    def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
-        self.radius.fill_(linear(*RADII, epoch, epochs))
-        return False
 
     def weight_gradient(self, step: BilevelStep, train: Batch) -> Gradients:
         with torch.no_grad():

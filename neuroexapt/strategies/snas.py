@@ -4,10 +4,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from neuroexapt.strategies.gumbel import Annealed, gumbel_softmax
+from neuroexapt.strategies.darts import Darts
+from neuroexapt.strategies.gumbel import gumbel_softmax
+from neuroexapt.strategies.schedule import Scheduled
 
 
-class Snas(Annealed):
+class Snas(Scheduled):
     """Mixing weights drawn for every pass anew: ``gumbel_softmax`` of α, all of it, with its gradient.
 
     The paper learns α and w on the same pictures; here α has those of its own, as for every strategy. τ is
@@ -15,7 +17,10 @@ class Snas(Annealed):
     """
 
     paper = "Xie, Zheng, Liu, Lin: SNAS: Stochastic Neural Architecture Search, ICLR 2019"
-    temperatures = (10.0, 1.0)
+    schedule = ("temperature", 10.0, 1.0)
+    temperature: Tensor
 
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {cell: gumbel_softmax(alpha, self.temperature) for cell, alpha in alphas.items()}
+
+    mixing = Darts.relax
