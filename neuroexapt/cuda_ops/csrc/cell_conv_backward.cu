@@ -23,7 +23,7 @@ constexpr int kMaxSharedBytes = 227 * 1024;
 struct BackwardLaunch {
   Shape shape;
   int splits;
-  int ends[kMaxStates];  // of each state's jobs; in the second stage of all
+  int ends[kMaxStates];  // of each state's jobs; the second stage has no use for them
   GradJob jobs[kMaxGradJobs];
 };
 

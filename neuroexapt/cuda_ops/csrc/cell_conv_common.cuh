@@ -16,6 +16,7 @@ using launching::check;
 using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
+using tensor_core::multiply_strip;
 using tensor_core::sum_over_quad;
 using namespace tiles;
 

@@ -129,20 +129,7 @@ __device__ void convolve(Sums<C> (&sums)[N], const float* tile, const float* tap
     });
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      Fragment<2, kExact> right[kStrip];
-#pragma unroll
-      for (int t = 0; t < kStrip; ++t) {
-        right[t].set(0, depthwise[0][n][t]);
-        right[t].set(1, depthwise[1][n][t]);
-      }
-#pragma unroll
-      for (int m = 0; m < C / 16; ++m) {
-        const float2 upper = weights[n][m][0], lower = weights[n][m][1];
-        Fragment<4, kExact> left;
-        left.set(0, upper.x), left.set(1, lower.x), left.set(2, upper.y), left.set(3, lower.y);
-#pragma unroll
-        for (int t = 0; t < kStrip; ++t) multiply<kExact>(sums[n].values[m][t], left, right[t]);
-      }
+      multiply_strip<kExact>(sums[n].values, weights[n], depthwise[0][n], depthwise[1][n]);
     }
   }
 }

@@ -42,6 +42,26 @@ __device__ void multiply(float (&sums)[4], const Fragment<4, kExact>& a, const F
   mma(sums, a.high, b.high);
 }
 
+// sums += W · d for T · 8 columns: the lane's weights of M · 16 rows, upper and lower eight, and its two rows of d.
+template <bool kExact, int M, int T>
+__device__ void multiply_strip(float (&sums)[M][T][4], const float2 (&weights)[M][2], const float (&first)[T],
+                               const float (&second)[T]) {
+  Fragment<2, kExact> right[T];
+#pragma unroll
+  for (int t = 0; t < T; ++t) {
+    right[t].set(0, first[t]);
+    right[t].set(1, second[t]);
+  }
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const float2 upper = weights[m][0], lower = weights[m][1];
+    Fragment<4, kExact> left;
+    left.set(0, upper.x), left.set(1, lower.x), left.set(2, upper.y), left.set(3, lower.y);
+#pragma unroll
+    for (int t = 0; t < T; ++t) multiply<kExact>(sums[m][t], left, right[t]);
+  }
+}
+
 __device__ inline float sum_over_quad(float v) {  // of the four lanes that share g
   v += __shfl_xor_sync(~0u, v, 1);
   return v + __shfl_xor_sync(~0u, v, 2);
