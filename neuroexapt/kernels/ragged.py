@@ -1,0 +1,75 @@
+"""Where the sequences of a batch lie: padded [B, N, …] and jagged [T, …] input as one case.
+
+Kernels see rows: position t of sequence b is row ``starts[b] + t`` for t < ``lengths[b]``. Padded input is
+the rows of its first two dimensions, ``starts[b] = b · N``; rows past a sequence's length are never read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuroexapt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """The place of every sequence among the rows.
+
+    ``starts``, ``lengths``: [B] int32 on the rows' device; ``max_length``: what no length exceeds.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    max_length: int
+
+
+def ragged(
+    x: Tensor, lengths: Tensor | None = None, offsets: Tensor | None = None, max_length: int | None = None
+) -> Ragged:
+    """The layout of ``x``.
+
+    Args:
+        x: [B, N, …] or, with ``offsets``, [T, …].
+        lengths: [B], of padded input; None: every sequence is N long. Larger values count as N.
+        offsets: [B + 1], 0 to T, where each sequence of jagged input starts and the last one ends.
+        max_length: of jagged input. It is not read off ``offsets``, which would wait for the device.
+
+    Raises:
+        UserError: both are given, a shape does not fit, or jagged input comes without ``max_length``.
+    """
+    if offsets is not None:
+        if lengths is not None or max_length is None:
+            raise UserError("jagged input takes offsets [B + 1] and max_length, and no lengths")
+        offsets = offsets.to(x.device, torch.int32)
+        return Ragged(offsets[:-1], offsets.diff(), max_length)
+    if x.dim() < 2:
+        raise UserError(f"padded input is [B, N, …], not {[*x.shape]}; give offsets with jagged input")
+    batch, length = x.shape[:2]
+    if max_length not in (None, length):
+        raise UserError(f"padded input of {length} positions has that max_length, not {max_length}")
+    if lengths is None:
+        lengths = torch.full((batch,), length, dtype=torch.int32, device=x.device)
+    if lengths.shape != (batch,):
+        raise UserError(f"lengths must have shape [{batch}], one for each sequence, not {[*lengths.shape]}")
+    starts = torch.arange(batch, dtype=torch.int32, device=x.device) * length
+    return Ragged(starts, lengths.to(x.device, torch.int32).clamp(0, length), length)
+
+
+def is_valid(layout: Ragged, length: int) -> Tensor:
+    """[B, ``length``]: which positions of padded input belong to a sequence."""
+    return torch.arange(length, device=layout.lengths.device) < layout.lengths[:, None]
+
+
+def to_padded(x: Tensor, layout: Ragged) -> Tensor:
+    """Jagged [T, …] as [B, max_length, …], zero at padded positions; differentiable."""
+    positions = torch.arange(layout.max_length, device=x.device)
+    valid = positions < layout.lengths[:, None]
+    rows = torch.where(valid, layout.starts[:, None] + positions, 0)
+    picked = x[rows] if len(x) else x.new_zeros(*rows.shape, *x.shape[1:])
+    return picked.masked_fill(~valid[(...,) + (None,) * (x.dim() - 1)], 0)
+
+
+def to_jagged(x: Tensor, layout: Ragged) -> Tensor:
+    """Padded [B, N, …] as the rows [T, …] of its valid positions, in order; differentiable."""
+    return x[is_valid(layout, x.shape[1])]
