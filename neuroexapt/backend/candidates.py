@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -32,6 +32,7 @@ MODULES = {
 KERNEL_TIERS = ("ext", "triton")
 
 _launches_are_free: ContextVar[bool] = ContextVar("neuroexapt_launches_are_free", default=False)
+_switched_off: ContextVar[frozenset[str]] = ContextVar("neuroexapt_switched_off", default=frozenset())
 
 
 @contextlib.contextmanager
@@ -47,6 +48,16 @@ def free_launches() -> Iterator[None]:
         _launches_are_free.reset(token)
 
 
+@contextlib.contextmanager
+def without_kernels(ops: Iterable[str]) -> Iterator[None]:
+    """Run ``ops`` in plain PyTorch inside the block; the choice among kernels stays as it is for others."""
+    token = _switched_off.set(_switched_off.get().union(ops))
+    try:
+        yield
+    finally:
+        _switched_off.reset(token)
+
+
 def candidates(
     op: str, dtype: torch.dtype, operands: int
 ) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
@@ -54,6 +65,8 @@ def candidates(
 
     Each comes with the size of tensor from which on it pays off, 0 where the user chose it by name.
     """
+    if op in _switched_off.get():
+        return (), ("its kernels are switched off",)
     chosen = registry.get_backend().tier
     usable, refusals = [], []
     for tier in KERNEL_TIERS if chosen == "auto" else (chosen,):

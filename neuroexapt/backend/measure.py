@@ -50,9 +50,14 @@ class OpCheck:
     reason: str
 
 
-def time_calls(run: Callable[[], object], device: torch.device, seconds: float) -> Timing:
-    """Time ``run`` for about ``seconds``, after a warm-up that compiles what needs compiling."""
-    fewest, most = _TIMED_CALLS
+def time_calls(
+    run: Callable[[], object], device: torch.device, seconds: float, calls: tuple[int, int] = _TIMED_CALLS
+) -> Timing:
+    """Time ``run`` for about ``seconds``, after a warm-up that compiles what needs compiling.
+
+    ``calls``: how many are timed at least and at most; at least two.
+    """
+    fewest, most = calls
     for _ in range(_WARM_UP_CALLS):
         run()
     times: list[float] = []

@@ -48,6 +48,15 @@ def test_a_call_on_the_cpu_runs_the_reference_and_is_counted():
     assert backend.dispatch_report() == {}
 
 
+def test_ops_without_kernels_run_the_reference_and_say_so(choose):
+    choose("auto")
+    with candidates.without_kernels(["weighted_sum"]), candidates.without_kernels(["softmax_sum"]):
+        for op in ("weighted_sum", "softmax_sum"):
+            decision = backend.explain(op, *gpu_sum())
+            assert (decision.impl, decision.reason) == ("torch", "its kernels are switched off")
+    assert backend.explain("softmax_sum", *gpu_sum()).impl == "ext"
+
+
 def test_auto_takes_the_extension_first_then_triton_then_pytorch(choose):
     choose("auto")
     assert backend.explain("softmax_sum", *gpu_sum()).impl == "ext"
