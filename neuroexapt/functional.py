@@ -116,6 +116,84 @@ def factorized_reduce(x: Tensor, op: nn.Module) -> Tensor:
     return dispatch("factorized_reduce", x, op)
 
 
+def sequence_recommendation_interaction(
+    items: Tensor,
+    target: Tensor,
+    decay: Tensor,
+    *,
+    timestamps: Tensor | None = None,
+    window: int = 5,
+    lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Three summaries of a user's items, and how much each item resembles those before it.
+
+    Of a sequence of n items e_t at times τ_t, with the target v, the rate λ and ê = e / √(‖e‖² + 10⁻⁶):
+
+        attention   Σ_t softmax_t(⟨e_t, v⟩ / √D) · e_t
+        short term  mean of the last min(W, n) items
+        long term   Σ_t w_t · e_t / Σ_t w_t,  w_t = e^{−λ(τ_n − τ_t)}
+        similarity  s_t = Σ_{j<t} e^{−λ(τ_t − τ_j)} · ⟨ê_t, ê_j⟩
+
+    The weights of each pool sum to 1. The pools of an empty sequence are 0. s_t depends on no later item. The
+    kernel keeps the running state of s_t, D numbers, where the reference writes all pairs.
+
+    Args:
+        items: [B, N, D] or, jagged, [T, D].
+        target: [B, D], of the items' dtype. A linear layer before it makes the attention bilinear.
+        decay: λ ≥ 0, of shape [], in one over the unit of the timestamps; best left in fp32.
+        timestamps: [B, N] or [T], not decreasing within a sequence, without gradient; differences of integers
+            are exact. None: τ_t = t.
+        window: W, at least 1.
+        lengths: [B], of padded input, valid items first; None: all full. What lies behind is never read.
+        offsets: [B + 1], where each sequence of jagged input starts and the last one ends.
+        max_length: of jagged input, what no sequence exceeds.
+
+    Returns:
+        The pools [B, 3, D], in the order above, and the similarity [B, N] or [T], 0 at padded positions.
+
+    Raises:
+        UserError: shapes do not fit together, or the window is empty.
+
+    Source: attention after Zhou et al., "Deep Interest Network", 2018, whose activation unit is a small
+    network and not normalised; short-term memory after Liu et al., "STAMP", 2018, which has the last item
+    alone; decay with time after Yu et al., "SLi-Rec", 2019, where it is a gate inside an LSTM.
+    """
+    return dispatch(
+        "sequence_recommendation_interaction",
+        items,
+        target,
+        decay,
+        timestamps=timestamps,
+        window=window,
+        lengths=lengths,
+        offsets=offsets,
+        max_length=max_length,
+    )
+
+
+def interaction_operator(dense: Tensor, fields: Tensor | None = None) -> Tensor:
+    """``R = [x ; ⟨t_i, t_j⟩ for j < i]``: a sample's dense vector, and the products of all its vectors.
+
+    ``T = [x; e_1 … e_F]``; the pairs come row by row, (1, 0), (2, 0), (2, 1), …, with x as vector 0.
+
+    Args:
+        dense: x, [B, D]; without ``fields``, all vectors of a sample in one tensor, [B, F + 1, D].
+        fields: e, [B, F, D].
+
+    Returns:
+        [B, D + F · (F + 1) / 2].
+
+    Raises:
+        UserError: the shapes do not fit together.
+
+    Source: Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation
+    Systems", 2019.
+    """
+    return dispatch("interaction_operator", dense, fields)
+
+
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``node_j = Σ_{i<j} MixedOp_ij(state_i, weights_ij)`` by plan; the output joins ``plan.outputs``.
 

@@ -112,5 +112,7 @@ for _op in (
     "global_avg_pool",
     "relu_conv_bn",
     "factorized_reduce",
+    "interaction_operator",
+    "sequence_recommendation_interaction",
 ):
     registry.register_impl(_op, "torch", getattr(reference, _op), lambda *args, **kwargs: Support(True))

@@ -11,6 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuroexapt.kernels.interaction_operator import interaction_operator as interaction_operator
+from neuroexapt.kernels.sequence_recommendation_interaction import (
+    sequence_recommendation_interaction as sequence_recommendation_interaction,
+)
+
 
 def weighted_sum(xs: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``y = Σ_k weights[k] · xs[k]``; ``xs``: K tensors of one shape, ``weights``: [K]."""
