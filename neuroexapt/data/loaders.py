@@ -1,6 +1,6 @@
 """Batches for searching, training and evaluating.
 
-Which images make up batch number t, and how they are augmented, are functions of (seed, t) alone, t counted
+Which examples make up batch number t, and how they are augmented, are functions of (seed, t) alone, t counted
 over all epochs. So nothing needs saving: a run resumed at step t sees the very batches it would have seen.
 """
 
@@ -58,7 +58,7 @@ def make_loader(
     augmentation: Augmentation | None = None,
     workers: int | None = None,
     drop_last: bool = True,
-) -> "Loader":
+) -> "ImageLoader":
     """The loader for this part: on the device if the part is in memory, else streaming.
 
     indices: int64 [M], the images to use (None: all). mean, std: one float a channel, see ImageDataset.
@@ -86,27 +86,13 @@ def make_loader(
 
 
 class Loader(ABC):
-    """Batches (images float32 [B, C, H, W] normalised, labels int64 [B]) on the device."""
+    """Batches (inputs, labels [B, …] int64) on the device, of whatever the data set holds."""
 
-    def __init__(
-        self,
-        indices: Tensor,
-        batch_size: int,
-        device: torch.device,
-        seed: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        augmentation: Augmentation | None,
-        drop_last: bool,
-    ):
+    def __init__(self, count: int, batch_size: int, device: torch.device, seed: int, drop_last: bool) -> None:
         self.batch_size = batch_size
         self.device = device
         self.seed = seed
-        self.augmentation = augmentation
-        self._order = _Order(len(indices), batch_size, seed, drop_last)
-        self._mean = torch.tensor(mean, device=device)
-        self._std = torch.tensor(std, device=device)
-        self._generator = torch.Generator(device)
+        self._order = _Order(count, batch_size, seed, drop_last)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -121,8 +107,36 @@ class Loader(ABC):
         """epoch(0), epoch(1), … without end, from step `start` on, counted over all epochs."""
         return self._training_batches(range(start, sys.maxsize))
 
+    @abstractmethod
     def evaluation(self) -> Iterator[Batch]:
-        """Every image once, in the order of the indices, not augmented; the last batch may be smaller."""
+        """Everything once, in order, not augmented; the last batch may be smaller."""
+
+    @abstractmethod
+    def _training_batches(self, steps: range) -> Iterator[Batch]:
+        """The batches of these steps, counted over all epochs."""
+
+
+class ImageLoader(Loader):
+    """Batches (images float32 [B, C, H, W] normalised, labels int64 [B])."""
+
+    def __init__(
+        self,
+        indices: Tensor,
+        batch_size: int,
+        device: torch.device,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: Augmentation | None,
+        drop_last: bool,
+    ):
+        super().__init__(len(indices), batch_size, device, seed, drop_last)
+        self.augmentation = augmentation
+        self._mean = torch.tensor(mean, device=device)
+        self._std = torch.tensor(std, device=device)
+        self._generator = torch.Generator(device)
+
+    def evaluation(self) -> Iterator[Batch]:
         for images, labels in self._read_in_order():
             yield normalise(images, self._mean, self._std), labels
 
@@ -143,7 +157,7 @@ class Loader(ABC):
         """Images uint8 [B, C, H, W] and labels on the device, for the evaluation pass."""
 
 
-class ResidentLoader(Loader):
+class ResidentLoader(ImageLoader):
     """Keeps its images on the device as uint8: a batch costs one gather there and no transfer."""
 
     def __init__(self, part: ResidentImages, indices: Tensor, **settings):
@@ -160,7 +174,7 @@ class ResidentLoader(Loader):
         return zip(self._images.split(self.batch_size), self._labels.split(self.batch_size), strict=True)
 
 
-class StreamingLoader(Loader):
+class StreamingLoader(ImageLoader):
     """Decodes images in worker processes, which live as long as the loader, and transfers them as uint8.
 
     One training iteration (`epoch` or `forever`) and one `evaluation` can be under way at a time; starting
