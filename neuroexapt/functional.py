@@ -116,6 +116,69 @@ def factorized_reduce(x: Tensor, op: nn.Module) -> Tensor:
     return dispatch("factorized_reduce", x, op)
 
 
+def hstu_hierarchical_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    position_bias: Tensor | None = None,
+    time_bias: Tensor | None = None,
+    timestamps: Tensor | None = None,
+    windows: Sequence[int | None] = (None,),
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
+) -> Tensor:
+    """HSTU's attention, without a softmax, over the whole history and local windows at several levels.
+
+        y_i = 1/N · Σ_j SiLU(scale · ⟨q_i, k_j⟩ + p[L − 1 + j − i] + t[bucket(τ_i − τ_j)]) · v_j
+
+    over the positions j ≤ i that i's head sees, in each head. N is ``max_length``, whatever a sequence's own
+    length. ``bucket(Δ) = min(⌊ln(max(1, |Δ|)) / 0.301⌋, K − 1)``, found by comparing integers. The kernels
+    look both tables up as they go and write nothing of the size N x N; gradients are deterministic. In bf16
+    they take SiLU from the hardware's tanh (error 5·10⁻⁴), in fp32 products are exact, or TF32 where
+    ``torch.backends.cuda.matmul.allow_tf32``.
+
+    Args:
+        query: [B, N, H, d] or, jagged, [T, H, d].
+        key: like query.
+        value: [B, N, H, dv] or [T, H, dv], of the same dtype.
+        position_bias: p, [2L − 1] with L ≥ N, for all heads; best left in fp32, as the next.
+        time_bias: t, [K], for all heads; needs ``timestamps``.
+        timestamps: τ, [B, N] or [T] integers, in any unit and order.
+        windows: one entry a level, None for the whole history, else how many of the last positions are seen,
+            the query's own among them. The heads are split evenly among levels, in order.
+        scale: 1 / √d by default.
+        lengths: [B], of padded input, valid positions first; None: all full. What lies behind is never read.
+        offsets: [B + 1], where each sequence of jagged input starts and the last one ends.
+        max_length: of jagged input, what no sequence exceeds.
+
+    Returns:
+        Like value, 0 at padded positions.
+
+    Raises:
+        UserError: shapes or dtypes do not fit together.
+
+    Source: Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
+    Generative Recommendations", ICML 2024; of its unit this is ``A(X) V(X)``.
+    """
+    return dispatch(
+        "hstu_hierarchical_attention",
+        query,
+        key,
+        value,
+        position_bias=position_bias,
+        time_bias=time_bias,
+        timestamps=timestamps,
+        windows=windows,
+        scale=scale,
+        lengths=lengths,
+        offsets=offsets,
+        max_length=max_length,
+    )
+
+
 def sequence_recommendation_interaction(
     items: Tensor,
     target: Tensor,

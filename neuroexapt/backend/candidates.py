@@ -114,5 +114,6 @@ for _op in (
     "factorized_reduce",
     "interaction_operator",
     "sequence_recommendation_interaction",
+    "hstu_hierarchical_attention",
 ):
     registry.register_impl(_op, "torch", getattr(reference, _op), lambda *args, **kwargs: Support(True))

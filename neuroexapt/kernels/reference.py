@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuroexapt.kernels.hstu_hierarchical_attention import (
+    hstu_hierarchical_attention as hstu_hierarchical_attention,
+)
 from neuroexapt.kernels.interaction_operator import interaction_operator as interaction_operator
 from neuroexapt.kernels.sequence_recommendation_interaction import (
     sequence_recommendation_interaction as sequence_recommendation_interaction,
