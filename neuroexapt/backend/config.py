@@ -1,4 +1,4 @@
-"""The saved configuration: one JSON file, at ``NEUROEXAPT_CONFIG`` or in the user's home."""
+"""The saved configuration: one JSON file, at ``NEUROEXAPT_CONFIG`` or among the user's configurations."""
 
 import json
 import os
@@ -10,8 +10,10 @@ from neuroexapt.errors import UserError
 
 def config_path() -> Path:
     """Where the configuration is saved."""
-    default = Path.home() / ".config" / "neuroexapt" / "config.json"
-    return Path(os.environ.get("NEUROEXAPT_CONFIG") or default)
+    if chosen := os.environ.get("NEUROEXAPT_CONFIG"):
+        return Path(chosen)
+    configurations = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(configurations) / "neuroexapt" / "config.json"
 
 
 def load_config(path: Path | None = None) -> dict[str, Any]:
