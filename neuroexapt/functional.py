@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.dispatch import dispatch, explain
 from neuroexapt.errors import UserError
+from neuroexapt.kernels.hierarchical_sequence_fusion import check as _check_fusion
 
 if TYPE_CHECKING:
     from neuroexapt.core.plan import CellPlan
@@ -179,6 +180,70 @@ def hstu_hierarchical_attention(
     )
 
 
+def hierarchical_sequence_fusion(
+    x: Tensor,
+    scale_weight: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    out_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    windows: Sequence[int] = (1, 3, 7, 15),
+    temperature: float = 1.0,
+    eps: float = 1e-5,
+    lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
+) -> Tensor:
+    """Means over several windows of the past, weighed position by position and gated into x.
+
+    At position t of a sequence, with the windows w_1 … w_K, the scales E and the temperature τ:
+
+        m^k = mean of x_s over max(0, t − w_k + 1) ≤ s ≤ t
+        α   = softmax_k(⟨x_t, E_k⟩ / τ)
+        f   = Σ_k α_k · m^k
+        y   = LayerNorm(x_t + σ(W_g [x_t; f] + b_g) ⊙ W_o f)
+
+    Args:
+        x: [B, N, D] or, jagged, [T, D].
+        scale_weight: E, [K, D].
+        gate_weight: W_g, [D, 2D], its first D columns for x.
+        gate_bias: b_g, [D].
+        out_weight: W_o, [D, D].
+        norm_weight: [D].
+        norm_bias: [D].
+        windows: K lengths of at least 1.
+        temperature: τ > 0.
+        eps: added to LayerNorm's variance.
+        lengths: [B], of padded input, valid items first; None: all full. What lies behind is never read.
+        offsets: [B + 1], where each sequence of jagged input starts and the last one ends.
+        max_length: of jagged input, what no sequence exceeds.
+
+    Returns:
+        Like x, 0 at padded positions; y_t depends on no later position. Weights are cast to x's dtype;
+        where autocast is enabled, x and weights are cast to its dtype.
+
+    Raises:
+        UserError: shapes do not fit together, a window is empty, or the temperature is not above 0.
+
+    Source: windows of several lengths after Tang and Wang, "Caser", 2018; gating after Ma et al.,
+    "Hierarchical Gating Networks for Sequential Recommendation", 2019.
+    """
+    weights = scale_weight, gate_weight, gate_bias, out_weight, norm_weight, norm_bias
+    _check_fusion(x, *weights, windows, temperature)
+    return dispatch(
+        "hierarchical_sequence_fusion",
+        *_in_one_dtype(x, *weights),
+        windows=tuple(windows),
+        temperature=temperature,
+        eps=eps,
+        lengths=lengths,
+        offsets=offsets,
+        max_length=max_length,
+    )
+
+
 def sequence_recommendation_interaction(
     items: Tensor,
     target: Tensor,
@@ -291,6 +356,13 @@ def cell_is_fused(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> 
 def _plan_for(x: Tensor, plan: CellPlan) -> CellPlan:
     """In plain PyTorch, what is merged can be of any size."""
     return plan.for_kernels if x.is_cuda else plan
+
+
+def _in_one_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """All of them in autocast's dtype where it is enabled, else in x's."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return tuple(tensor.to(dtype) for tensor in (x, *weights))
 
 
 def _operands(xs: Sequence[Tensor], scores: Tensor, name: str) -> list[Tensor]:

@@ -27,6 +27,11 @@ MODULES = {
     ("avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
     ("max_pool", "triton"): "neuroexapt.kernels.pool_triton",
     ("global_avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
+    (
+        "hierarchical_sequence_fusion",
+        "triton",
+    ): "neuroexapt.kernels.hierarchical_sequence_fusion_triton",
+    ("interaction_operator", "triton"): "neuroexapt.kernels.interaction_operator_triton",
 }
 # Best first, as measured: see TRITON_CUDA_OPTIMIZATION_SUITE.md.
 KERNEL_TIERS = ("ext", "triton")
@@ -112,6 +117,7 @@ for _op in (
     "global_avg_pool",
     "relu_conv_bn",
     "factorized_reduce",
+    "hierarchical_sequence_fusion",
     "interaction_operator",
     "sequence_recommendation_interaction",
     "hstu_hierarchical_attention",

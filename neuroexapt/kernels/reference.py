@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuroexapt.kernels.hierarchical_sequence_fusion import (
+    hierarchical_sequence_fusion as hierarchical_sequence_fusion,
+)
 from neuroexapt.kernels.hstu_hierarchical_attention import (
     hstu_hierarchical_attention as hstu_hierarchical_attention,
 )

@@ -1,0 +1,488 @@
+"""``hierarchical_sequence_fusion`` in Triton: one kernel forward, two backward.
+
+Shapes: B sequences of up to N positions, R rows (B·N, or T of jagged input), D features, padded to DP;
+K windows, padded to KP; a program owns BM positions of one sequence and sees HALO ≥ max(windows) − 1
+positions before them (backward, after them).
+
+Why it is built this way:
+
+- A mixture of causal means is a product with a band matrix: ``f = C·x`` with
+  ``C[t, s] = Σ_k α_k[t] · [0 ≤ t − s < w_k] / min(t + 1, w_k)``. C is made in registers from a row's K shares,
+  so the K means never exist, each x is read once however wide the windows are, and the sums run on the
+  tensor cores. Backward is the transposed band, ``dx = Cᵀ·df``, and the gradient of a share is a sum over its
+  band of ``df·xᵀ``.
+- Forward reads x and the weights and writes y; for a backward pass it also keeps f, the gate and ``W_o f``.
+  They cost 12.9 GFLOP to recompute at R = 32,768, D = 256: more time than writing and reading them takes.
+- Backward first goes through LayerNorm, gate and products (rows alone), then through the band, which needs
+  the next rows' df. Weight gradients are one product over all rows, ``[dg | do]ᵀ·[x | f]``; every other
+  parameter's are one partial sum a program, added up in a fixed order.
+- Products of fp32 are three TF32 products (fp32 grade), one where PyTorch's matrix products may be.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neuroexapt.backend import Support, register_impl
+from neuroexapt.kernels.ragged_triton import rows_to_write, sequence_span, sequences_of
+from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_WINDOW = 129
+_MAX_WINDOWS = 16
+_MAX_WIDTH = 256
+
+
+@triton.jit
+def _shares(scores, K: tl.constexpr, KP: tl.constexpr):
+    """Softmax over the first K of KP columns: [BM, KP]."""
+    scores = tl.where(tl.arange(0, KP)[None, :] < K, scores, -float("inf"))
+    exponentials = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+    return exponentials / tl.sum(exponentials, axis=1)[:, None]
+
+
+@triton.jit
+def _column(matrix, k, KP: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, KP)[None, :] == k, matrix, 0.0), axis=1)
+
+
+@triton.jit
+def _band(shares, t, s, WINDOWS: tl.constexpr, KP: tl.constexpr):
+    """C[t, s], the weight of position s in the mixture of means at position t."""
+    distance = t[:, None] - s[None, :]
+    band = tl.zeros(distance.shape, tl.float32)
+    for k in tl.static_range(len(WINDOWS)):
+        weight = _column(shares, k, KP) / tl.minimum(t + 1, WINDOWS[k]).to(tl.float32)
+        band += tl.where((distance >= 0) & (distance < WINDOWS[k]), weight[:, None], 0.0)
+    return band
+
+
+@triton.jit
+def _rows(ptr, rows, columns, stride, mask):
+    """A tile [rows, columns] of a row-major matrix, zero where ``mask`` [rows] or the width end."""
+    pointers = ptr + rows[:, None] * stride + columns[None, :]
+    return tl.load(pointers, mask=mask[:, None] & (columns < stride)[None, :], other=0.0)
+
+
+@triton.jit
+def _normalised(z, D: tl.constexpr, DP: tl.constexpr, eps):
+    """z [BM, DP] with mean 0 and variance 1 over its D features, and the inverse deviation [BM]."""
+    z = z - (tl.sum(z, axis=1) / D)[:, None]
+    z = tl.where(tl.arange(0, DP)[None, :] < D, z, 0.0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(z * z, axis=1) / D + eps)
+    return z * rstd[:, None], rstd
+
+
+@triton.jit
+def hierarchical_sequence_fusion_fwd_kernel(
+    x_ptr, scale_ptr, gate_weight_ptr, gate_bias_ptr, out_weight_ptr, norm_weight_ptr, norm_bias_ptr,
+    y_ptr, inputs_ptr, branches_ptr, shares_ptr, lengths, offsets, max_length, temperature, eps,
+    D: tl.constexpr, DP: tl.constexpr, WINDOWS: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, HALO: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y and, with KEEP, inputs [R, 2D] = [x | f], branches [R, 2D] = [gate | W_o f] and shares [R, KP]."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    K: tl.constexpr = len(WINDOWS)
+    start, length = sequence_span(tl.program_id(1), lengths, offsets, max_length)
+    first = tl.program_id(0) * BM
+    if first >= rows_to_write(length, offsets, max_length):
+        return
+    t = first + tl.arange(0, BM)
+    before = first - HALO + tl.arange(0, HALO)
+    valid = t < length
+    written = t < rows_to_write(length, offsets, max_length)
+    columns = tl.arange(0, DP)
+    scales = tl.arange(0, KP)
+
+    scores = tl.zeros([BM, KP], tl.float32)
+    for chunk in range(0, D, BK):
+        features = chunk + tl.arange(0, BK)
+        x = _rows(x_ptr, start + t, features, D, valid)  # [BM, BK]
+        scale = _rows(scale_ptr, scales, features, D, scales < K)  # [KP, BK]
+        scores = tl.dot(x, tl.trans(scale), scores, input_precision=PRECISION)
+    shares = _shares(scores / temperature, K, KP)
+    band = _band(shares, t, t, WINDOWS, KP).to(dtype)  # [BM, BM]
+    band_before = _band(shares, t, before, WINDOWS, KP).to(dtype)  # [BM, HALO]
+
+    gate = tl.zeros([BM, DP], tl.float32)
+    out = tl.zeros([BM, DP], tl.float32)
+    for chunk in range(0, D, BK):
+        features = chunk + tl.arange(0, BK)
+        x = _rows(x_ptr, start + t, features, D, valid)
+        x_before = _rows(x_ptr, start + before, features, D, (before >= 0) & (before < length))
+        f = tl.dot(band_before, x_before, input_precision=PRECISION)
+        f = tl.dot(band, x, f, input_precision=PRECISION).to(dtype)  # [BM, BK]
+        if KEEP:
+            kept = inputs_ptr + (start + t)[:, None] * (2 * D) + features[None, :]
+            mask = written[:, None] & (features < D)[None, :]
+            tl.store(kept, x, mask=mask)
+            tl.store(kept + D, tl.where(valid[:, None], f, 0.0).to(dtype), mask=mask)
+        mask = (columns < D)[:, None] & (features < D)[None, :]
+        gate_weight = gate_weight_ptr + columns[:, None] * (2 * D) + features[None, :]
+        weight = tl.load(gate_weight, mask=mask, other=0.0)  # [DP, BK]
+        gate = tl.dot(x, tl.trans(weight), gate, input_precision=PRECISION)
+        weight = tl.load(gate_weight + D, mask=mask, other=0.0)
+        gate = tl.dot(f, tl.trans(weight), gate, input_precision=PRECISION)
+        weight = tl.load(out_weight_ptr + columns[:, None] * D + features[None, :], mask=mask, other=0.0)
+        out = tl.dot(f, tl.trans(weight), out, input_precision=PRECISION)
+
+    gate += tl.load(gate_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    gate = tl.sigmoid(gate).to(dtype)
+    out = out.to(dtype)
+    mask = written[:, None] & (columns < D)[None, :]
+    if KEEP:
+        kept = branches_ptr + (start + t)[:, None] * (2 * D) + columns[None, :]
+        tl.store(kept, gate, mask=mask)
+        tl.store(kept + D, out, mask=mask)
+        tl.store(
+            shares_ptr + (start + t)[:, None] * KP + scales[None, :],
+            tl.where(valid[:, None], shares, 0.0),
+            mask=written[:, None],
+        )
+    z = _rows(x_ptr, start + t, columns, D, valid).to(tl.float32) + gate.to(tl.float32) * out.to(tl.float32)
+    z, _ = _normalised(z, D, DP, eps)
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    y = tl.where(valid[:, None], z * norm_weight[None, :] + norm_bias[None, :], 0.0)
+    tl.store(y_ptr + (start + t)[:, None] * D + columns[None, :], y.to(dtype), mask=mask)
+
+
+@triton.jit
+def _store_sum(partial_ptr, row, values, columns, D: tl.constexpr):
+    tl.store(partial_ptr + row * D + columns, tl.sum(values, axis=0), mask=columns < D)
+
+
+@triton.jit
+def hierarchical_sequence_fusion_bwd_gate_kernel(
+    dy_ptr, x_ptr, branches_ptr, gate_weight_ptr, out_weight_ptr, norm_weight_ptr,
+    dx_ptr, df_ptr, dbranches_ptr, partial_ptr, lengths, offsets, max_length, eps,
+    D: tl.constexpr, DP: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Through LayerNorm, gate and products: df [R, D], what reaches x on these ways, and
+    dbranches [R, 2D] = [dg | do], the gradients before the sigmoid and behind W_o.
+
+    ``partial``: [programs, 3 + K, D]; its first rows are this program's shares of the gradients of the
+    norm's weight and bias and of the gate's bias.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    start, length = sequence_span(tl.program_id(1), lengths, offsets, max_length)
+    first = tl.program_id(0) * BM
+    if first >= rows_to_write(length, offsets, max_length):
+        return
+    t = first + tl.arange(0, BM)
+    valid = t < length
+    written = t < rows_to_write(length, offsets, max_length)
+    rows = start + t
+    columns = tl.arange(0, DP)
+    partial_ptr += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (3 + K) * D
+
+    dy = _rows(dy_ptr, rows, columns, D, valid).to(tl.float32)
+    x = _rows(x_ptr, rows, columns, D, valid).to(tl.float32)
+    branches = branches_ptr + rows[:, None] * (2 * D) + columns[None, :]
+    mask = valid[:, None] & (columns < D)[None, :]
+    gate = tl.load(branches, mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(branches + D, mask=mask, other=0.0).to(tl.float32)
+    z, rstd = _normalised(x + gate * out, D, DP, eps)
+    _store_sum(partial_ptr, 0, dy * z, columns, D)
+    _store_sum(partial_ptr, 1, dy, columns, D)
+    dz = dy * tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    dz = tl.where(
+        mask, dz - (tl.sum(dz, axis=1) / D)[:, None] - z * (tl.sum(dz * z, axis=1) / D)[:, None], 0.0
+    )
+    dz *= rstd[:, None]
+    dgate = dz * out * gate * (1 - gate)
+    _store_sum(partial_ptr, 2, dgate, columns, D)
+    written_mask = written[:, None] & (columns < D)[None, :]
+    dbranches = dbranches_ptr + rows[:, None] * (2 * D) + columns[None, :]
+    tl.store(dbranches, dgate.to(dtype), mask=written_mask)
+    tl.store(dbranches + D, (dz * gate).to(dtype), mask=written_mask)
+    tl.debug_barrier()  # other threads of the program read these back below
+
+    dx = dz
+    df = tl.zeros([BM, DP], tl.float32)
+    for chunk in range(0, D, BK):
+        features = chunk + tl.arange(0, BK)
+        chunk_mask = valid[:, None] & (features < D)[None, :]
+        read_back = dbranches_ptr + rows[:, None] * (2 * D) + features[None, :]
+        gate_chunk = tl.load(read_back, mask=chunk_mask, other=0.0)  # [BM, BK]
+        out_chunk = tl.load(read_back + D, mask=chunk_mask, other=0.0)
+        weight_mask = (features < D)[:, None] & (columns < D)[None, :]
+        gate_weight = gate_weight_ptr + features[:, None] * (2 * D) + columns[None, :]
+        weight = tl.load(gate_weight, mask=weight_mask, other=0.0)  # [BK, DP]
+        dx = tl.dot(gate_chunk, weight, dx, input_precision=PRECISION)
+        weight = tl.load(gate_weight + D, mask=weight_mask, other=0.0)
+        df = tl.dot(gate_chunk, weight, df, input_precision=PRECISION)
+        weight = tl.load(
+            out_weight_ptr + features[:, None] * D + columns[None, :], mask=weight_mask, other=0.0
+        )
+        df = tl.dot(out_chunk, weight, df, input_precision=PRECISION)
+    tl.store(dx_ptr + rows[:, None] * D + columns[None, :], dx.to(dtype), mask=written_mask)
+    tl.store(df_ptr + rows[:, None] * D + columns[None, :], df.to(dtype), mask=written_mask)
+
+
+@triton.jit
+def hierarchical_sequence_fusion_bwd_band_kernel(
+    x_ptr, df_ptr, shares_ptr, scale_ptr, dx_ptr, partial_ptr, lengths, offsets, max_length, temperature,
+    D: tl.constexpr, WINDOWS: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    HALO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to dx what reaches x through the means and their shares.
+
+    ``partial``: as in the kernel above; its last K rows are this program's shares of the scales' gradient.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    K: tl.constexpr = len(WINDOWS)
+    start, length = sequence_span(tl.program_id(1), lengths, offsets, max_length)
+    first = tl.program_id(0) * BM
+    if first >= length:
+        return
+    t = first + tl.arange(0, BM)
+    before = first - HALO + tl.arange(0, HALO)
+    after = first + BM + tl.arange(0, HALO)
+    valid, before_valid, after_valid = t < length, (before >= 0) & (before < length), after < length
+    scales = tl.arange(0, KP)
+    partial_ptr += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (3 + K) * D
+
+    # How much each pair of positions would gain from a larger weight in C.
+    gain = tl.zeros([BM, BM], tl.float32)
+    gain_before = tl.zeros([BM, HALO], tl.float32)
+    for chunk in range(0, D, BK):
+        features = chunk + tl.arange(0, BK)
+        df = _rows(df_ptr, start + t, features, D, valid)
+        x = _rows(x_ptr, start + t, features, D, valid)
+        x_before = _rows(x_ptr, start + before, features, D, before_valid)
+        gain = tl.dot(df, tl.trans(x), gain, input_precision=PRECISION)
+        gain_before = tl.dot(df, tl.trans(x_before), gain_before, input_precision=PRECISION)
+    shares = _rows(shares_ptr, start + t, scales, KP, valid)
+    dshares = tl.zeros([BM, KP], tl.float32)
+    for k in tl.static_range(K):
+        inside = (t[:, None] - t[None, :] >= 0) & (t[:, None] - t[None, :] < WINDOWS[k])
+        dshare = tl.sum(tl.where(inside, gain, 0.0), axis=1)
+        dshare += tl.sum(tl.where(t[:, None] - before[None, :] < WINDOWS[k], gain_before, 0.0), axis=1)
+        dshare /= tl.minimum(t + 1, WINDOWS[k]).to(tl.float32)
+        dshares = tl.where(scales[None, :] == k, dshare[:, None], dshares)
+    dscores = shares * (dshares - tl.sum(shares * dshares, axis=1)[:, None]) / temperature
+    dscores = dscores.to(dtype)
+
+    band = tl.trans(_band(shares, t, t, WINDOWS, KP)).to(dtype)
+    shares_after = _rows(shares_ptr, start + after, scales, KP, after_valid)
+    band_after = tl.trans(_band(shares_after, after, t, WINDOWS, KP)).to(dtype)  # [BM, HALO]
+    for chunk in range(0, D, BK):
+        features = chunk + tl.arange(0, BK)
+        df = _rows(df_ptr, start + t, features, D, valid)
+        df_after = _rows(df_ptr, start + after, features, D, after_valid)
+        scale = _rows(scale_ptr, scales, features, D, scales < K)  # [KP, BK]
+        x = _rows(x_ptr, start + t, features, D, valid)
+        dx = _rows(dx_ptr, start + t, features, D, valid).to(tl.float32)
+        dx = tl.dot(band, df, dx, input_precision=PRECISION)
+        dx = tl.dot(band_after, df_after, dx, input_precision=PRECISION)
+        dx = tl.dot(dscores, scale, dx, input_precision=PRECISION)
+        mask = valid[:, None] & (features < D)[None, :]
+        tl.store(dx_ptr + (start + t)[:, None] * D + features[None, :], dx.to(dtype), mask=mask)
+        dscale = tl.dot(tl.trans(dscores), x, input_precision=PRECISION)  # [KP, BK]
+        mask = (scales < K)[:, None] & (features < D)[None, :]
+        tl.store(partial_ptr + (3 + scales)[:, None] * D + features[None, :], dscale, mask=mask)
+
+
+@functools.cache
+def _blocks(width: int, itemsize: int) -> dict[str, int]:
+    """Tiles and warps: two [BM, DP] accumulators in fp32 fill half of the registers at 256 features."""
+    padded = max(16, triton.next_power_of_2(width))
+    is_wide, is_fp32 = padded > 128, itemsize == 4
+    return {
+        "D": width,
+        "DP": padded,
+        "BM": (16 if is_wide else 32) if is_fp32 else 64,
+        "BK": min(padded, 32 if is_wide or is_fp32 else 64),
+        "num_warps": 8 if padded > 64 else 4,
+        "num_stages": 2,
+    }
+
+
+@functools.cache
+def _halo(windows: tuple[int, ...]) -> int:
+    return max(16, triton.next_power_of_2(max(windows) - 1))
+
+
+def _padded_count(windows: Sequence[int]) -> int:
+    return max(16, triton.next_power_of_2(len(windows)))
+
+
+def _precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _empty_results(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, windows, _, _, keep = arguments
+    rows, width = x.shape[:-1].numel() if keep else 0, x.shape[-1]
+    inputs, branches = (x.new_empty(rows, 2 * width) for _ in range(2))
+    shares = x.new_empty(rows, _padded_count(windows), dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), inputs, branches, shares
+
+
+def _forward(
+    x: Tensor,
+    scale_weight: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    out_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    max_length: int | None,
+    windows: list[int],
+    temperature: float,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = _empty_results(x, windows, temperature, eps, keep)
+    sequences, max_length = sequences_of(x, offsets, max_length)
+    if not x.numel():
+        return results
+    blocks = _blocks(x.shape[-1], x.itemsize)
+    grid = _ceil_div(max_length, blocks["BM"]), sequences
+    weights = scale_weight, gate_weight, gate_bias, out_weight, norm_weight, norm_bias
+    with torch.cuda.device_of(x):
+        hierarchical_sequence_fusion_fwd_kernel[grid](
+            x.contiguous(), *(weight.contiguous() for weight in weights), *results,
+            lengths, offsets, max_length, temperature, eps, WINDOWS=tuple(windows),
+            KP=_padded_count(windows), HALO=_halo(tuple(windows)), KEEP=keep, PRECISION=_precision(),
+            **blocks,
+        )  # fmt: skip
+    return results
+
+
+def _empty_gradients(dy: Tensor, x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    *_, windows, _, _ = arguments
+    rows, width = x.shape[:-1].numel(), x.shape[-1]
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, x.new_empty(rows, 2 * width), x.new_empty(3 + len(windows), width, dtype=torch.float32)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    scale_weight: Tensor,
+    gate_weight: Tensor,
+    out_weight: Tensor,
+    norm_weight: Tensor,
+    branches: Tensor,
+    shares: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    max_length: int | None,
+    windows: list[int],
+    temperature: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, [dg | do] [R, 2D], and the gradients of norm weight and bias, gate bias and scales [3 + K, D]."""
+    dx, dbranches, sums = _empty_gradients(dy, x, windows, temperature, eps)
+    sequences, max_length = sequences_of(x, offsets, max_length)
+    if not x.numel():
+        return dx, dbranches, sums.zero_()
+    blocks = _blocks(x.shape[-1], x.itemsize)
+    tiles = _ceil_div(max_length, blocks["BM"])
+    grid = tiles, sequences
+    df, x = torch.empty_like(dx), x.contiguous()
+    partials = sums.new_zeros(tiles * sequences, *sums.shape)
+    place = lengths, offsets, max_length
+    with torch.cuda.device_of(x):
+        hierarchical_sequence_fusion_bwd_gate_kernel[grid](
+            dy.contiguous(), x, branches, gate_weight.contiguous(), out_weight.contiguous(), norm_weight,
+            dx, df, dbranches, partials, *place, eps, K=len(windows), PRECISION=_precision(), **blocks,
+        )  # fmt: skip
+        blocks = {name: value for name, value in blocks.items() if name != "DP"}
+        hierarchical_sequence_fusion_bwd_band_kernel[grid](
+            x, df, shares, scale_weight.contiguous(), dx, partials, *place, temperature,
+            WINDOWS=tuple(windows), KP=_padded_count(windows), HALO=_halo(tuple(windows)),
+            PRECISION=_precision(), **blocks,
+        )  # fmt: skip
+    return dx, dbranches, partials.sum(0)
+
+
+def _save(ctx, arguments: tuple, results: tuple[Tensor, ...]) -> None:
+    x, scale_weight, gate_weight, _, out_weight, norm_weight, _, lengths, offsets, *options, _ = arguments
+    weights = scale_weight, gate_weight, out_weight, norm_weight
+    ctx.save_for_backward(x, *weights, *results[1:], lengths, offsets)
+    ctx.options = options
+
+
+def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, *weights, inputs, branches, shares, lengths, offsets = ctx.saved_tensors
+    dx, dbranches, sums = _backward_op(dy, x, *weights, branches, shares, lengths, offsets, *ctx.options)
+    # Its first D rows concern the gate; of the others, those of x are no gradient.
+    products = dbranches.T @ inputs  # [2D, 2D]
+    width = x.shape[-1]
+    norm_weight, norm_bias, gate_bias, *_ = sums.to(x.dtype)
+    gradients = (
+        dx,
+        sums[3:].to(x.dtype),
+        products[:width],
+        gate_bias,
+        products[width:, width:],
+        norm_weight,
+        norm_bias,
+    )
+    return *gradients, *[None] * 7
+
+
+_PLACE = "Tensor? lengths, Tensor? offsets, int? max_length"
+_OPTIONS = "int[] windows, float temperature, float eps"
+_op = define(
+    "hierarchical_sequence_fusion_triton(Tensor x, Tensor scale_weight, Tensor gate_weight, "
+    f"Tensor gate_bias, Tensor out_weight, Tensor norm_weight, Tensor norm_bias, {_PLACE}, {_OPTIONS}, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _empty_results,
+)
+_backward_op = define(
+    "hierarchical_sequence_fusion_triton_backward(Tensor dy, Tensor x, Tensor scale_weight, "
+    "Tensor gate_weight, Tensor out_weight, Tensor norm_weight, Tensor branches, Tensor shares, "
+    f"{_PLACE}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _empty_gradients,
+)
+set_autograd(_op, differentiable_once(_op, _save, _differentiate))
+
+
+def hierarchical_sequence_fusion(
+    *tensors: Tensor,
+    windows: Sequence[int] = (1, 3, 7, 15),
+    temperature: float = 1.0,
+    eps: float = 1e-5,
+    lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
+) -> Tensor:
+    """``neuroexapt.functional.hierarchical_sequence_fusion``; differentiable once, deterministic."""
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return _op(*tensors, lengths, offsets, max_length, list(windows), temperature, eps, keep)[0]
+
+
+def supports(
+    x: Tensor, *weights: Tensor, windows: Sequence[int] = (1, 3, 7, 15), **options: object
+) -> Support:
+    """Whether the kernels take these arguments."""
+    if any(weight.dtype != x.dtype for weight in weights) or x.dtype not in _DTYPES:
+        return Support(False, "dtypes other than one of fp32, fp16, bf16 for all")
+    if any(weight.device != x.device for weight in weights):
+        return Support(False, "operands on several devices")
+    if x.shape[-1] > _MAX_WIDTH:
+        return Support(False, f"more than {_MAX_WIDTH} features")
+    if len(windows) > _MAX_WINDOWS or max(windows) > _MAX_WINDOW:
+        return Support(False, f"more than {_MAX_WINDOWS} windows, or one over {_MAX_WINDOW} positions")
+    return Support(True)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    """``triton.cdiv``, which takes 5 µs outside of kernels."""
+    return -(-a // b)
+
+
+register_impl("hierarchical_sequence_fusion", "triton", hierarchical_sequence_fusion, supports)
