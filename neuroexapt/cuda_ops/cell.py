@@ -8,8 +8,8 @@ it feeds: as its gradient a handle carries the gradient g of the node. From that
 a channel the gradient of every term follows as ``dz = A · g + B · z + D`` where a kernel reads ``z``, so
 neither normalised tensors nor gradients of single terms are ever stored.
 
-What is no separable convolution, pool, identity or factorized reduction runs *outside*: as a module under
-autograd, on the state itself. Its output enters ``_LeaveStates`` beside the states.
+What is no separable or dense convolution, pool, identity or factorized reduction runs *outside*: as a module
+under autograd, on the state itself. Its output enters ``_LeaveStates`` beside the states.
 """
 
 from collections import defaultdict
@@ -38,9 +38,20 @@ from neuroexapt.core.plan import (
     WholeEdge,
 )
 from neuroexapt.cuda_ops import cell_kernels
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Pooling, ReduceGrad, StateGrad, Summand
+from neuroexapt.cuda_ops.cell_kernels import (
+    Conv,
+    ConvGrad,
+    DenseGrad,
+    PoolGrad,
+    Pooling,
+    ReduceGrad,
+    StateGrad,
+    Summand,
+)
 
 CHANNELS = (16, 32, 64)
+DENSE_GEOMETRIES = (((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1)))
+"""Kernel size, stride and padding of the dense convolutions that there are kernels for."""
 
 
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -89,7 +100,10 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield f"pools other than of size {POOL_SIZE}"
     if len({(pool.edge, pool.pool.kind) for pool in pools}) < len(pools):
         yield "an edge with two pools of a kind"
-    if any(max(len(flow.first), 2 * len(flow.reductions)) > cell_kernels.MAX_CONVS for flow in flows):
+    if any(
+        max(len(flow.first), 2 * len(flow.reductions), len(flow.dense)) > cell_kernels.MAX_CONVS
+        for flow in flows
+    ):
         yield "too many convolutions leave one state"
     if any(
         len(state.convs) + len(state.modules) + len(state.edges) >= cell_kernels.MAX_ADDENDS
@@ -128,7 +142,7 @@ def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any)
 
     def leave(first: int, xs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The states from number ``first`` on, for other uses."""
-        flow = _Flow(plan.states[first : first + len(xs)])
+        flow = _Flow(plan.states[first : first + len(xs)], xs[0].shape[-1])
         if not flow.targets:
             return xs
         xs, outside = _run_outside(pass_, flow, xs, weights)
@@ -177,9 +191,12 @@ class _Pass:
 
 
 class _Flow:
-    """All that leaves some states of one shape and stride, state by state, as ``_LeaveStates`` takes it."""
+    """All that leaves some states of one shape and stride, state by state, as ``_LeaveStates`` takes it.
 
-    def __init__(self, groups: Sequence[StateGroup]) -> None:
+    ``width``: of the states; some convolutions run outside if it is no multiple of 4.
+    """
+
+    def __init__(self, groups: Sequence[StateGroup], width: int = 4) -> None:
         self.states = tuple(group.state for group in groups)
         self.stride = groups[0].stride if groups else 1
         self.first = tuple(term for group in groups for term in group.convs)
@@ -188,22 +205,28 @@ class _Flow:
         self.identities = tuple(term for group in groups for term in group.identities)
         modules = [term for group in groups for term in group.modules]
         self.reductions = tuple(term for term in modules if _is_reduction(term))
-        others = (term for term in modules if not _is_reduction(term))
+        self.dense = tuple(term for term in modules if _is_dense(term) and width % 4 == 0)
+        others = (term for term in modules if term not in self.reductions + self.dense)
         edges = (edge for group in groups for edge in group.edges)
         self.outside: tuple[ModuleTerm | WholeEdge, ...] = (*others, *edges)
-        inside: tuple[Term, ...] = (*self.first, *self.reductions, *self.pools, *self.identities)
-        self.targets = sorted({member.target for member in (*inside, *self.outside)})
+        # All that leaves something of its own to be kept.
+        self.computed = (*self.first, *self.reductions, *self.dense, *self.outside)
+        members: tuple[Term | WholeEdge, ...] = (*self.computed, *self.pools, *self.identities)
+        self.targets = sorted({member.target for member in members})
 
     @cached_property
     def weights(self) -> list[Tensor]:
-        """Two of each: depthwise and pointwise ones in ``first`` and ``second``, halves of ``reductions``."""
+        """Two of each: depthwise and pointwise ones in ``first`` and ``second``, halves of ``reductions``.
+        Then those of ``dense``."""
         blocks = [*(term.blocks[0] for term in self.first), *(term.blocks[1] for term in self.second)]
         ops: list[Any] = [term.module for term in self.reductions]
-        return [*_weights(blocks), *(conv.weight for op in ops for conv in (op.conv_1, op.conv_2))]
+        halves = (conv.weight for op in ops for conv in (op.conv_1, op.conv_2))
+        dense_ops: list[Any] = [term.module for term in self.dense]
+        return [*_weights(blocks), *halves, *(op.op[1].weight for op in dense_ops)]
 
     def convs(self, xs: dict[int, Tensor], weights: Sequence[Tensor]) -> list[Conv]:
         """The convolutions in ``first`` of the states ``xs``."""
-        pairs = _pairs(weights)[: len(self.first)]
+        pairs = self._pairs(weights)[: len(self.first)]
         return [
             Conv(xs[term.source], None, *pair, term.dilation, term.stride)
             for term, pair in zip(self.first, pairs, strict=True)
@@ -213,12 +236,21 @@ class _Flow:
         self, zs: Sequence[Tensor], stats: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> list[Conv]:
         """The convolutions in ``second`` of what the first ones, normalised by ``stats``, left."""
-        pairs = _pairs(weights)[len(self.first) :][: len(self.second)]
+        pairs = self._pairs(weights)[len(self.first) :][: len(self.second)]
         return [Conv(z, s, *pair, 1) for z, s, pair in zip(zs, stats, pairs, strict=True)]
 
     def halves(self, weights: Sequence[Tensor]) -> dict[Any, tuple[Tensor, Tensor]]:
         """The weights of ``reductions``."""
-        return dict(zip(self.reductions, _pairs(weights)[len(self.first) + len(self.second) :], strict=True))
+        pairs = self._pairs(weights)[len(self.first) + len(self.second) :]
+        return dict(zip(self.reductions, pairs, strict=True))
+
+    def dense_weights(self, weights: Sequence[Tensor]) -> dict[Any, Tensor]:
+        """The weights of ``dense``."""
+        return dict(zip(self.dense, weights[len(weights) - len(self.dense) :], strict=True))
+
+    def _pairs(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        in_pairs = weights[: len(weights) - len(self.dense)]
+        return list(zip(in_pairs[::2], in_pairs[1::2], strict=True))
 
 
 class _Outputs:
@@ -261,6 +293,10 @@ def _compute_first(
     for state, reductions in _by_state(flow.reductions).items():
         of_state = [halves[term] for term in reductions]
         outputs.put(reductions, *kernels.reduce(xs[state], of_state, pass_.exact))
+    dense_weights = flow.dense_weights(weights)
+    for state, terms in _by_state(flow.dense).items():
+        of_terms = [dense_weights[term] for term in terms]
+        outputs.put(terms, *kernels.convolve_dense(xs[state], of_terms, pass_.exact))
     normalised = [member for member in flow.outside if _batch_norm(member, 0) is not None]
     if normalised:
         zs = [outputs.z[member] for member in normalised]
@@ -286,9 +322,7 @@ class _Saved:
         self.xs = {state: next(saved) for state in flow.states}
         self.mixing = next(saved)
         self.weights = [next(saved) for _ in flow.weights]
-        self.first_z: dict[Any, Tensor] = {
-            member: next(saved) for member in (*flow.first, *flow.reductions, *flow.outside)
-        }
+        self.first_z: dict[Any, Tensor] = {member: next(saved) for member in flow.computed}
         self._first_stats = [next(saved) for _ in flow.second]
         self._second_z = list(saved)
 
@@ -315,6 +349,14 @@ class _Saved:
         return {
             state: [ReduceGrad(halves[term], self.first_z[term], *source[term]) for term in terms]
             for state, terms in _by_state(self._flow.reductions).items()
+        }
+
+    def dense_grads(self, source: dict[Any, Any]) -> dict[int, list[DenseGrad]]:
+        """Of every state that has dense convolutions."""
+        weights = self._flow.dense_weights(self.weights)
+        return {
+            state: [DenseGrad(weights[term], self.first_z[term], *source[term]) for term in terms]
+            for state, terms in _by_state(self._flow.dense).items()
         }
 
 
@@ -381,7 +423,7 @@ class _LeaveStates(torch.autograd.Function):
         ctx.pass_, ctx.flow = pass_, flow
         ctx.save_for_backward(
             *(*xs.values(), pass_.weights, *weights),
-            *(first_z[member] for member in (*flow.first, *flow.reductions, *flow.outside)),
+            *(first_z[member] for member in flow.computed),
             *(first_stats[term] for term in flow.second),
             *(z[term] for term in flow.second),
         )
@@ -423,6 +465,13 @@ class _LeaveStates(torch.autograd.Function):
             )
             addends[state] += dxs
             partials.append(reduce_partials)
+        partials = [partial for stage in partials for pair in zip(*stage, strict=True) for partial in pair]
+        for state, dense_grads in saved.dense_grads(source).items():
+            dxs, dense_partials = kernels.backward_dense(
+                saved.xs[state], dense_grads, pass_.exact, wants_weights
+            )
+            addends[state] += dxs
+            partials += dense_partials
 
         totals = {
             state: StateGrad(saved.xs[state], pool_grads, addends[state])
@@ -433,9 +482,7 @@ class _LeaveStates(torch.autograd.Function):
         grad_of_state = dict(zip(totals, grad_states, strict=True))
         grad_outside = _outside_gradients(kernels, flow.outside, saved.first_z, source)
         weights = saved.weights
-        grad_weights = (
-            _weight_gradients(kernels, partials, weights) if wants_weights else [None] * len(weights)
-        )
+        grad_weights = kernels.reduce_partials(partials, weights) if wants_weights else [None] * len(weights)
         return None, None, *map(grad_of_state.get, flow.states), *grad_outside, *grad_weights
 
 
@@ -541,6 +588,10 @@ def _is_reduction(term: ModuleTerm) -> bool:
     return term.bn is not None and type(term.module) is FactorizedReduce
 
 
+def _is_dense(term: ModuleTerm) -> bool:
+    return term.joins_with in DENSE_GEOMETRIES
+
+
 def _is_training(plan: CellPlan) -> bool:
     return any(term.bn.training for node in plan.nodes for term in node.terms if term.bn is not None)
 
@@ -563,10 +614,6 @@ def _pooling_of(member: Term) -> Pooling | None:
 
 def _weights(blocks: Sequence[SepConvBlock]) -> list[Tensor]:
     return [weight for block in blocks for weight in (block.depthwise.weight, block.pointwise.weight)]
-
-
-def _pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(weights[::2], weights[1::2], strict=True))
 
 
 def _empty_output(plan: CellPlan, state: Tensor) -> Tensor:
@@ -616,12 +663,6 @@ def _outside_gradients(
         gs, coefs = zip(*(source[term] for term in terms), strict=True)
         gradients.update(zip(terms, kernels.affine_gradients(gs, [z[t] for t in terms], coefs), strict=True))
     return list(gradients.values())
-
-
-def _weight_gradients(kernels: Any, partials: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor]:
-    """In the order of ``weights``: by convolution, depthwise before pointwise."""
-    ordered = [partial for stage in partials for pair in zip(*stage, strict=True) for partial in pair]
-    return kernels.reduce_partials(ordered, weights)
 
 
 register_impl("cell", "ext", cell, supports)

@@ -58,6 +58,15 @@ class ReduceGrad(NamedTuple):
     coef: Tensor
 
 
+class DenseGrad(NamedTuple):
+    """What the gradient of a dense convolution starts from, as in ``ConvGrad``."""
+
+    weight: Tensor
+    z: Tensor
+    g: Tensor
+    coef: Tensor
+
+
 class Partials(NamedTuple):
     """Partial weight gradients, [parts, …] for the depthwise and the pointwise weight of each convolution, or
     for the weights of both halves of each factorized reduction."""
@@ -260,6 +269,41 @@ def _differentiate_reductions(
         partials.depthwise.append(first.reshape(1, -1))
         partials.pointwise.append(second.reshape(1, -1))
     return dxs, partials if wants_weights else Partials([], [])
+
+
+def convolve_dense(x: Tensor, weights: Sequence[Tensor], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """``z`` and ``moments`` of convolutions of relu(x), stride 1; ``weights``: [C, C, K, K] with K 1 or 3."""
+    kernels, (shape, input_, x) = extension(), _dense_shape(x, exact)
+    zs = _empty_like(x, len(weights))
+    moments = _empty(x, len(weights), kernels.dense_conv_forward_parts(shape), x.shape[1], 3)
+    weights = list(map(dense, weights))
+    jobs = [
+        kernels.DenseJob(*addresses(weight, z, m), weight.shape[-1])
+        for weight, z, m in zip(weights, zs, moments, strict=True)
+    ]
+    kernels.dense_conv_forward(shape, input_, jobs, current_stream())
+    return zs, moments
+
+
+def backward_dense(
+    x: Tensor, grads: Sequence[DenseGrad], exact: bool, wants_weights: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors whose sum is the gradient of the state, and partial ones of the weights."""
+    kernels, (shape, input_, x) = extension(), _dense_shape(x, exact)
+    splits = kernels.dense_conv_dx_splits(shape, len(grads))
+    parts = kernels.dense_conv_backward_parts(shape)
+    dxs = _empty_like(x, splits)
+    partials = [grad.weight.new_empty(parts, grad.weight.numel()) for grad in grads if wants_weights]
+    none: list[Tensor | None] = [None] * len(grads)
+    operands = [(dense_pictures(grad.g), dense(grad.weight)) for grad in grads]
+    jobs = [
+        kernels.DenseGradJob(*strided(g), *addresses(grad.z, grad.coef, weight, partial), weight.shape[-1])
+        for grad, (g, weight), partial in zip(grads, operands, partials or none, strict=True)
+    ]
+    kernels.dense_conv_input_gradient(shape, input_, jobs, splits, dxs[0].data_ptr(), current_stream())
+    if wants_weights:
+        kernels.dense_conv_weight_gradients(shape, input_, jobs, current_stream())
+    return dxs, partials
 
 
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -584,6 +628,12 @@ def _empty_like(x: Tensor, count: int) -> list[Tensor]:
 
 def _conv_shape(x: Tensor, exact: bool) -> Any:
     return extension().ConvShape(*x.shape, exact)
+
+
+def _dense_shape(x: Tensor, exact: bool) -> tuple[Any, Any, Tensor]:
+    """The shape, the input, and the tensor that it points to."""
+    x = dense_pictures(x)
+    return extension().DenseShape(*x.shape, exact), extension().DenseInput(*strided(x)), x
 
 
 def _shape(x: Tensor) -> Any:

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from neuroexapt.core.operations import shift_by_one
 from neuroexapt.core.plan import EPS, MOMENTUM
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, Partials, ReduceGrad, StateGrad, Summand
+from neuroexapt.cuda_ops.cell_kernels import (
+    Conv,
+    ConvGrad,
+    DenseGrad,
+    Partials,
+    ReduceGrad,
+    StateGrad,
+    Summand,
+)
 from neuroexapt.kernels import reference
 
 POOLS = {"max": reference.max_pool, "avg": reference.avg_pool}
@@ -83,6 +91,27 @@ def backward_reduce(
             partials.depthwise.append(_split(first))
             partials.pointwise.append(_split(second))
     return dxs, partials
+
+
+def convolve_dense(x: Tensor, weights: Sequence[Tensor], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
+    zs = [_convolve_dense(x, weight) for weight in weights]
+    return zs, plane_moments(zs)
+
+
+def backward_dense(
+    x: Tensor, grads: Sequence[DenseGrad], exact: bool, wants_weights: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    gradients = []
+    for grad in grads:
+        with torch.enable_grad():
+            leaves = [leaf.detach().requires_grad_() for leaf in (x, grad.weight)]
+            z = _convolve_dense(*leaves)
+        gradients.append(torch.autograd.grad(z, leaves, _affine(grad.g, grad.z, grad.coef)))
+    return [dx for dx, _ in gradients], [_split(dw) for _, dw in gradients if wants_weights]
+
+
+def _convolve_dense(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(F.relu(x), weight, padding=weight.shape[-1] // 2)
 
 
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 
 #include "cell_conv.h"
 #include "cell_strided.h"
+#include "dense_conv.h"
 #include "node.h"
 #include "partial_sums.h"
 #include "pointwise.h"
@@ -71,6 +72,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cell_strided_backward_takes", &cell_strided::backward_takes);
   m.def("cell_strided_backward_parts", &cell_strided::backward_parts);
   m.def("cell_strided_backward", &cell_strided::backward);
+
+  pybind11::class_<dense_conv::Shape>(m, "DenseShape").def(pybind11::init<int, int, int, int, bool>());
+  pybind11::class_<dense_conv::Input>(m, "DenseInput").def(pybind11::init<Address, std::int64_t>());
+  pybind11::class_<dense_conv::Job>(m, "DenseJob").def(pybind11::init<Address, Address, Address, int>());
+  pybind11::class_<dense_conv::GradJob>(m, "DenseGradJob")
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, int>());
+  m.def("dense_conv_forward_parts", &dense_conv::forward_parts);
+  m.def("dense_conv_backward_parts", &dense_conv::backward_parts);
+  m.def("dense_conv_dx_splits", &dense_conv::dx_splits);
+  m.def("dense_conv_forward", &dense_conv::forward);
+  m.def("dense_conv_input_gradient", &dense_conv::input_gradient);
+  m.def("dense_conv_weight_gradients", &dense_conv::weight_gradients);
 
   pybind11::class_<node::Tensor>(m, "NodeTensor").def(pybind11::init<Address, std::int64_t>());
   pybind11::class_<node::Shape>(m, "NodeShape").def(pybind11::init<int, int, int>());

@@ -72,14 +72,15 @@ struct Memory {  // of a block, in shared memory
     using B = Block<C, kWeights>;
     const int base = C * plane_floats(shape, pad) + C * kTapsPitch;
     const int weights = C * plane_floats(shape, pad) + C * kGradientPlane;
-    return base + (kWeights ? weights + slots(shape, pad) * B::kChannelGroups * B::kWeightFloats : C * C);
+    const int warps = holds_all_warps(shape, pad) ? B::kWarps : B::kChannelGroups;
+    return base + (kWeights ? weights + warps * B::kWeightFloats : C * C);
   }
-  // How many warps of the same channels have room to store their weight gradients at a time.
-  __host__ __device__ static int slots(const Shape& shape, int pad) {
+  // Whether there is room for the weight gradients of every warp, or only of one for each group of channels.
+  __host__ __device__ static bool holds_all_warps(const Shape& shape, int pad) {
     using B = Block<C, kWeights>;
     const int most = 2 * C * plane_floats(shape, pad) + C * kTapsPitch + C * kGradientPlane +
                      B::kWarps * B::kWeightFloats;
-    return most * int(sizeof(float)) <= kMaxSharedBytes ? B::kWarpsPerGroup : 1;
+    return most * int(sizeof(float)) <= kMaxSharedBytes;
   }
   __device__ Memory(const Shape& shape, int pad, float* shared) : plane(plane_floats(shape, pad)) {
     e = shared;
@@ -126,7 +127,7 @@ struct Strips {
 
 // Forms dz where e will be, and for the weight gradients also by itself. Its channels lie in gradient_slot order.
 // A thread takes a strip and every kGroups-th channel, so that all of their addresses differ by constants.
-template <int C, bool kWeights>
+template <int C, bool kWeights, bool kExact>
 __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& job, const Strips<C>& strips,
                               const Place<C>& at, const Shape& shape) {
   using M = Memory<C, kWeights>;
@@ -155,7 +156,7 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const int channel = i + j * kGroups, slot = gradient_slot(channel);  // bits that `first` has not
-        float4 dz = affine(__ldg(coef + channel), gs[j], zs[j]);
+        float4 dz = operand<kExact>(affine(__ldg(coef + channel), gs[j], zs[j]));
         if (!aligned) {
           if (x + 1 >= width) dz.y = 0.f;
           if (x + 2 >= width) dz.z = 0.f;
@@ -169,7 +170,7 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
 }
 
 // The pointwise weights as the left operand of phase one, a float4 for each lane of each product.
-template <int C, int Threads>
+template <int C, int Threads, bool kExact>
 struct PointwiseWeights {
   static constexpr int kCount = C * C / 4 / Threads + (C * C / 4 % Threads != 0);
   float4 values[kCount];
@@ -191,7 +192,7 @@ struct PointwiseWeights {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int i = thread_index() + n * Threads;
-      if (has(i)) target[i] = values[n];
+      if (has(i)) target[i] = operand<kExact>(values[n]);
     }
   }
 };
@@ -225,11 +226,12 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const Strips<C>& st
     for (int step = 0; step < C / 8; ++step) {
       const float4 weights = memory.weights[(m * (C / 8) + step) * 32 + lane];
       Fragment<4, kExact> a;
-      a.set(0, weights.x), a.set(1, weights.y), a.set(2, weights.z), a.set(3, weights.w);
+      a.set_operand(0, weights.x), a.set_operand(1, weights.y);
+      a.set_operand(2, weights.z), a.set_operand(3, weights.w);
 #pragma unroll
       for (int t = 0; t < kPixels; ++t) {
         Fragment<2, kExact> b;
-        b.set(0, (&dz[step][0].x)[t]), b.set(1, (&dz[step][1].x)[t]);
+        b.set_operand(0, (&dz[step][0].x)[t]), b.set_operand(1, (&dz[step][1].x)[t]);
         multiply<kExact>(sums[t], a, b);
       }
     }
@@ -308,38 +310,47 @@ __device__ void add_pointwise_gradient(float (&pointwise)[C / 16][4], const Memo
       const float4 upper = *reinterpret_cast<const float4*>(dz + m * 16 * kPlane + t);
       const float4 lower = *reinterpret_cast<const float4*>(dz + (m * 16 + 8) * kPlane + t);
       Fragment<4, kExact> a;
-      a.set(0, upper.x), a.set(1, lower.x), a.set(2, upper.y), a.set(3, lower.y);
+      a.set_operand(0, upper.x), a.set_operand(1, lower.x), a.set_operand(2, upper.y), a.set_operand(3, lower.y);
       multiply<kExact>(pointwise[m], a, b[0]);
-      a.set(0, upper.z), a.set(1, lower.z), a.set(2, upper.w), a.set(3, lower.w);
+      a.set_operand(0, upper.z), a.set_operand(1, lower.z), a.set_operand(2, upper.w), a.set_operand(3, lower.w);
       multiply<kExact>(pointwise[m], a, b[1]);
     }
   }
 }
 
-// A warp's weight gradients into shared memory, [C][8] pointwise and [8][kTapsPitch] depthwise; where there are
-// fewer slots than warps that share channels, these take turns and add.
+// A warp's weight gradients into shared memory, [C][8] pointwise and [8][kTapsPitch] depthwise; where there is no
+// room for all warps, those that share channels take turns and add.
 template <int C>
 __device__ void store_warp_gradients(float* target, const float (&depthwise)[kMaxTaps],
-                                     const float (&pointwise)[C / 16][4], int taps, int slots) {
+                                     const float (&pointwise)[C / 16][4], bool holds_all) {
   using B = Block<C, true>;
   const int q = thread_index() % 4, g = thread_index() % 32 / 4;
   const int group = thread_index() / 32 % B::kChannelGroups, turn = thread_index() / 32 / B::kChannelGroups;
-  float* partial = target + (turn % slots * B::kChannelGroups + group) * B::kWeightFloats;
-  for (int round = 0; round < B::kWarpsPerGroup / slots; ++round) {
-    if (round > 0) __syncthreads();
-    if (turn / slots != round) continue;
-    const auto add = [&](float& place, float v) { place = round == 0 ? v : place + v; };
+  constexpr int kQuads = (kMaxTaps + 3) / 4;
+  float sums[kQuads];  // of the taps 4i + q
 #pragma unroll
-    for (int tap = 0; tap < kMaxTaps; ++tap) {
-      if (tap >= taps) break;
-      const float sum = sum_over_quad(depthwise[tap]);
-      if (q == tap % 4) add(partial[8 * C + g * kTapsPitch + tap], sum);
-    }
+  for (int i = 0; i < kQuads; ++i) {
+    const auto tap = [&](int k) { return 4 * i + k < kMaxTaps ? depthwise[4 * i + k] : 0.f; };
+    sums[i] = sums_over_quad(tap(0), tap(1), tap(2), tap(3));
+  }
+  const auto store = [&](float* partial, auto put) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) put(partial[8 * C + g * kTapsPitch + 4 * i + q], sums[i]);
 #pragma unroll
     for (int m = 0; m < C / 16; ++m) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) add(partial[(m * 16 + r / 2 * 8 + g) * 8 + 2 * q + r % 2], pointwise[m][r]);
+      for (int r = 0; r < 4; ++r) put(partial[(m * 16 + r / 2 * 8 + g) * 8 + 2 * q + r % 2], pointwise[m][r]);
     }
+  };
+  const auto set = [](float& place, float v) { place = v; };
+  const auto add = [](float& place, float v) { place += v; };
+  float* partial = target + group * B::kWeightFloats;
+  if (holds_all) return store(partial + turn * B::kChannelGroups * B::kWeightFloats, set);
+  for (int round = 0; round < B::kWarpsPerGroup; ++round) {
+    if (round > 0) __syncthreads();
+    if (turn != round) continue;
+    if (round == 0) store(partial, set);
+    else store(partial, add);
   }
 }
 
@@ -402,34 +413,38 @@ __device__ void differentiate(float (&dx)[Block<C, kWeights>::kPasses][8], const
     if constexpr (kWeights) add_pointwise_gradient<C, kWeights, kExact>(pointwise, memory, d, run);
   }
   if constexpr (kWeights) {
-    store_warp_gradients<C>(memory.partial, depthwise, pointwise, job.kernel_size * job.kernel_size,
-                            memory.slots(shape, at.pad));
+    store_warp_gradients<C>(memory.partial, depthwise, pointwise, memory.holds_all_warps(shape, at.pad));
   }
 }
 
-// The block's weight gradients, summed over the warps that share channels.
-template <int C, bool kWeights>
-__device__ void store_weight_partials(const GradJob& job, const float* partial, int slots) {
-  using B = Block<C, kWeights>;
-  const auto sum_over_warps = [&](int slot, int offset) {
-    float sum = 0.f;
+// The block's weight gradients, summed over the warps that share channels. What a thread stores one after the other
+// lies at constant distances, in both memories.
+template <int C>
+__device__ void store_weight_partials(const GradJob& job, const float* partial, bool holds_all) {
+  using B = Block<C, true>;
+  const auto sum_over_warps = [&](const float* place) {
+    float sum = *place;
+    if (!holds_all) return sum;
 #pragma unroll
-    for (int warp = 0; warp < slots; ++warp) {
-      sum += partial[(warp * B::kChannelGroups + slot / 8) * B::kWeightFloats + offset];
-    }
+    for (int i = 1; i < B::kWarpsPerGroup; ++i) sum += place[i * B::kChannelGroups * B::kWeightFloats];
     return sum;
   };
-  float* pointwise = reinterpret_cast<float*>(job.pointwise_partial) + int64_t(blockIdx.x) * C * C;
-  for (int i = thread_index(); i < C * C; i += B::kThreads) {
-    const int out = gradient_slot(i / C), slot = channel_slot<C>(i % C);
-    pointwise[i] = sum_over_warps(slot, out * 8 + slot % 8);
-  }
+  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+
+  constexpr int kRows = B::kThreads / C;  // of the pointwise weights that are stored at a time
+  const int slot = channel_slot<C>(thread % C);
+  const float* row = partial + slot / 8 * B::kWeightFloats + gradient_slot(thread / C) * 8 + slot % 8;
+  float* pointwise = reinterpret_cast<float*>(job.pointwise_partial) + int64_t(blockIdx.x) * C * C + thread;
+#pragma unroll
+  for (int i = 0; i < C; i += kRows) pointwise[i * C] = sum_over_warps(row + gradient_slot(i) * 8);
+
   const int taps = job.kernel_size * job.kernel_size;
-  float* depthwise = reinterpret_cast<float*>(job.depthwise_partial) + int64_t(blockIdx.x) * C * taps;
-  for (int i = thread_index(); i < C * taps; i += B::kThreads) {
-    const int channel = taps == kMaxTaps ? i / kMaxTaps : i / 9, slot = channel_slot<C>(channel);
-    depthwise[i] = sum_over_warps(slot, 8 * C + slot % 8 * kTapsPitch + i - channel * taps);
-  }
+  if (lane >= taps) return;
+  const int group = warp % (C / 8), first = warp / (C / 8);  // of the warp's channels, the first one's slot
+  const float* channel = partial + group * B::kWeightFloats + 8 * C + first * kTapsPitch + lane;
+  float* depthwise = reinterpret_cast<float*>(job.depthwise_partial) + (int64_t(blockIdx.x) * C + warp) * taps + lane;
+#pragma unroll
+  for (int i = 0; i < C; i += B::kWarps) depthwise[i * taps] = sum_over_warps(channel + i / (C / 8) * kTapsPitch);
 }
 
 template <int C, bool kWeights, bool kExact>
@@ -437,11 +452,11 @@ __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memor
                         const GradJob& job, const Place<C>& at, const Shape& shape) {
   constexpr int kThreads = Block<C, kWeights>::kThreads;
   Taps<C, kThreads> taps;
-  PointwiseWeights<C, kThreads> weights;
+  PointwiseWeights<C, kThreads, kExact> weights;
   taps.load(reinterpret_cast<const float*>(job.depthwise), job.kernel_size);
   weights.load(reinterpret_cast<const float*>(job.pointwise));
   const Strips<C> strips(at, shape, job.dilation * (job.kernel_size / 2));
-  load_gradient<C, kWeights>(memory, job, strips, at, shape);
+  load_gradient<C, kWeights, kExact>(memory, job, strips, at, shape);
   taps.store(memory.taps, job.kernel_size, channel_slot<C>);
   weights.store(memory.weights);
   __syncthreads();
@@ -450,7 +465,7 @@ __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memor
   differentiate<C, kWeights, kExact>(dx, memory, job, at, shape);
   __syncthreads();
   if constexpr (kWeights) {
-    store_weight_partials<C, kWeights>(job, memory.partial, memory.slots(shape, at.pad));
+    store_weight_partials<C>(job, memory.partial, memory.holds_all_warps(shape, at.pad));
     __syncthreads();  // the next convolution's weights will be there
   }
 }

@@ -17,7 +17,9 @@ using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::multiply_strip;
+using tensor_core::operand;
 using tensor_core::sum_over_quad;
+using tensor_core::sums_over_quad;
 using namespace tiles;
 
 constexpr int kHalo = 4;  // columns beside a tile: what a 5 x 5 of dilation 2 reads; rows are as many as needed
@@ -206,33 +208,26 @@ __device__ void load_window(float (&window)[N + 2 * kHalo], const float* strip) 
 }
 
 // A convolution's depthwise weights on their way to shared memory: fetched all at once, stored when there is time.
+// A warp has every kWarps-th channel, a lane one tap of each.
 template <int C, int Threads>
 struct Taps {
-  static constexpr int kCount = (C * 25 + Threads - 1) / Threads;
+  static constexpr int kWarps = Threads / 32, kCount = C / kWarps;
   float values[kCount];
 
   __device__ void load(const float* depthwise, int kernel_size) {
-    const int size = C * kernel_size * kernel_size;
+    const int taps = kernel_size * kernel_size, warp = thread_index() / 32, lane = thread_index() % 32;
+    if (lane >= taps) return;
+    const float* source = depthwise + warp * taps + lane;
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const int i = thread_index() + n * Threads;
-      if (i < size) values[n] = __ldg(depthwise + i);
-    }
+    for (int n = 0; n < kCount; ++n) values[n] = __ldg(source + n * kWarps * taps);
   }
   template <typename Slot>
   __device__ void store(float* taps, int kernel_size, Slot slot) const {
-    if (kernel_size == 5) store_as<5>(taps, slot);
-    else store_as<3>(taps, slot);
-  }
-
- private:
-  template <int K, typename Slot>
-  __device__ void store_as(float* taps, Slot slot) const {
+    const int warp = thread_index() / 32, lane = thread_index() % 32;
+    if (lane >= kernel_size * kernel_size) return;
+    taps += kernel_size == 5 ? tap_position(lane, 5) : tap_position(lane, 3);
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const int i = thread_index() + n * Threads;
-      if (i < C * K * K) taps[slot(i / (K * K)) * kTapsPitch + tap_position(i % (K * K), K)] = values[n];
-    }
+    for (int n = 0; n < kCount; ++n) taps[slot(warp + n * kWarps) * kTapsPitch] = values[n];
   }
 };
 

@@ -16,12 +16,16 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "async_copy.cuh"
 #include "launch.cuh"
 #include "tensor_core.cuh"
 
 namespace pointwise {
 namespace {
 
+using async_copies::copy4_async;
+using async_copies::copy_async;
+using async_copies::wait_for_copies;
 using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
@@ -359,21 +363,6 @@ struct BackwardLaunch {
   TargetOfLaunch targets[kMaxTargets];
   Source sources[kMaxJobs];
 };
-
-// 16 or 4 bytes into shared memory that are not waited for, or zeros.
-__device__ void copy_async(float* target, const float* source, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(target))),
-               "l"(source), "r"(exists ? 16 : 0)
-               : "memory");
-}
-
-__device__ void copy4_async(float* target, const float* source, bool exists) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(unsigned(__cvta_generic_to_shared(target))),
-               "l"(source), "r"(exists ? 4 : 0)
-               : "memory");
-}
-
-__device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // dz = A · g + B · z + D of the tile's pixels; zero for those past the last.
 __device__ void load_dz(float* target, const Source& job, const Shape& shape, const Quad& quad, int row,

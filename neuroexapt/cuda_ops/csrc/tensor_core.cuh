@@ -20,7 +20,23 @@ struct Fragment {
     high[i] = to_tf32(v);
     if constexpr (kExact) low[i] = to_tf32(v - __uint_as_float(high[i]));
   }
+  // The same of what `operand` gave.
+  __device__ void set_operand(int i, float v) {
+    if constexpr (kExact) set(i, v);
+    else high[i] = __float_as_uint(v);
+  }
 };
+
+// A value that many lanes multiply with, rounded once for all of them.
+template <bool kExact>
+__device__ float operand(float v) {
+  return kExact ? v : __uint_as_float(to_tf32(v));
+}
+
+template <bool kExact>
+__device__ float4 operand(float4 v) {
+  return make_float4(operand<kExact>(v.x), operand<kExact>(v.y), operand<kExact>(v.z), operand<kExact>(v.w));
+}
 
 __device__ inline void mma(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
@@ -65,6 +81,15 @@ __device__ void multiply_strip(float (&sums)[M][T][4], const float2 (&weights)[M
 __device__ inline float sum_over_quad(float v) {  // of the four lanes that share g
   v += __shfl_xor_sync(~0u, v, 1);
   return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// Lane q of the four gets the sum of the q-th values. They swap halves twice, where a sum of each would take eight
+// exchanges.
+__device__ inline float sums_over_quad(float v0, float v1, float v2, float v3) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  const float lower_pair = (odd ? v1 : v0) + __shfl_xor_sync(~0u, odd ? v0 : v1, 1);
+  const float upper_pair = (odd ? v3 : v2) + __shfl_xor_sync(~0u, odd ? v2 : v3, 1);
+  return (upper ? upper_pair : lower_pair) + __shfl_xor_sync(~0u, upper ? lower_pair : upper_pair, 2);
 }
 
 }  // namespace tensor_core

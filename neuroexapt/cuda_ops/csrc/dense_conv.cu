@@ -1,0 +1,561 @@
+// 1x1 and 3x3 convolutions of relu(x) on the tensor cores; dense_conv.h has the legend.
+//
+// A block has a tile of one picture with its halo in shared memory, all channels of it, and with that the weights of
+// up to 32 output channels. A product of 16 output channels by 8 neighbouring pixels contracts 8 input channels at one
+// tap, so every tap reads the same tile at another offset. Distances between channels and between weights are such that
+// the lanes of a load meet in no bank.
+// The input's gradient is the same with dz, formed as g and z are read, for the input and the weights transposed; a
+// block goes from one convolution to the next and keeps its sums in registers. The weight's gradient contracts pixels:
+// a block goes through some tiles for 16 input channels, a warp for 8 of them and one row of taps.
+
+#include "dense_conv.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <type_traits>
+
+#include "async_copy.cuh"
+#include "launch.cuh"
+#include "tensor_core.cuh"
+#include "tiles.cuh"
+
+namespace dense_conv {
+namespace {
+
+using async_copies::copy_async;
+using async_copies::wait_for_copies;
+using launching::launch;
+using tensor_core::Fragment;
+using tensor_core::multiply;
+using tensor_core::sum_over_quad;
+using tiles::load4;
+using tiles::pad_to_bank;
+
+constexpr int kMultiprocessors = 132;  // that launches are cut for
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+__device__ const float* input(Address address) { return reinterpret_cast<const float*>(address); }
+__device__ float* output(Address address) { return reinterpret_cast<float*>(address); }
+
+__device__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
+
+// A tile in shared memory: rows of `kPitch` floats, whose pixels begin at the fourth. The pixel left of a row comes
+// right before it, the one that is right of it takes the first place of the next row.
+template <int C>
+struct Tile {
+  static constexpr int kRows = 8, kColumns = 512 / C;
+  static constexpr int kPitch = kColumns + 4, kHaloed = (kRows + 2) * kPitch;
+  static constexpr int kEnd = 4;  // past the last plane
+
+  __device__ static int place(int row, int column) { return (row + 1) * kPitch + 4 + column; }
+};
+
+template <int C>
+int tiles_of(const Shape& shape) {
+  return shape.batch * ceil_div(shape.height, Tile<C>::kRows) * ceil_div(shape.width, Tile<C>::kColumns);
+}
+
+// Where a tile lies.
+template <int C>
+struct Place {
+  int picture, y, x;
+
+  __device__ Place(const Shape& shape, int tile) {
+    const int across = ceil_div(shape.width, Tile<C>::kColumns), down = ceil_div(shape.height, Tile<C>::kRows);
+    picture = tile / (across * down);
+    y = tile / across % down * Tile<C>::kRows;
+    x = tile % across * Tile<C>::kColumns;
+  }
+
+  __device__ int pixels_inside(const Shape& shape) const {
+    return min(shape.height - y, Tile<C>::kRows) * min(shape.width - x, Tile<C>::kColumns);
+  }
+};
+
+// Four pixels of relu(x), of which a block has channels from `first_channel` on.
+struct Active {
+  const float* picture;
+
+  __device__ Active(const Input& from, int batch_index, int first_channel, int plane)
+      : picture(input(from.x) + batch_index * from.batch_stride + int64_t(first_channel) * plane) {}
+
+  struct Loaded {
+    float4 x;
+  };
+  __device__ Loaded load(int, int64_t offset) const { return {load4(picture + offset)}; }
+  __device__ static float4 finish(const Loaded& v) { return make_float4(relu(v.x.x), relu(v.x.y), relu(v.x.z), relu(v.x.w)); }
+};
+
+// Four pixels of dz.
+struct Gradient {
+  const float *g, *z, *coef;
+
+  __device__ Gradient(const GradJob& job, int batch_index, int channels, int plane)
+      : g(input(job.g) + batch_index * job.g_batch_stride),
+        z(input(job.z) + int64_t(batch_index) * channels * plane),
+        coef(input(job.coef)) {}
+
+  struct Loaded {
+    float4 g, z, coef;
+  };
+  __device__ Loaded load(int channel, int64_t offset) const {
+    return {load4(g + offset), load4(z + offset), load4(coef + 4 * channel)};
+  }
+  __device__ static float4 finish(const Loaded& v) {
+    const auto dz = [&](float g, float z) { return fmaf(v.coef.x, g, fmaf(v.coef.y, z, v.coef.z)); };
+    return make_float4(dz(v.g.x, v.z.x), dz(v.g.y, v.z.y), dz(v.g.z, v.z.z), dz(v.g.w, v.z.w));
+  }
+};
+
+// Fills `shared` [kChannels, kPlane] with what `source` has at the tile and kHalo pixels around it, zeros outside the
+// picture.
+template <int C, int kChannels, int kPlane, int kHalo, int kThreads, typename Source>
+__device__ void fill_tile(float* shared, const Source& source, const Shape& shape, const Place<C>& place) {
+  using T = Tile<C>;
+  constexpr int kQuads = T::kColumns / 4 + 2 * kHalo, kTileRows = T::kRows + 2 * kHalo;
+  constexpr int kItems = kChannels * kTileRows * kQuads, kInFlight = 4;
+  for (int first = threadIdx.x; first < kItems; first += kInFlight * kThreads) {
+    typename Source::Loaded loaded[kInFlight];
+    bool inside[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int item = first + i * kThreads, quad = item % kQuads - kHalo, channel = item / (kQuads * kTileRows);
+      const int y = place.y + item / kQuads % kTileRows - kHalo, x = place.x + 4 * quad;
+      inside[i] = item < kItems && unsigned(y) < unsigned(shape.height) && unsigned(x) < unsigned(shape.width);
+      if (inside[i]) loaded[i] = source.load(channel, (int64_t(channel) * shape.height + y) * shape.width + x);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int item = first + i * kThreads, quad = item % kQuads - kHalo, channel = item / (kQuads * kTileRows);
+      if (item >= kItems) break;
+      const float4 v = inside[i] ? Source::finish(loaded[i]) : make_float4(0.f, 0.f, 0.f, 0.f);
+      float* target = shared + channel * kPlane + T::place(item / kQuads % kTileRows - kHalo, 4 * quad);
+      if (kHalo && quad < 0) target[3] = v.w;
+      else if (kHalo && quad == T::kColumns / 4) target[0] = v.x;
+      else *reinterpret_cast<float4*>(target) = v;
+    }
+  }
+}
+
+// Copies rows of kFloats floats, which lie `distance` apart in memory and kPitch apart in shared memory.
+template <int kRows, int kFloats, int kPitch, int kThreads>
+__device__ void copy_rows_async(float* shared, const float* source, int distance) {
+  constexpr int kQuads = kFloats / 4;
+  for (int i = threadIdx.x; i < kRows * kQuads; i += kThreads) {
+    const int row = i / kQuads, quad = i % kQuads;
+    copy_async(shared + row * kPitch + 4 * quad, source + row * distance + 4 * quad, true);
+  }
+}
+
+// What the products with pixels have in common: four warps with two rows of the tile each, and up to 32 of the
+// channels that come out.
+template <int C>
+struct Block {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kOut = C < 32 ? C : 32, kSlices = C / kOut;
+  static constexpr int kPlane = pad_to_bank(Tile<C>::kHaloed, 8);  // for lanes that read four channels of eight pixels
+  static constexpr int kTileFloats = C * kPlane + Tile<C>::kEnd;
+  static constexpr int kAcross = Tile<C>::kColumns / 8, M = kOut / 16, N = 2 * kAcross;
+
+  __device__ static int row(int n) { return threadIdx.x / 32 * 2 + n / kAcross; }
+  __device__ static int column(int n) { return n % kAcross * 8; }
+};
+
+template <int C>
+using Sums = float[Block<C>::M][Block<C>::N][4];
+
+// sums += W · tile at one tap. `left`: the weight of the lane's first output and input channel, others kOutStep and
+// kInStep from there; `right`: the pixel of the lane's first input channel that the tap puts on the tile's first.
+template <int C, int kOutStep, int kInStep, bool kExact>
+__device__ void add_tap(Sums<C>& sums, const float* left, const float* right) {
+  using B = Block<C>;
+#pragma unroll 2
+  for (int channel = 0; channel < C; channel += 8) {
+    Fragment<4, kExact> weights[B::M];
+#pragma unroll
+    for (int m = 0; m < B::M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights[m].set(i, left[(m * 16 + i % 2 * 8) * kOutStep + (channel + i / 2 * 4) * kInStep]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < B::N; ++n) {
+      const float* pixels = right + channel * B::kPlane + n / B::kAcross * Tile<C>::kPitch + B::column(n);
+      Fragment<2, kExact> values;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) values.set(i, pixels[i * 4 * B::kPlane]);
+#pragma unroll
+      for (int m = 0; m < B::M; ++m) multiply<kExact>(sums[m][n], weights[m], values);
+    }
+  }
+}
+
+// Calls f(tap, offset) for every tap of a kernel, with how far from a pixel its tap reads.
+template <int K, int kPitch, typename F>
+__device__ void for_taps(F f) {
+#pragma unroll 1
+  for (int ky = 0; ky < K; ++ky) {
+#pragma unroll 1
+    for (int kx = 0; kx < K; ++kx) f(ky * K + kx, (ky - K / 2) * kPitch + kx - K / 2);
+  }
+}
+
+// Calls f with the size of a kernel as a compile-time constant.
+template <typename F>
+__device__ void with_size(int kernel_size, F f) {
+  if (kernel_size == 3) f(std::integral_constant<int, 3>());
+  else f(std::integral_constant<int, 1>());
+}
+
+// --- Forward ---------------------------------------------------------------------------------------------------
+
+template <int C>
+struct Forward : Block<C> {
+  using B = Block<C>;
+  __host__ __device__ static constexpr int weight_pitch(int K) { return C * K * K + 4; }  // for lanes that read eight outputs of four inputs
+  static constexpr int kWeights = B::kTileFloats, kSums = kWeights + B::kOut * weight_pitch(3);
+  static constexpr int kFloats = kSums + 2 * B::kWarps * B::kOut;
+};
+
+struct ForwardLaunch {
+  Shape shape;
+  Input input;
+  Job jobs[kMaxJobs];
+};
+
+// Of each of the lane's output channels, which f(m, h, ·) numbers, the sum over its pixels inside the picture.
+template <int C, typename F>
+__device__ void sum_pixels(float* shared, const bool (&inside)[Block<C>::N], F value) {
+  using B = Block<C>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int m = 0; m < B::M; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = 0.f;
+#pragma unroll
+      for (int n = 0; n < B::N; ++n) {
+        if (inside[n]) sum += value(m, n, 2 * h) + value(m, n, 2 * h + 1);
+      }
+      sum = sum_over_quad(sum);
+      if (lane % 4 == 0) shared[warp * B::kOut + m * 16 + h * 8 + lane / 4] = sum;
+    }
+  }
+  __syncthreads();
+}
+
+template <int C>
+__device__ float sum_of_warps(const float* shared, int channel) {
+  float sum = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < Block<C>::kWarps; ++warp) sum += shared[warp * Block<C>::kOut + channel];
+  return sum;
+}
+
+// Shared memory, once more: float [2, warps, kOut].
+template <int C>
+__device__ void store_moments(float* target, float* shared, const Sums<C>& sums, const bool (&inside)[Block<C>::N],
+                              float count) {
+  using B = Block<C>;
+  float *sums_of_warps = shared, *squares_of_warps = shared + B::kWarps * B::kOut;
+  sum_pixels<C>(sums_of_warps, inside, [&](int m, int n, int r) { return sums[m][n][r]; });
+  float means[B::M][2];
+#pragma unroll
+  for (int m = 0; m < B::M; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      means[m][h] = sum_of_warps<C>(sums_of_warps, m * 16 + h * 8 + threadIdx.x % 32 / 4) / count;
+    }
+  }
+  sum_pixels<C>(squares_of_warps, inside, [&](int m, int n, int r) {
+    const float deviation = sums[m][n][r] - means[m][r / 2];
+    return deviation * deviation;
+  });
+  const int channel = threadIdx.x;
+  if (channel >= B::kOut) return;
+  target[3 * channel] = count;
+  target[3 * channel + 1] = sum_of_warps<C>(sums_of_warps, channel) / count;
+  target[3 * channel + 2] = sum_of_warps<C>(squares_of_warps, channel);
+}
+
+// Shared memory: relu(x) [C, kPlane], W [kOut, kWeightPitch], sums of warps. Grid: (parts, slices of jobs).
+template <int C, bool kExact>
+__global__ void __launch_bounds__(Block<C>::kThreads) fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
+  using F = Forward<C>;
+  const Shape& shape = launch.shape;
+  const Job& job = launch.jobs[blockIdx.y / F::kSlices];
+  const int first_out = blockIdx.y % F::kSlices * F::kOut, plane = shape.height * shape.width;
+  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
+  const Place<C> place(shape, blockIdx.x);
+  extern __shared__ __align__(16) float shared[];
+  float* tile = shared;
+  float* weights = tile + F::kWeights;
+
+  Sums<C> sums = {};
+  with_size(job.kernel_size, [&](auto size) {
+    constexpr int K = decltype(size)::value, kTaps = K * K, kPitch = F::weight_pitch(K);
+    const float* source = input(job.weight) + first_out * C * kTaps;
+    copy_rows_async<F::kOut, C * kTaps, kPitch, F::kThreads>(weights, source, C * kTaps);
+    const Active x(launch.input, place.picture, 0, plane);
+    fill_tile<C, C, F::kPlane, K / 2, F::kThreads>(tile, x, shape, place);
+    wait_for_copies();
+    __syncthreads();
+    const float* left = weights + g * kPitch + q * kTaps;
+    const float* right = tile + q * F::kPlane + Tile<C>::place(F::row(0), g);
+    for_taps<K, Tile<C>::kPitch>([&](int tap, int offset) {
+      add_tap<C, kPitch, kTaps, kExact>(sums, left + tap, right + offset);
+    });
+  });
+
+  float* z = output(job.z) + (int64_t(place.picture) * C + first_out + g) * plane;
+  bool inside[F::N];
+#pragma unroll
+  for (int n = 0; n < F::N; ++n) {
+    const int y = place.y + F::row(n), x = place.x + F::column(n) + 2 * q;
+    inside[n] = y < shape.height && x < shape.width;
+    if (!inside[n]) continue;
+#pragma unroll
+    for (int m = 0; m < F::M; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float* target = z + int64_t(m * 16 + h * 8) * plane + y * shape.width + x;
+        *reinterpret_cast<float2*>(target) = make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]);
+      }
+    }
+  }
+  float* moments = output(job.moments) + 3 * (int64_t(blockIdx.x) * C + first_out);
+  store_moments<C>(moments, shared + F::kSums, sums, inside, place.pixels_inside(shape));
+}
+
+// --- The input's gradient --------------------------------------------------------------------------------------
+
+template <int C>
+struct InputGradient : Block<C> {
+  using B = Block<C>;
+  __host__ __device__ static constexpr int weight_pitch(int K) { return B::kOut * K * K + 8; }  // for lanes that read eight inputs of four outputs
+  static constexpr int kFloats = B::kTileFloats + C * weight_pitch(3);
+};
+
+struct GradientLaunch {
+  Shape shape;
+  Input input;
+  int count, splits;
+  Address dx;
+  int tiles;  // that a block of the weights' gradient goes through
+  GradJob jobs[kMaxJobs];
+};
+
+// Shared memory: dz [C, kPlane], W [C, kWeightPitch]. Grid: (tiles, slices of input channels, splits of the jobs).
+template <int C, bool kExact>
+__global__ void __launch_bounds__(Block<C>::kThreads) dx_kernel(const __grid_constant__ GradientLaunch launch) {
+  using G = InputGradient<C>;
+  const Shape& shape = launch.shape;
+  const int first_in = blockIdx.y * G::kOut, plane = shape.height * shape.width;
+  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
+  const Place<C> place(shape, blockIdx.x);
+  extern __shared__ __align__(16) float shared[];
+  float* tile = shared;
+  float* weights = tile + G::kTileFloats;
+
+  Sums<C> sums = {};
+#pragma unroll 1
+  for (int i = blockIdx.z; i < launch.count; i += launch.splits) {
+    const GradJob& job = launch.jobs[i];
+    __syncthreads();  // tile and weights of the job before have been read
+    with_size(job.kernel_size, [&](auto size) {
+      constexpr int K = decltype(size)::value, kTaps = K * K, kPitch = G::weight_pitch(K);
+      const float* source = input(job.weight) + first_in * kTaps;
+      copy_rows_async<C, G::kOut * kTaps, kPitch, G::kThreads>(weights, source, C * kTaps);
+      const Gradient dz(job, place.picture, C, plane);
+      fill_tile<C, C, G::kPlane, K / 2, G::kThreads>(tile, dz, shape, place);
+      wait_for_copies();
+      __syncthreads();
+      const float* left = weights + q * kPitch + g * kTaps;
+      const float* right = tile + q * G::kPlane + Tile<C>::place(G::row(0), g);
+      for_taps<K, Tile<C>::kPitch>([&](int tap, int offset) {
+        add_tap<C, kTaps, kPitch, kExact>(sums, left + tap, right - offset);
+      });
+    });
+  }
+
+  const int64_t first_plane = first_in + g;
+  const float* x = input(launch.input.x) + place.picture * launch.input.batch_stride + first_plane * plane;
+  float* dx = output(launch.dx) + ((int64_t(blockIdx.z) * shape.batch + place.picture) * C + first_plane) * plane;
+#pragma unroll
+  for (int n = 0; n < G::N; ++n) {
+    const int row = place.y + G::row(n), column = place.x + G::column(n) + 2 * q;
+    if (row >= shape.height || column >= shape.width) continue;
+#pragma unroll
+    for (int m = 0; m < G::M; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int64_t offset = int64_t(m * 16 + h * 8) * plane + row * shape.width + column;
+        const float2 at = __ldg(reinterpret_cast<const float2*>(x + offset));
+        // NaN lets gradients pass, as in PyTorch.
+        const float2 v = make_float2(at.x <= 0.f ? 0.f : sums[m][n][2 * h], at.y <= 0.f ? 0.f : sums[m][n][2 * h + 1]);
+        *reinterpret_cast<float2*>(dx + offset) = v;
+      }
+    }
+  }
+}
+
+// --- The weights' gradients ------------------------------------------------------------------------------------
+
+template <int C>
+struct WeightGradient {
+  static constexpr int kIn = 16, kSlices = C / kIn;  // input channels of a block
+  static constexpr int kWarps = kIn / 8 * 3, kThreads = 32 * kWarps, M = C / 16;
+  static constexpr int kPlane = pad_to_bank(Tile<C>::kHaloed, 4);  // for lanes that read eight channels of four pixels
+  static constexpr int kFloats = (C + kIn) * kPlane + Tile<C>::kEnd;
+};
+
+// sums += dz · relu(x)ᵀ at one row of taps.
+template <int C, int K, bool kExact>
+__device__ void add_tile(float (&sums)[C / 16][K][4], const float* dz, const float* x) {
+  using G = WeightGradient<C>;
+  constexpr int kAcross = Tile<C>::kColumns / 8;
+#pragma unroll 1
+  for (int row = 0; row < Tile<C>::kRows; ++row) {
+#pragma unroll 2
+    for (int part = 0; part < kAcross; ++part) {
+      const int offset = row * Tile<C>::kPitch + part * 8;
+      Fragment<2, kExact> right[K];
+#pragma unroll
+      for (int kx = 0; kx < K; ++kx) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) right[kx].set(i, x[offset + kx - K / 2 + 4 * i]);
+      }
+#pragma unroll
+      for (int m = 0; m < C / 16; ++m) {
+        Fragment<4, kExact> left;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) left.set(i, dz[(m * 16 + i % 2 * 8) * G::kPlane + offset + i / 2 * 4]);
+#pragma unroll
+        for (int kx = 0; kx < K; ++kx) multiply<kExact>(sums[m][kx], left, right[kx]);
+      }
+    }
+  }
+}
+
+// Shared memory: dz [C, kPlane], relu(x) [kIn, kPlane]. Grid: (parts, slices of input channels, jobs).
+template <int C, bool kExact>
+__global__ void __launch_bounds__(WeightGradient<C>::kThreads)
+    dw_kernel(const __grid_constant__ GradientLaunch launch) {
+  using G = WeightGradient<C>;
+  const Shape& shape = launch.shape;
+  const GradJob& job = launch.jobs[blockIdx.z];
+  const int first_in = blockIdx.y * G::kIn, plane = shape.height * shape.width;
+  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, warp = threadIdx.x / 32;
+  const int ky = warp % 3, channel = warp / 3 * 8;  // of the block's
+  const int first = blockIdx.x * launch.tiles, end = min(first + launch.tiles, launch.count);
+  extern __shared__ __align__(16) float shared[];
+  float* dz_tile = shared;
+  float* x_tile = dz_tile + C * G::kPlane;
+
+  with_size(job.kernel_size, [&](auto size) {
+    constexpr int K = decltype(size)::value;
+    float sums[G::M][K][4] = {};
+#pragma unroll 1
+    for (int i = first; i < end; ++i) {
+      const Place<C> place(shape, i);
+      if (i > first) __syncthreads();  // the tiles before have been read
+      const Gradient dz(job, place.picture, C, plane);
+      fill_tile<C, C, G::kPlane, 0, G::kThreads>(dz_tile, dz, shape, place);
+      const Active x(launch.input, place.picture, first_in, plane);
+      fill_tile<C, G::kIn, G::kPlane, K / 2, G::kThreads>(x_tile, x, shape, place);
+      __syncthreads();
+      if (ky >= K) continue;
+      add_tile<C, K, kExact>(sums, dz_tile + g * G::kPlane + Tile<C>::place(0, q),
+                             x_tile + (channel + g) * G::kPlane + Tile<C>::place(ky - K / 2, q));
+    }
+    if (ky >= K) return;
+    float* partial = output(job.partial) + int64_t(blockIdx.x) * C * C * K * K;
+#pragma unroll
+    for (int m = 0; m < G::M; ++m) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int out = m * 16 + r / 2 * 8 + g, in = first_in + channel + 2 * q + r % 2;
+#pragma unroll
+        for (int kx = 0; kx < K; ++kx) partial[((out * C + in) * K + ky) * K + kx] = sums[m][kx][r];
+      }
+    }
+  });
+}
+
+// Calls f with the number of channels and the precision as compile-time constants.
+template <typename F>
+auto specialise(const Shape& shape, F f) {
+  const auto with_precision = [&](auto C) {
+    return shape.exact ? f(C, std::true_type()) : f(C, std::false_type());
+  };
+  switch (shape.channels) {
+    case 16: return with_precision(std::integral_constant<int, 16>());
+    case 32: return with_precision(std::integral_constant<int, 32>());
+    case 64: return with_precision(std::integral_constant<int, 64>());
+    default: throw std::invalid_argument("convolutions of 16, 32 or 64 channels");
+  }
+}
+
+// How many tiles a block of the weights' gradient goes through: so that one convolution just fills the GPU.
+template <int C>
+int tiles_of_block(const Shape& shape) {
+  return ceil_div(tiles_of<C>(shape) * WeightGradient<C>::kSlices, kMultiprocessors);
+}
+
+template <typename Launch, typename J>
+void put_jobs(Launch& parameters, const std::vector<J>& jobs) {
+  if (jobs.size() > kMaxJobs) throw std::invalid_argument("too many convolutions in one launch");
+  std::copy(jobs.begin(), jobs.end(), parameters.jobs);
+}
+
+}  // namespace
+
+int forward_parts(const Shape& shape) {
+  return specialise(shape, [&](auto C, auto) { return tiles_of<C()>(shape); });
+}
+
+int backward_parts(const Shape& shape) {
+  return specialise(shape, [&](auto C, auto) { return ceil_div(tiles_of<C()>(shape), tiles_of_block<C()>(shape)); });
+}
+
+int dx_splits(const Shape& shape, int jobs) {
+  return specialise(shape, [&](auto C, auto) {
+    const int blocks = tiles_of<C()>(shape) * Block<C()>::kSlices;
+    return std::min(jobs, std::max(1, 3 * kMultiprocessors / blocks));
+  });
+}
+
+void forward(const Shape& shape, const Input& input, const std::vector<Job>& jobs, Address stream) {
+  ForwardLaunch parameters{shape, input, {}};
+  put_jobs(parameters, jobs);
+  specialise(shape, [&](auto C, auto exact) {
+    using F = Forward<C()>;
+    launch(fwd_kernel<C(), exact()>, dim3(tiles_of<C()>(shape), jobs.size() * F::kSlices), F::kThreads,
+           F::kFloats * sizeof(float), stream, parameters);
+  });
+}
+
+void input_gradient(const Shape& shape, const Input& input, const std::vector<GradJob>& jobs, int splits, Address dx,
+                    Address stream) {
+  GradientLaunch parameters{shape, input, int(jobs.size()), splits, dx, 0, {}};
+  put_jobs(parameters, jobs);
+  specialise(shape, [&](auto C, auto exact) {
+    using G = InputGradient<C()>;
+    launch(dx_kernel<C(), exact()>, dim3(tiles_of<C()>(shape), G::kSlices, splits), G::kThreads,
+           G::kFloats * sizeof(float), stream, parameters);
+  });
+}
+
+void weight_gradients(const Shape& shape, const Input& input, const std::vector<GradJob>& jobs, Address stream) {
+  specialise(shape, [&](auto C, auto exact) {
+    using G = WeightGradient<C()>;
+    GradientLaunch parameters{shape, input, tiles_of<C()>(shape), 1, 0, tiles_of_block<C()>(shape), {}};
+    put_jobs(parameters, jobs);
+    launch(dw_kernel<C(), exact()>, dim3(backward_parts(shape), G::kSlices, jobs.size()), G::kThreads,
+           G::kFloats * sizeof(float), stream, parameters);
+  });
+}
+
+}  // namespace dense_conv
