@@ -27,6 +27,7 @@ MODULES = {
     ("avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
     ("max_pool", "triton"): "neuroexapt.kernels.pool_triton",
     ("global_avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
+    ("hstu_hierarchical_attention", "triton"): "neuroexapt.kernels.hstu_hierarchical_attention_triton",
     (
         "hierarchical_sequence_fusion",
         "triton",
