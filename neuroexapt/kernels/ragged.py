@@ -74,7 +74,7 @@ def to_padded(x: Tensor, layout: Ragged) -> Tensor:
     positions = torch.arange(layout.max_length, device=x.device)
     valid = positions < layout.lengths[:, None]
     rows = torch.where(valid, layout.starts[:, None] + positions, 0)
-    picked = x[rows] if len(x) else x.new_zeros(*rows.shape, *x.shape[1:])
+    picked = x[rows] if len(x) else x.sum(0).expand(*rows.shape, *x.shape[1:])
     return picked.masked_fill(~valid[(...,) + (None,) * (x.dim() - 1)], 0)
 
 
