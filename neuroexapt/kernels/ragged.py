@@ -42,9 +42,10 @@ def ragged(
     if offsets is not None:
         offsets = offsets.to(x.device, torch.int32)
         return Ragged(offsets[:-1], offsets.diff(), longest)
+    batch = x.shape[0]  # not len(x), which would fix B where the call is exported; so would comparing shapes
     if lengths is None:
-        lengths = torch.full((len(x),), longest, dtype=torch.int32, device=x.device)
-    starts = torch.arange(len(x), dtype=torch.int32, device=x.device) * longest
+        lengths = torch.full((batch,), longest, dtype=torch.int32, device=x.device)
+    starts = torch.arange(batch, dtype=torch.int32, device=x.device) * longest
     return Ragged(starts, lengths.to(x.device, torch.int32).clamp(0, longest), longest)
 
 
@@ -59,7 +60,7 @@ def checked_length(x: Tensor, lengths: Tensor | None, offsets: Tensor | None, ma
     batch, length = x.shape[:2]
     if max_length not in (None, length):
         raise UserError(f"padded input of {length} positions has that max_length, not {max_length}")
-    if lengths is not None and lengths.shape != (batch,):
+    if lengths is not None and (lengths.dim() != 1 or lengths.shape[0] != batch):
         raise UserError(f"lengths must have shape [{batch}], one for each sequence, not {[*lengths.shape]}")
     return length
 
