@@ -90,6 +90,7 @@ def causal_attention_fwd_kernel(
         first, tl.minimum(first + BM, length), scale, D, DP, BN, True, PRECISION,
     )  # fmt: skip
     valid, written = t < length, t < rows_to_write(length, offsets, max_length)
+    sums = tl.where(valid, sums, 1.0)
     total = tl.where(valid[:, None], total / sums[:, None], 0.0)
     _store(o_ptr + head * D, rows, H * D, total, written, D, DP)
     tl.store(lse_ptr + rows * H + head, largest + tl.log2(sums), mask=valid)
