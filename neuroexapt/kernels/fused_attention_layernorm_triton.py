@@ -28,6 +28,7 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.causal_attention_triton import causal_attention
+from neuroexapt.kernels.partial_sums_triton import add_up
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -195,7 +196,7 @@ def _empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dattended = z.new_empty(z.shape), z.new_empty(*z.shape[:-1], weight.shape[1])
     dprojected = z.new_empty(0 if seed is None else z.shape)
-    return dx, dprojected, dattended, z.new_empty(3, z.shape[-1], dtype=torch.float32)
+    return dx, dprojected, dattended, z.new_empty(3, z.shape[-1])
 
 
 def _backward(
@@ -215,13 +216,14 @@ def _backward(
         return dx, dprojected, dattended, sums.zero_()
     blocks = _blocks(*weight.shape, z.itemsize)
     programs = _ceil_div(rows, blocks["BM"])
-    partials = sums.new_empty(programs, *sums.shape)
+    partials = sums.new_empty(programs, *sums.shape, dtype=torch.float32)
     with torch.cuda.device_of(z):
         project_add_norm_bwd_kernel[programs,](
             dy.contiguous(), z, weight.contiguous(), norm_weight.contiguous(), dx, dprojected, dattended,
             partials, seed, lengths, rows, z.shape[-2], dropout, eps, PRECISION=_precision(), **blocks,
         )  # fmt: skip
-    return dx, dprojected, dattended, partials.sum(0)
+        add_up(partials, sums)
+    return dx, dprojected, dattended, sums
 
 
 def _save(ctx, arguments: tuple, results: tuple[Tensor, Tensor]) -> None:
@@ -235,7 +237,7 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dprojected, dattended, sums = _backward_op(dy, z, weight, norm_weight, seed, lengths, *ctx.options)
     dprojected = dx if seed is None else dprojected
     dweight = dprojected.flatten(0, -2).T @ attended.flatten(0, -2)
-    dnorm_weight, dnorm_bias, dbias = sums.to(z.dtype)
+    dnorm_weight, dnorm_bias, dbias = sums
     return dx, dattended, dweight, dbias, dnorm_weight, dnorm_bias, *[None] * 5
 
 

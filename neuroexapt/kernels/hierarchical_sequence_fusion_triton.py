@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
+from neuroexapt.kernels.partial_sums_triton import add_up
 from neuroexapt.kernels.ragged_triton import rows_to_write, sequence_span, sequences_of
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
@@ -362,7 +363,7 @@ def _empty_gradients(dy: Tensor, x: Tensor, *arguments) -> tuple[Tensor, Tensor,
     *_, windows, _, _ = arguments
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, x.new_empty(rows, 2 * width), x.new_empty(3 + len(windows), width, dtype=torch.float32)
+    return dx, x.new_empty(rows, 2 * width), x.new_empty(3 + len(windows), width)
 
 
 def _backward(
@@ -390,8 +391,10 @@ def _backward(
     tiles = _ceil_div(max_length, blocks["BM"])
     grid = tiles, sequences
     df, x = torch.empty_like(dx), x.contiguous()
-    partials = sums.new_zeros(tiles * sequences, *sums.shape)
     place = lengths, offsets, max_length
+    partials = sums.new_empty(tiles * sequences, *sums.shape, dtype=torch.float32)
+    if lengths is not None or offsets is not None:
+        partials.zero_()  # tiles behind the end of a sequence write none
     with torch.cuda.device_of(x):
         hierarchical_sequence_fusion_bwd_gate_kernel[grid](
             dy.contiguous(), x, branches, gate_weight.contiguous(), out_weight.contiguous(), norm_weight,
@@ -403,7 +406,8 @@ def _backward(
             WINDOWS=tuple(windows), KP=_padded_count(windows), HALO=_halo(tuple(windows)),
             PRECISION=_precision(), **blocks,
         )  # fmt: skip
-    return dx, dbranches, partials.sum(0)
+        add_up(partials, sums)
+    return dx, dbranches, sums
 
 
 def _save(ctx, arguments: tuple, results: tuple[Tensor, ...]) -> None:
@@ -419,16 +423,9 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     # Its first D rows concern the gate; of the others, those of x are no gradient.
     products = dbranches.T @ inputs  # [2D, 2D]
     width = x.shape[-1]
-    norm_weight, norm_bias, gate_bias, *_ = sums.to(x.dtype)
-    gradients = (
-        dx,
-        sums[3:].to(x.dtype),
-        products[:width],
-        gate_bias,
-        products[width:, width:],
-        norm_weight,
-        norm_bias,
-    )
+    dgate_weight, dout_weight = products[:width], products[width:, width:]
+    dnorm_weight, dnorm_bias, dgate_bias = sums[:3]
+    gradients = dx, sums[3:], dgate_weight, dgate_bias, dout_weight, dnorm_weight, dnorm_bias
     return *gradients, *[None] * 7
 
 
