@@ -604,7 +604,7 @@ def _backward(
         sequence_recommendation_interaction_bwd_kernel[batch, chunks](
             grad_pools, grad_similarity, items, target, *place, exact, stats, before, after,
             grads[0], target_partial, decay_partial, length, window, width**-0.5,
-            SINGLE=chunks == 1, PRECISION=_precision(), **blocks | {"num_warps": 8},
+            SINGLE=chunks == 1, PRECISION=_precision(), **blocks | {"num_warps": 2 * blocks["num_warps"]},
         )  # fmt: skip
         sequence_recommendation_interaction_bwd_join_kernel[batch + 1,](
             target_partial, decay_partial, *grads[1:], batch, chunks,
