@@ -260,6 +260,7 @@ constexpr int blocks_at_a_time() {
 template <int C, int kGroupSize, bool kExact>
 __global__ void __launch_bounds__(kForwardThreads, (blocks_at_a_time<C, kGroupSize>()))
     forward_kernel(const __grid_constant__ ForwardLaunch launch) {
+  launching::let_next_begin();
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
   const Group& group = launch.groups[blockIdx.y];

@@ -15,6 +15,7 @@
 namespace node {
 
 using launching::launch;
+using launching::launch_early;
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 128;
