@@ -15,9 +15,10 @@ from tests.kernels.held_to_reference import DEVICE, largest_error, random_tensor
 
 # Triton's interpreter warns of what kernels mask.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-LENGTHS = torch.tensor([6, 0, 4])
+LENGTHS = torch.tensor([6, 0, 4], device=DEVICE)
 # Unix seconds: single precision alone could not tell neighbours apart.
-TIMES = torch.tensor([[0, 0, 2, 5, 5, 9], [0, 1, 2, 3, 4, 5], [1, 3, 3, 4, 4, 4]]) + 1_700_000_000
+TIMES = torch.tensor([[0, 0, 2, 5, 5, 9], [0, 1, 2, 3, 4, 5], [1, 3, 3, 4, 4, 4]], device=DEVICE)
+TIMES += 1_700_000_000
 
 
 def inputs(batch: int = 3, length: int = 6, width: int = 4, dtype=torch.float64) -> list[Tensor]:
@@ -48,7 +49,7 @@ def by_hand(items: Tensor, target: Tensor, decay: float, times: list[int], windo
         for t in range(len(times))
     ]
     pools = torch.stack([attention, items[-window:].mean(0), long_term])
-    return [pools, torch.tensor(similarity, dtype=items.dtype)]
+    return [pools, torch.tensor(similarity, dtype=items.dtype, device=DEVICE)]
 
 
 def test_the_formulas():
@@ -80,14 +81,14 @@ def test_jagged_gives_what_padded_gives():
     pools, similarity = functional.sequence_recommendation_interaction(items, target, decay, **arguments)
     rows, places = jagged(items, arguments)
     of_rows = functional.sequence_recommendation_interaction(rows, target, decay, **places)
-    valid = torch.arange(6) < LENGTHS[:, None]
+    valid = torch.arange(6, device=DEVICE) < LENGTHS[:, None]
     torch.testing.assert_close(of_rows, (pools, similarity[valid]), rtol=0, atol=0)
 
 
 def check_padding_and_causality(op, dtype: torch.dtype) -> None:
     """What is behind a sequence has no influence, and an item none on the similarity of those before."""
     items, target, decay = inputs(dtype=dtype)
-    arguments = {"timestamps": TIMES.to(DEVICE), "lengths": LENGTHS.to(DEVICE), "window": 2}
+    arguments = {"timestamps": TIMES, "lengths": LENGTHS, "window": 2}
     pools, similarity = op(items, target, decay, **arguments)
     dirty, dirty_times = items.clone(), arguments["timestamps"].clone()
     for b, n in enumerate(LENGTHS.tolist()):
@@ -217,7 +218,7 @@ def test_kernels_pass_opcheck():
 
     leaves = [x.requires_grad_() for x in inputs(dtype=torch.float32)]
     op = torch.ops.neuroexapt.sequence_recommendation_interaction.default
-    torch.library.opcheck(op, (*leaves, TIMES.to(DEVICE), 2, LENGTHS.to(DEVICE), None, None))
+    torch.library.opcheck(op, (*leaves, TIMES, 2, LENGTHS, None, None))
 
 
 def test_calls_that_the_kernels_cannot_take_are_named():
