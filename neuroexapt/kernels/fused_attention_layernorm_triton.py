@@ -36,6 +36,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 2048
 # Up to this width the projection is done in the kernels, whose rows' sums then fit in registers.
 _NARROW = 256
+# Of which wide rows' gradients of biases and norm are summed up in registers.
+_ROWS_OF_A_SHARE = 64
 _MAX_HEAD = 256
 # From this length on PyTorch's attention is the faster one.
 _LONG = 512
@@ -112,40 +114,49 @@ def project_add_norm_fwd_kernel(
 def project_add_norm_bwd_kernel(
     dy_ptr, z_ptr, weight_ptr, norm_weight_ptr, dx_ptr, dprojected_ptr, dattended_ptr, partial_ptr,
     seed_ptr, lengths, count, max_length, dropout, eps,
-    D: tl.constexpr, DP: tl.constexpr, INNER: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    NARROW: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, INNER: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx, dprojected [R, D] (dx itself without dropout) and, if NARROW, dattended [R, INNER].
 
-    ``partial``: [programs, 3, D], shares of the gradients of norm weight, norm bias and bias.
+    ``partial``: [programs, 3, D], the share of a program's TILE rows in the gradients of norm weight, norm
+    bias and bias.
     """
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    valid = _valid_rows(rows, count, lengths, max_length)
     columns = tl.arange(0, DP)
-    dy = _tile(dy_ptr, rows, columns, D, valid).to(tl.float32)
-    z, rstd = _normalised(_tile(z_ptr, rows, columns, D, valid).to(tl.float32), D, DP, eps)
-    partial_ptr += tl.program_id(0) * 3 * D + columns
-    tl.store(partial_ptr, tl.sum(dy * z, axis=0), mask=columns < D)
-    tl.store(partial_ptr + D, tl.sum(dy, axis=0), mask=columns < D)
-    dz = dy * tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    dz -= (tl.sum(dz, axis=1) / D)[:, None] + z * (tl.sum(dz * z, axis=1) / D)[:, None]
-    dz = tl.where((columns < D)[None, :], dz * rstd[:, None], 0.0)
-    places = rows[:, None] * D + columns[None, :]
-    mask = (rows < count)[:, None] & (columns < D)[None, :]
-    tl.store(dx_ptr + places, dz.to(dtype), mask=mask)
-    if seed_ptr is not None:
-        dz = _drop(dz, seed_ptr, rows, columns, dropout, D)
-        tl.store(dprojected_ptr + places, dz.to(dtype), mask=mask)
-    tl.store(partial_ptr + 2 * D, tl.sum(dz, axis=0), mask=columns < D)
-    if NARROW:
-        dprojected = dz.to(dtype)
-        for chunk in range(0, INNER, BK):
-            inner = chunk + tl.arange(0, BK)
-            weight = _tile(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
-            dattended = tl.dot(dprojected, weight, input_precision=PRECISION).to(dtype)
-            inner_mask = (rows < count)[:, None] & (inner < INNER)[None, :]
-            tl.store(dattended_ptr + rows[:, None] * INNER + inner[None, :], dattended, mask=inner_mask)
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    dnorm_weight = tl.zeros([DP], tl.float32)
+    dnorm_bias = tl.zeros([DP], tl.float32)
+    dbias = tl.zeros([DP], tl.float32)
+    for block in range(0, TILE, BM):
+        rows = tl.program_id(0).to(tl.int64) * TILE + block + tl.arange(0, BM)
+        valid = _valid_rows(rows, count, lengths, max_length)
+        dy = _tile(dy_ptr, rows, columns, D, valid).to(tl.float32)
+        z, rstd = _normalised(_tile(z_ptr, rows, columns, D, valid).to(tl.float32), D, DP, eps)
+        dnorm_weight += tl.sum(dy * z, axis=0)
+        dnorm_bias += tl.sum(dy, axis=0)
+        dz = dy * norm_weight[None, :]
+        dz -= (tl.sum(dz, axis=1) / D)[:, None] + z * (tl.sum(dz * z, axis=1) / D)[:, None]
+        dz = tl.where((columns < D)[None, :], dz * rstd[:, None], 0.0)
+        places = rows[:, None] * D + columns[None, :]
+        mask = (rows < count)[:, None] & (columns < D)[None, :]
+        tl.store(dx_ptr + places, dz.to(dtype), mask=mask)
+        if seed_ptr is not None:
+            dz = _drop(dz, seed_ptr, rows, columns, dropout, D)
+            tl.store(dprojected_ptr + places, dz.to(dtype), mask=mask)
+        dbias += tl.sum(dz, axis=0)
+        if NARROW:
+            dprojected = dz.to(dtype)
+            for chunk in range(0, INNER, BK):
+                inner = chunk + tl.arange(0, BK)
+                weight = _tile(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
+                dattended = tl.dot(dprojected, weight, input_precision=PRECISION).to(dtype)
+                inner_mask = (rows < count)[:, None] & (inner < INNER)[None, :]
+                tl.store(dattended_ptr + rows[:, None] * INNER + inner[None, :], dattended, mask=inner_mask)
+    partial_ptr += tl.program_id(0).to(tl.int64) * 3 * D + columns
+    tl.store(partial_ptr, dnorm_weight, mask=columns < D)
+    tl.store(partial_ptr + D, dnorm_bias, mask=columns < D)
+    tl.store(partial_ptr + 2 * D, dbias, mask=columns < D)
 
 
 @functools.cache
@@ -227,12 +238,14 @@ def _backward(
     if not rows:
         return dx, dprojected, dattended, sums.zero_()
     blocks = _blocks(*weight.shape, z.itemsize)
-    programs = _ceil_div(rows, blocks["BM"])
+    tile = blocks["BM"] if blocks["NARROW"] else _ROWS_OF_A_SHARE
+    programs = _ceil_div(rows, tile)
     partials = sums.new_empty(programs, *sums.shape, dtype=torch.float32)
     with torch.cuda.device_of(z):
         project_add_norm_bwd_kernel[programs,](
             dy.contiguous(), z, weight.contiguous(), norm_weight.contiguous(), dx, dprojected, dattended,
-            partials, seed, lengths, rows, z.shape[-2], dropout, eps, PRECISION=_precision(), **blocks,
+            partials, seed, lengths, rows, z.shape[-2], dropout, eps, TILE=tile, PRECISION=_precision(),
+            **blocks,
         )  # fmt: skip
         add_up(partials, sums)
         if not blocks["NARROW"]:
