@@ -63,7 +63,7 @@ def checked_layout(
     layout = ragged(items, lengths, offsets, max_length)
     if items.dim() != (3 if offsets is None else 2):
         raise UserError(f"items must be [B, N, D] or, with offsets, [T, D], not {[*items.shape]}")
-    expected = (len(layout.lengths), items.shape[-1])
+    expected = (layout.lengths.shape[0], items.shape[-1])  # len() would fix B where the call is exported
     if target.shape != expected:
         raise UserError(f"target must be {[*expected]}, a row a sequence, not {[*target.shape]}")
     if decay.shape != ():
