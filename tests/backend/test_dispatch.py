@@ -90,8 +90,8 @@ def test_auto_leaves_channels_last_to_pytorch(choose, op):
         x, *weights = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)
     nhwc, rest = x.to(memory_format=torch.channels_last), weights if op == "sepconv" else (3,)
     choose("auto", runs=("triton",))
-    assert backend.explain(op, x, *rest).impl == "triton"
     with candidates.free_launches():
+        assert backend.explain(op, x, *rest).impl == "triton"
         decision = backend.explain(op, nhwc, *rest)
     assert decision.impl == "torch"
     assert "triton: PyTorch is faster in channels-last" in decision.reason
