@@ -20,7 +20,7 @@ from tests.kernels.held_to_reference import (
 from tests.kernels.sequences import assert_causal, assert_padding_is_ignored
 
 # Batch, positions, features, heads, features a head: part of a tile, several tiles, heads unlike D.
-CASES = [(2, 9, 6, 2, 3), (2, 70, 20, 1, 17), (1, 33, 3, 3, 40), (0, 5, 4, 1, 4)]
+CASES = [(2, 9, 6, 2, 3), (2, 70, 20, 1, 17), (1, 33, 20, 3, 40), (0, 5, 4, 1, 4)]
 LENGTHS = [40, 0, 33]
 
 
