@@ -100,7 +100,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(controller, arguments, r
 def test_without_a_model_it_says_how_to_get_one():
     controller = create_integrated_controller({"device": "cpu"})
     assert controller.triton_manager.get_operator_availability()["interaction_operator"] is False
-    with pytest.raises(UserError, match="no trained recommender; train one with"):
+    with pytest.raises(UserError, match="no trained recommender; train one, as"):
         controller.infer_with_optimal_strategy("ada", [1])
 
 
