@@ -3,6 +3,7 @@
 Neither starts nor clamped lengths are computed beforehand: each of these small tensors would be a launch.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,3 +37,13 @@ def sequences_of(x: Tensor, offsets: Tensor | None, max_length: int | None) -> t
         return x.shape[0], x.shape[1]
     assert max_length is not None
     return len(offsets) - 1, max_length
+
+
+def input_precision() -> str:
+    """Of fp32 products: one TF32 product where PyTorch's matrix products may be, else three (fp32 grade)."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``triton.cdiv``, which takes 5 µs outside of kernels."""
+    return -(-a // b)
