@@ -578,25 +578,25 @@ class Blocks(NamedTuple):
 # By kernel, for the largest head width, in 16 bits and in fp32, that the row's first number is at least.
 _BLOCKS: dict[str, dict[int, tuple[tuple[int, Blocks], ...]]] = {
     "forward": {
-        2: ((64, Blocks(128, 64, 4, 3)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 64, 8, 2))),
+        2: ((64, Blocks(64, 64, 4, 3, 128)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 64, 8, 2))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 32, 4, 1))),
     },
     "query": {
-        2: ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 32, 8, 2))),
+        2: ((64, Blocks(64, 32, 4, 3, 128)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 32, 8, 2))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 32, 4, 1))),
     },
     "key_value": {
-        2: ((64, Blocks(64, 128, 8, 2)), (128, Blocks(64, 128, 8, 2)), (256, Blocks(32, 64, 8, 2))),
+        2: ((64, Blocks(32, 64, 4, 3, 168)), (128, Blocks(64, 128, 8, 2)), (256, Blocks(32, 64, 8, 2))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(32, 16, 4, 1))),
     },
     "bias": {
-        2: ((64, Blocks(128, 64, 8, 2)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 64, 8, 1))),
+        2: ((64, Blocks(64, 64, 4, 2)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 64, 8, 1))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 16, 4, 1))),
     },
 }
 # Programs of the bias kernel that share the tiles; more would only add to what is reduced.
 _BIAS_PROGRAMS = 2048
-_REDUCE = {"BLOCK_S": 32, "BLOCK": 32}
+_REDUCE = {"BLOCK_S": 128, "BLOCK": 16}
 
 
 def _blocks(kernel: str, call: Call) -> Blocks:
@@ -648,7 +648,7 @@ def _constants(call: Call, blocks: Blocks) -> dict[str, Any]:
         "BLOCK_D": max(16, _power_of_two(width)),
         "BLOCK_DV": max(16, _power_of_two(value_width)),
         "FAST": call.query.dtype == torch.bfloat16,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
         "maxnreg": blocks.registers or None,
