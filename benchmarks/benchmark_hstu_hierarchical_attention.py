@@ -216,8 +216,7 @@ def measure(implementation: Implementation, case: Case) -> dict[tuple[str, str],
     }
 
 
-# By kernel and width of a head, what --sweep tries: queries, keys, warps, stages and registers a thread (0: as
-# many as the compiler likes).
+# What --sweep tries by kernel and width of a head: queries, keys, warps, stages, registers a thread (0: any).
 SWEEP = {
     "forward": {
         64: [(64, 64, 4, 3, 128), (64, 64, 4, 2, 128), (64, 32, 4, 3, 96), (64, 64, 4, 3, 168)],
