@@ -12,13 +12,14 @@ search      searches from several seeds by several strategies, for networks of n
 movielens   trains HSTU with and without its bias by time
 
 Figures are HR@10 and NDCG@10 over the whole catalogue, leaving one out; what is tested is the network of the
-epoch that validated best, and the test decides nothing. ``--jobs`` trainings share the GPU: seconds are of a
-shared one then. Products are in TF32. ``--quick`` makes up a small data set, to try the script on a CPU.
+epoch that validated best, and the test decides nothing. ``--jobs`` trainings share the GPUs: seconds are of
+shared ones then. Products are in TF32. ``--quick`` makes up a small data set, to try the script on a CPU.
 """
 
 import argparse
 import itertools
 import multiprocessing
+import os
 import random
 import statistics
 import sys
@@ -54,6 +55,10 @@ FIGURES = {
     "train_s": ("training_seconds", "s"),
 }
 """Metrics by their names in the results of ``train``."""
+VISIBLE = (
+    os.environ.get("CUDA_VISIBLE_DEVICES")
+    or ",".join(str(number) for number in range(max(1, torch.cuda.device_count())))
+).split(",")
 QUICK = {"init_channels": 16, "epochs": 3, "batch_size": 32, "backend": "cpu"}
 
 
@@ -78,7 +83,6 @@ VARIANTS = [
     Variant(space={"dropout": 0.2}),
     Variant(space={"dropout": 0.5}),
     Variant({"learning_rate": 3e-3, "batch_size": 256}, {"dropout": 0.5}),
-    Variant({"weight_decay": 0.1}, {"dropout": 0.5}),
     Variant(space={"dropout": 0.3, "cosine": True, "negatives": 128}),
     Variant(space={"dropout": 0.5, "cosine": True}),
 ]
@@ -144,11 +148,16 @@ def run_search(wanted: Search) -> dict[str, Any]:
 
 
 class Pool:
-    """Runs trainings and searches, several at a time."""
+    """Runs trainings and searches, several at a time, spread over the GPUs that are visible."""
 
     def __init__(self, jobs: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(jobs, mp_context=context) if jobs > 1 else None
+        gpus = context.Queue()
+        for job in range(jobs):
+            gpus.put(VISIBLE[job % len(VISIBLE)])
+        self._executor = (
+            ProcessPoolExecutor(jobs, context, initializer=_use_gpu, initargs=(gpus,)) if jobs > 1 else None
+        )
 
     def train(self, trainings: Sequence[Training]) -> dict[str, list[dict[str, Any]]]:
         """Results by name, in order."""
@@ -173,6 +182,11 @@ class Pool:
         return self._executor.map(run, tasks) if self._executor else map(run, tasks)
 
 
+def _use_gpu(gpus: Any) -> None:
+    """Each process has one of its own, before CUDA starts in it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+
+
 def record(results: Results, case: str, found: dict[str, list[dict[str, Any]]], jobs: int) -> None:
     """Of each network, figures of all its seeds."""
     for name, runs in found.items():
@@ -180,7 +194,7 @@ def record(results: Results, case: str, found: dict[str, list[dict[str, Any]]], 
             values = [run[key] for run in runs]
             spread = vars(Spread.of(values) if len(values) > 1 else Spread.exactly(values[0]))
             figures = {"unit": unit, "mean": statistics.fmean(values), "values": values, **spread}
-            results.record(case, name, "tf32", metric, **figures, trainings_per_device=jobs)
+            results.record(case, name, "tf32", metric, **figures, trainings_per_device=jobs / len(VISIBLE))
         genotypes = [run["genotype"] for run in runs]
         results.record(case, name, "tf32", "genotypes", values=genotypes)
         means = (statistics.fmean(run[key] for run in runs) for key, _ in FIGURES.values())
