@@ -20,9 +20,10 @@ from torch import Tensor
 from neuroexapt.kernels.ragged_triton import (
     ceil_div,
     input_precision,
+    place_of,
     rows_to_write,
+    sequence_count,
     sequence_span,
-    sequences_of,
 )
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
@@ -245,7 +246,7 @@ def _forward(
     value: Tensor,
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    max_length: int,
 ) -> tuple[Tensor, Tensor]:
     o, lse = _empty_results(query, key, value)
     place = lengths, offsets, max_length
@@ -268,7 +269,7 @@ def _backward(
     value: Tensor,
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _empty_gradients(do, o, lse)
     do, delta = do.contiguous(), torch.empty_like(lse)
@@ -286,13 +287,13 @@ def _launch(
     results: tuple[Tensor, ...],
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    max_length: int,
 ) -> None:
     """``inputs``: queries, keys and values; ``saved`` and ``results`` are contiguous."""
     query = inputs[0]
     if not query.numel():
         return
-    sequences, max_length = sequences_of(query, offsets, max_length)
+    sequences = sequence_count(query, offsets)
     heads, width = query.shape[-2:]
     blocks = _blocks(name, width, query.itemsize, max_length)
     tiles = ceil_div(max_length, blocks["BN" if name == "bwd_kv" else "BM"])
@@ -314,7 +315,7 @@ def _differentiate(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward_op(do, *ctx.saved_tensors, ctx.max_length), None, None, None
 
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? offsets, int? max_length"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? offsets, int max_length"
 _op = define(f"causal_attention_triton({_INPUTS}) -> (Tensor, Tensor)", _forward, _empty_results)
 _backward_op = define(
     f"causal_attention_triton_backward(Tensor do, Tensor o, Tensor lse, {_INPUTS}) "
@@ -334,4 +335,4 @@ def causal_attention(
     max_length: int | None = None,
 ) -> Tensor:
     """``softmax(QKᵀ / √d + M) V`` of each head: [B, N, H, d] or, with ``offsets``, [T, H, d] each."""
-    return _op(query, key, value, lengths, offsets, max_length)[0]
+    return _op(query, key, value, *place_of(query, lengths, offsets, max_length))[0]

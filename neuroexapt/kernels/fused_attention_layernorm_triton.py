@@ -30,7 +30,7 @@ from torch import Tensor
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.causal_attention_triton import causal_attention
 from neuroexapt.kernels.partial_sums_triton import add_up
-from neuroexapt.kernels.ragged_triton import ceil_div, input_precision
+from neuroexapt.kernels.ragged_triton import ceil_div, input_precision, place_of
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -311,7 +311,8 @@ def fused_attention_layernorm(
     max_length: int | None = None,
 ) -> Tensor:
     """``neuroexapt.functional.fused_attention_layernorm``; differentiable once, deterministic."""
-    if lengths is None and offsets is None and x.shape[1] >= _LONG:
+    lengths, offsets, max_length = place_of(x, lengths, offsets, max_length)
+    if lengths is None and offsets is None and max_length >= _LONG:
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     else:

@@ -35,9 +35,10 @@ from neuroexapt.kernels.partial_sums_triton import add_up
 from neuroexapt.kernels.ragged_triton import (
     ceil_div,
     input_precision,
+    place_of,
     rows_to_write,
+    sequence_count,
     sequence_span,
-    sequences_of,
 )
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
@@ -381,7 +382,7 @@ def _forward(
     norm_bias: Tensor,
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    max_length: int,
     windows: list[int],
     temperature: float,
     eps: float,
@@ -394,7 +395,7 @@ def _forward(
     is_narrow = width <= _NARROW
     if not is_narrow and not keep:
         _, inputs, branches, shares = _empty_results(x, windows, temperature, eps, True)
-    sequences, max_length = sequences_of(x, offsets, max_length)
+    sequences = sequence_count(x, offsets)
     x, place, plane = x.contiguous(), (lengths, offsets, max_length), branches[0].numel()
     weights = scale_weight, gate_weight, gate_bias, out_weight, norm_weight, norm_bias
     blocks, row_blocks = _blocks(width, x.itemsize), _row_blocks(width)
@@ -433,7 +434,7 @@ def _backward(
     shares: Tensor,
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    max_length: int,
     windows: list[int],
     temperature: float,
     eps: float,
@@ -444,7 +445,7 @@ def _backward(
         return dx, dbranches, sums.zero_()
     width = x.shape[-1]
     is_narrow = width <= _NARROW
-    sequences, max_length = sequences_of(x, offsets, max_length)
+    sequences = sequence_count(x, offsets)
     blocks = _blocks(width, x.itemsize)
     row_blocks = blocks | ({"DP": _padded(width)} if is_narrow else _row_blocks(width))
     grid = ceil_div(max_length, blocks["BM"]), sequences
@@ -490,7 +491,7 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, *[None] * 7
 
 
-_PLACE = "Tensor? lengths, Tensor? offsets, int? max_length"
+_PLACE = "Tensor? lengths, Tensor? offsets, int max_length"
 _OPTIONS = "int[] windows, float temperature, float eps"
 _op = define(
     "hierarchical_sequence_fusion_triton(Tensor x, Tensor scale_weight, Tensor gate_weight, "
@@ -520,7 +521,8 @@ def hierarchical_sequence_fusion(
 ) -> Tensor:
     """``neuroexapt.functional.hierarchical_sequence_fusion``; differentiable once, deterministic."""
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _op(*tensors, lengths, offsets, max_length, list(windows), temperature, eps, keep)[0]
+    place = place_of(tensors[0], lengths, offsets, max_length)
+    return _op(*tensors, *place, list(windows), temperature, eps, keep)[0]
 
 
 def supports(

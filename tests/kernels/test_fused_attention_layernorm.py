@@ -140,6 +140,13 @@ def test_kernels_ignore_padding(lengths, nan_filled_empty):
 
 
 @runs_kernels
+def test_kernels_refuse_lengths_that_do_not_fit():
+    sequences, weights = inputs(2, 8, 6, 2, 3)
+    with pytest.raises(UserError, match="lengths must have shape"):
+        by_kernel(*sequences, *weights, lengths=torch.tensor([8]))
+
+
+@runs_kernels
 def test_kernels_know_no_later_position():
     assert_causal(by_kernel, *inputs(1, 70, 6, 1, 5), position=40)
 
