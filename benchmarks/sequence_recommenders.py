@@ -55,10 +55,6 @@ FIGURES = {
     "train_s": ("training_seconds", "s"),
 }
 """Metrics by their names in the results of ``train``."""
-VISIBLE = (
-    os.environ.get("CUDA_VISIBLE_DEVICES")
-    or ",".join(str(number) for number in range(max(1, torch.cuda.device_count())))
-).split(",")
 QUICK = {"init_channels": 16, "epochs": 3, "batch_size": 32, "backend": "cpu"}
 
 
@@ -153,8 +149,9 @@ class Pool:
     def __init__(self, jobs: int) -> None:
         context = multiprocessing.get_context("spawn")
         gpus = context.Queue()
+        visible = visible_gpus()
         for job in range(jobs):
-            gpus.put(VISIBLE[job % len(VISIBLE)])
+            gpus.put(visible[job % len(visible)])
         self._executor = (
             ProcessPoolExecutor(jobs, context, initializer=_use_gpu, initargs=(gpus,)) if jobs > 1 else None
         )
@@ -182,6 +179,12 @@ class Pool:
         return self._executor.map(run, tasks) if self._executor else map(run, tasks)
 
 
+def visible_gpus() -> list[str]:
+    """Their names for CUDA; one where there are none. Not to be asked in a process that uses but one."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return chosen.split(",") if chosen else [str(n) for n in range(max(1, torch.cuda.device_count()))]
+
+
 def _use_gpu(gpus: Any) -> None:
     """Each process has one of its own, before CUDA starts in it."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
@@ -194,7 +197,9 @@ def record(results: Results, case: str, found: dict[str, list[dict[str, Any]]], 
             values = [run[key] for run in runs]
             spread = vars(Spread.of(values) if len(values) > 1 else Spread.exactly(values[0]))
             figures = {"unit": unit, "mean": statistics.fmean(values), "values": values, **spread}
-            results.record(case, name, "tf32", metric, **figures, trainings_per_device=jobs / len(VISIBLE))
+            results.record(
+                case, name, "tf32", metric, **figures, trainings_per_device=jobs / len(visible_gpus())
+            )
         genotypes = [run["genotype"] for run in runs]
         results.record(case, name, "tf32", "genotypes", values=genotypes)
         means = (statistics.fmean(run[key] for run in runs) for key, _ in FIGURES.values())
