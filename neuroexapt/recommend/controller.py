@@ -162,7 +162,7 @@ class IntegratedController:
         execution.require(strategy)
         start = time.perf_counter()
         inputs = to_tensors(requests, size, self.model.max_length, self.model.has_times)
-        with torch.inference_mode():
+        with torch.no_grad():
             scores, strategy = self._scores(execution, strategy, inputs)
             ranked = rank(scores[: len(requests)], requests, self.model.item_counts)
         milliseconds = 1000 * (time.perf_counter() - start)
@@ -182,7 +182,7 @@ class IntegratedController:
         try:
             with self.triton_manager.switched():
                 return execution.run(strategy, inputs), strategy
-        except RuntimeError as error:  # a kernel, a replay or a session that does not run any more
+        except Exception as error:  # a kernel, a replay or a session that fails, each in its own way
             self._failures[strategy, first_line(error)] += 1
             logger.warning("strategy %s failed, running in plain PyTorch: %s", strategy, first_line(error))
         with without_kernels(OPERATORS):

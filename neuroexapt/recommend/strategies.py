@@ -119,7 +119,7 @@ class Execution:
         self.optimizations: dict[str, tuple[str, ...]] = {}
         self._runs: dict[str, Run] = {}
         samples = [_sample(model, size, device) for size in self.batch_sizes]
-        with torch.inference_mode():
+        with torch.no_grad():
             for name in dict.fromkeys(("eager", *names)):
                 self._prepare(name, Scorer(model), samples)
 
@@ -129,7 +129,7 @@ class Execution:
 
     def run(self, name: str, inputs: Inputs) -> Tensor:
         """Scores of a batch of one of ``batch_sizes``."""
-        with torch.inference_mode():
+        with torch.no_grad():
             return self._runs[name](*(x.to(self.device) for x in inputs))
 
     def require(self, name: str) -> None:

@@ -167,7 +167,7 @@ def test_a_strategy_that_fails_later_gives_way_to_pytorch_and_is_recorded(monkey
     def fragile(scorer, samples):
         def run(*inputs):
             if not works[0]:
-                raise RuntimeError("the session is gone\nand more")
+                raise LookupError("the session is gone\nand more")
             return scorer(*inputs)
 
         return run
