@@ -171,14 +171,14 @@ class IntegratedController:
         self._latencies[strategy].append(milliseconds)
         common = {
             "inference_strategy": strategy,
-            "optimizations_applied": list(execution.optimizations[strategy]),
+            "optimizations_applied": list(execution.optimizations.get(strategy, ())),
             "inference_time_ms": milliseconds,
             "batch_size": len(requests),
         }
         return [{"recommendations": items, **common} for items in ranked]
 
     def _scores(self, execution: Execution, strategy: str, inputs: Inputs) -> tuple[Tensor, str]:
-        """Scores, and the strategy that gave them: in plain PyTorch where the one chosen fails."""
+        """Scores, and the strategy that gave them: ``reference``, plain PyTorch, where the one chosen fails."""
         try:
             with self.triton_manager.switched():
                 return execution.run(strategy, inputs), strategy
@@ -186,7 +186,7 @@ class IntegratedController:
             self._failures[strategy, first_line(error)] += 1
             logger.warning("strategy %s failed, running in plain PyTorch: %s", strategy, first_line(error))
         with without_kernels(OPERATORS):
-            return execution.run("eager", inputs), "eager"
+            return execution.run("eager", inputs), "reference"
 
 
 def create_integrated_controller(config: Mapping[str, Any]) -> IntegratedController:
