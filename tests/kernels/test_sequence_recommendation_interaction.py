@@ -218,7 +218,7 @@ def test_kernels_pass_opcheck():
 
     leaves = [x.requires_grad_() for x in inputs(dtype=torch.float32)]
     op = torch.ops.neuroexapt.sequence_recommendation_interaction.default
-    torch.library.opcheck(op, (*leaves, TIMES, 2, LENGTHS, None, None))
+    torch.library.opcheck(op, (*leaves, TIMES, 2, LENGTHS, None, 6))
 
 
 def test_calls_that_the_kernels_cannot_take_are_named():
