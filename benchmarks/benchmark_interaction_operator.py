@@ -47,18 +47,18 @@ def sweep() -> None:
     triton._blocks = standard
 
 
-def compare_case(results: Results, case: tuple[int, int, int], dtype: torch.dtype, gbps: float) -> bool:
+def compare_case(
+    results: Results, case: tuple[int, int, int], dtype: torch.dtype, quick: bool, gbps: float
+) -> bool:
     torch.compiler.reset()
     batch, fields, width = case
     name = f"b{batch}-f{fields}-d{width}"
     floor = Spread.exactly(floor_ms(*case, dtype, gbps))
     results.add(name, "floor", str(dtype).removeprefix("torch."), "device_ms", "ms", floor)
     plain = definition.interaction_operator
-    implementations = {
-        "eager": plain,
-        "compile": torch.compile(plain, dynamic=False),
-        "fused": triton.interaction_operator,
-    }
+    implementations = {"fused": triton.interaction_operator, "eager": plain}
+    if not quick:
+        implementations["compile"] = torch.compile(plain, dynamic=False)
     return compare(results, name, implementations, plain, functools.partial(make_inputs, *case, dtype))
 
 
@@ -70,7 +70,9 @@ def main() -> int:
             sweep()
             return 0
         gbps = copy_gbps().median
-        rights = [compare_case(results, case, dtype, gbps) for dtype in dtypes for case in CASES]
+        rights = [
+            compare_case(results, case, dtype, arguments.quick, gbps) for dtype in dtypes for case in CASES
+        ]
     return int(not all(rights))
 
 

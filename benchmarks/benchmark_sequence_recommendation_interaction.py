@@ -91,20 +91,14 @@ def compare_case(results: Results, case: tuple[int, int, int], quick: bool, gbps
 
     def implementations(arguments: dict[str, Tensor]) -> dict[str, Callable]:
         eager = functools.partial(plain, **arguments)
-        return {
-            "eager": eager,
-            "compile": torch.compile(eager, dynamic=False),
-            "fused": functools.partial(kernels, **arguments),
-        }
+        mine = {"fused": functools.partial(kernels, **arguments), "eager": eager}
+        return mine if quick else mine | {"compile": torch.compile(eager, dynamic=False)}
 
-    of_full = implementations(full)
+    of_full, of_ragged = implementations(full), implementations(ragged)
     if not quick:
         of_full |= {"chunks": chunks, "chunks-compile": torch.compile(chunks, dynamic=False)}
     right = compare(results, f"{name}/full", of_full, of_full["eager"], make)
-    if not quick:
-        of_ragged = implementations(ragged)
-        right &= compare(results, f"{name}/ragged", of_ragged, of_ragged["eager"], make)
-    return right
+    return compare(results, f"{name}/ragged", of_ragged, of_ragged["eager"], make) & right
 
 
 def main() -> int:
