@@ -178,7 +178,7 @@ class IntegratedController:
         return [{"recommendations": items, **common} for items in ranked]
 
     def _scores(self, execution: Execution, strategy: str, inputs: Inputs) -> tuple[Tensor, str]:
-        """Scores, and the strategy that gave them: ``reference``, plain PyTorch, where the one chosen fails."""
+        """Scores, and what gave them: ``reference``, which is plain PyTorch, where the strategy fails."""
         try:
             with self.triton_manager.switched():
                 return execution.run(strategy, inputs), strategy
