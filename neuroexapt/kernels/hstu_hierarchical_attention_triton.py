@@ -34,7 +34,13 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels import hstu_hierarchical_attention as definition
-from neuroexapt.kernels.ragged_triton import ceil_div, rows_to_write, sequence_count, sequence_span
+from neuroexapt.kernels.ragged_triton import (
+    ceil_div,
+    input_precision,
+    rows_to_write,
+    sequence_count,
+    sequence_span,
+)
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -575,23 +581,25 @@ class Blocks(NamedTuple):
     registers: int = 0
 
 
-# By kernel, for the largest head width, in 16 bits and in fp32, that the row's first number is at least.
+# By kernel and bytes of an element, each for heads up to a width. For 16 bits and 64 it is the best of those that
+# benchmarks/benchmark_hstu_hierarchical_attention.py --sweep measured: small tiles, of which several run on a
+# multiprocessor at once. The others are what leaves two of them room in registers and shared memory, or one.
 _BLOCKS: dict[str, dict[int, tuple[tuple[int, Blocks], ...]]] = {
     "forward": {
-        2: ((64, Blocks(64, 64, 4, 3, 128)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 64, 8, 2))),
-        4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 32, 4, 1))),
+        2: ((64, Blocks(64, 64, 4, 3, 128)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 32, 4, 2))),
+        4: ((64, Blocks(64, 32, 4, 2)), (256, Blocks(16, 32, 4, 1))),
     },
     "query": {
-        2: ((64, Blocks(64, 32, 4, 3, 128)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 32, 8, 2))),
-        4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 32, 4, 1))),
+        2: ((64, Blocks(64, 32, 4, 3, 128)), (128, Blocks(64, 32, 4, 2, 168)), (256, Blocks(64, 32, 8, 2))),
+        4: ((64, Blocks(64, 32, 4, 2)), (256, Blocks(16, 32, 4, 1))),
     },
     "key_value": {
-        2: ((64, Blocks(32, 64, 4, 3, 168)), (128, Blocks(64, 128, 8, 2)), (256, Blocks(32, 64, 8, 2))),
-        4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(32, 16, 4, 1))),
+        2: ((64, Blocks(32, 64, 4, 3, 168)), (128, Blocks(32, 64, 4, 2)), (256, Blocks(32, 64, 8, 2))),
+        4: ((64, Blocks(32, 64, 4, 2)), (256, Blocks(32, 16, 4, 1))),
     },
     "bias": {
-        2: ((64, Blocks(64, 64, 4, 2)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 64, 8, 1))),
-        4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 16, 4, 1))),
+        2: ((64, Blocks(64, 64, 4, 2)), (128, Blocks(64, 32, 4, 2)), (256, Blocks(64, 64, 8, 1))),
+        4: ((64, Blocks(64, 32, 4, 2)), (256, Blocks(16, 16, 4, 1))),
     },
 }
 # Programs of the bias kernel that share the tiles; more would only add to what is reduced.
@@ -648,11 +656,17 @@ def _constants(call: Call, blocks: Blocks) -> dict[str, Any]:
         "BLOCK_D": max(16, _power_of_two(width)),
         "BLOCK_DV": max(16, _power_of_two(value_width)),
         "FAST": call.query.dtype == torch.bfloat16,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        "PRECISION": _precision(max(width, value_width)),
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
         "maxnreg": blocks.registers or None,
     }
+
+
+def _precision(width: int) -> str:
+    """Of fp32 products. The operands of three TF32 products would fill the registers where heads are wide."""
+    precision = input_precision()
+    return "ieee" if precision == "tf32x3" and width > 64 else precision
 
 
 def _loop_constants(call: Call, blocks: Blocks) -> dict[str, bool]:
