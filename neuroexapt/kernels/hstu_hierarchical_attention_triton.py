@@ -581,9 +581,9 @@ class Blocks(NamedTuple):
     registers: int = 0
 
 
-# By kernel and bytes of an element, each for heads up to a width. For 16 bits and 64 wide heads they are the best
-# that benchmarks/benchmark_hstu_hierarchical_attention.py --sweep found: small, so that several run at once on a
-# multiprocessor. The others were chosen by what registers and shared memory leave room for, unmeasured.
+# By kernel and bytes of an element, each for heads up to a width. For 16 bits and heads up to 64 they are the
+# best that benchmarks/benchmark_hstu_hierarchical_attention.py --sweep found: small, so that several run on a
+# multiprocessor at once. The others follow from what registers and shared memory leave room for, unmeasured.
 _BLOCKS: dict[str, dict[int, tuple[tuple[int, Blocks], ...]]] = {
     "forward": {
         2: ((64, Blocks(64, 64, 4, 3, 128)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 32, 4, 2))),
