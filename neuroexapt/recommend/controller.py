@@ -17,10 +17,11 @@ from neuroexapt.backend import get_backend, resolve
 from neuroexapt.backend.candidates import without_kernels
 from neuroexapt.errors import UserError
 from neuroexapt.recommend.config import OPERATORS, SECTIONS, refuse_unknown, section
+from neuroexapt.recommend.failures import in_one_line
 from neuroexapt.recommend.manager import TritonOperatorManager
 from neuroexapt.recommend.model import SequenceRecommender
 from neuroexapt.recommend.request import Request, make_request, split_behaviors, to_tensors
-from neuroexapt.recommend.strategies import STRATEGIES, Execution, Inputs, check_names, first_line
+from neuroexapt.recommend.strategies import STRATEGIES, Execution, Inputs, check_names
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +184,10 @@ class IntegratedController:
             with self.triton_manager.switched():
                 return execution.run(strategy, inputs), strategy
         except Exception as error:  # a kernel, a replay or a session that fails, each in its own way
-            self._failures[strategy, first_line(error)] += 1
-            logger.warning("strategy %s failed, running in plain PyTorch: %s", strategy, first_line(error))
+            failure = strategy, in_one_line(error)
+            if failure not in self._failures:
+                logger.warning("strategy %s failed, running in plain PyTorch: %s", *failure)
+            self._failures[failure] += 1
         with without_kernels(OPERATORS):
             return execution.run("eager", inputs), "reference"
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from neuroexapt.backend import PersistentKernel, Timing, dispatch_report
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.errors import BackendUnavailableError, UserError
+from neuroexapt.recommend.failures import in_one_line
 
 Inputs = tuple[Tensor, ...]
 """items [B, N], lengths [B] and, for models that look at times, timestamps [B, N]; all int64."""
@@ -151,7 +152,7 @@ class Execution:
         except Exception as error:  # whatever an exporter or a compiler and its toolchain raise
             if name == "eager":
                 raise
-            self.unavailable[name] = first_line(error)
+            self.unavailable[name] = _reason(error)
             return
         self._runs[name], self.timings[name] = run, timings
         kernels = {
@@ -191,5 +192,5 @@ def _powers_of_two(largest: int) -> list[int]:
     return list(itertools.takewhile(lambda size: size < 2 * largest, (2**i for i in itertools.count())))
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else in_one_line(error)

@@ -179,7 +179,7 @@ def test_a_strategy_that_fails_later_gives_way_to_pytorch_and_is_recorded(monkey
     answer = controller.infer_with_optimal_strategy(0, [1], strategy="fragile")
     assert (answer["inference_strategy"], answer["optimizations_applied"]) == ("reference", [])
     assert controller.get_comprehensive_stats()["failures"] == [
-        {"strategy": "fragile", "reason": "the session is gone", "count": 1}
+        {"strategy": "fragile", "reason": "LookupError: the session is gone … and more", "count": 1}
     ]
 
 
