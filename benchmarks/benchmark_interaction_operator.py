@@ -11,7 +11,7 @@ import sys
 
 import torch
 from _harness import Results, Spread, copy_gbps
-from _sequences import compare, start, time_op
+from _sequences import Comparison, Op, compare, start, time_op
 from torch import Tensor
 
 from neuroexapt.kernels import interaction_operator as definition
@@ -56,10 +56,11 @@ def compare_case(
     floor = Spread.exactly(floor_ms(*case, dtype, gbps))
     results.add(name, "floor", str(dtype).removeprefix("torch."), "device_ms", "ms", floor)
     plain = definition.interaction_operator
-    implementations = {"fused": triton.interaction_operator, "eager": plain}
+    implementations: dict[str, Op] = {"fused": triton.interaction_operator, "eager": plain}
     if not quick:
         implementations["compile"] = torch.compile(plain, dynamic=False)
-    return compare(results, name, implementations, plain, functools.partial(make_inputs, *case, dtype))
+    make = functools.partial(make_inputs, *case, dtype)
+    return compare(results, Comparison(name, implementations, plain, make))
 
 
 def main() -> int:

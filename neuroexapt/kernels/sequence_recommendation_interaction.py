@@ -112,7 +112,8 @@ def _decayed_weights(times: Tensor, decay: Tensor, valid: Tensor, layout: Ragged
     if not times.shape[1]:
         return times.to(decay.dtype)
     last = times.gather(1, (layout.lengths.long() - 1).clamp_min(0)[:, None])
-    weights = torch.exp(-decay * (last - times).masked_fill(~valid, 0)) * valid
+    age = (last - times).masked_fill(~valid, 0).to(decay.dtype)
+    weights = torch.exp(-decay * age) * valid
     return weights / weights.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -120,5 +121,5 @@ def _similarity(x: Tensor, times: Tensor, decay: Tensor, valid: Tensor) -> Tenso
     """Σ_{j<t} e^{−λ(τ_t − τ_j)} ⟨ê_t, ê_j⟩: [B, N]."""
     unit = x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
     is_pair = (valid[:, :, None] & valid[:, None, :]).tril(-1)
-    gaps = (times[:, :, None] - times[:, None, :]).masked_fill(~is_pair, 0)
+    gaps = (times[:, :, None] - times[:, None, :]).masked_fill(~is_pair, 0).to(decay.dtype)
     return (unit @ unit.mT * torch.exp(-decay * gaps) * is_pair).sum(-1)
