@@ -99,6 +99,13 @@ def test_kernels_match_the_definition(case: dict, nan_filled_empty) -> None:
     assert_matches_definition(make_inputs(**case))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=gpu)])
+@pytest.mark.parametrize("times", [False, True])
+def test_there_need_be_no_position_table(times: bool, dtype: torch.dtype) -> None:
+    arguments = make_inputs((2, 19, 2, 4), 4, times=times, dtype=dtype)
+    assert_matches_definition(arguments | {"position_bias": None})
+
+
 # Blocks that fill the longest sequence and blocks that do not.
 @pytest.mark.parametrize("length", [64, 70])
 def test_tiles_that_are_not_square_in_phases_of_16_bits(length: int, monkeypatch) -> None:

@@ -145,19 +145,15 @@ def _bucket(gap, bucket_starts_ptr, BUCKETS: tl.constexpr):
 
 
 @triton.jit
-def _with_biases(scores, row_ptr, place, gap, time_ptr, bucket_starts_ptr, BUCKETS: tl.constexpr):
-    """A tile of scores and what the tables have at ``place`` of each row of the tile, and for ``gap``."""
-    if row_ptr is not None:
-        scores += _look_up(row_ptr + place)
+def _with_biases(
+    scores, position_ptr, corner, row, column, gap, time_ptr, bucket_starts_ptr, BUCKETS: tl.constexpr
+):
+    """A tile of scores plus the position table from ``corner`` on and what the time table has for ``gap``."""
+    if position_ptr is not None:
+        scores += _look_up(position_ptr + corner + row + column)
     if time_ptr is not None:
         scores += _look_up(time_ptr + _bucket(gap, bucket_starts_ptr, BUCKETS))
     return scores
-
-
-@triton.jit
-def _row_of_table(position_ptr, lag, place):
-    """Where in the position table the entries of a tile's rows start, if there is one."""
-    return position_ptr + lag + place if position_ptr is not None else None
 
 
 @triton.jit
@@ -240,13 +236,12 @@ def _query_bounds(
 @triton.jit
 def hstu_fwd_kernel(
     query_ptr, query_row, query_head, key_ptr, key_row, key_head, value_ptr, value_row, value_head,
-    output_ptr,
-    position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
+    output_ptr, position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr,
+    max_length, centre,
     scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
     WINDOWS: tl.constexpr, LOCAL: tl.constexpr, PHASED: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of y at one head. Grid: (B · H, blocks of queries, those with the longest history first)."""
     sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -276,7 +271,7 @@ def hstu_fwd_kernel(
                 column = _place(first_key, max_length, BLOCK_N, EVEN_N)
                 scores = _with_biases(
                     tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale,
-                    _row_of_table(position_ptr, centre + first_key - first, -row[:, None]), column[None, :],
+                    position_ptr, centre + first_key - first, -row[:, None], column[None, :],
                     time_i[:, None] - time_j[None, :], time_ptr, bucket_starts_ptr, BUCKETS,
                 )  # fmt: skip
                 weights = _silu(scores, FAST)  # [BLOCK_M, BLOCK_N]
@@ -295,9 +290,8 @@ def hstu_bwd_query_kernel(
     position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
     scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
     WINDOWS: tl.constexpr, LOCAL: tl.constexpr, PHASED: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of dq at one head. Grid: as ``hstu_fwd_kernel``."""
     sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -328,11 +322,11 @@ def hstu_bwd_query_kernel(
                 column = _place(first_key, max_length, BLOCK_N, EVEN_N)
                 scores = _with_biases(
                     tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale,
-                    _row_of_table(position_ptr, centre + first_key - first, -row[:, None]), column[None, :],
+                    position_ptr, centre + first_key - first, -row[:, None], column[None, :],
                     time_i[:, None] - time_j[None, :], time_ptr, bucket_starts_ptr, BUCKETS,
                 )  # fmt: skip
                 dweights = tl.dot(dy, tl.trans(value), input_precision=PRECISION)
-                _silu, slope = _silu_and_slope(scores, FAST)
+                slope = _silu_and_slope(scores, FAST)[1]
                 dscores = dweights * slope  # [BLOCK_M, BLOCK_N]
                 if phase != 1:
                     dscores = tl.where(_sees(i[:, None] - j[None, :], window), dscores, 0.0)
@@ -348,9 +342,8 @@ def hstu_bwd_key_value_kernel(
     position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
     scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
     WINDOWS: tl.constexpr, LOCAL: tl.constexpr, PHASED: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of dk and dv at one head. Grid: (B · H, blocks of keys, those seen most first)."""
     sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -382,7 +375,7 @@ def hstu_bwd_key_value_kernel(
                 row = _place(first_query, max_length, BLOCK_M, EVEN_M)
                 scores = _with_biases(
                     tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale,
-                    _row_of_table(position_ptr, centre + first - first_query, column[:, None]), -row[None, :],
+                    position_ptr, centre + first - first_query, column[:, None], -row[None, :],
                     time_i[None, :] - time_j[:, None], time_ptr, bucket_starts_ptr, BUCKETS,
                 )  # fmt: skip
                 dweights = tl.dot(value, tl.trans(dy), input_precision=PRECISION)
@@ -429,8 +422,7 @@ def hstu_bwd_bias_kernel(
     dy_ptr, dy_row, dy_head, position_partial_ptr, time_partial_ptr,
     position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
     scale, sequences, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
-    WINDOWS: tl.constexpr, LOCAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWS: tl.constexpr, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -473,7 +465,7 @@ def hstu_bwd_bias_kernel(
                 bucket = _bucket(time_i[:, None] - time_j[None, :], bucket_starts_ptr, BUCKETS)
                 scores += _look_up(time_ptr + bucket)
             dweights = tl.dot(dy, tl.trans(value), input_precision=PRECISION)
-            _silu, slope = _silu_and_slope(scores, FAST)
+            slope = _silu_and_slope(scores, FAST)[1]
             dscores = dweights * slope  # [BLOCK_M, BLOCK_N], 0 in rows behind the last
             if LOCAL:
                 dscores = tl.where(age < window, dscores, 0.0)
