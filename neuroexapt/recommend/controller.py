@@ -128,26 +128,22 @@ class IntegratedController:
         """What ran, how often and how fast.
 
         ``inference_counts``: runs by strategy; ``requests``; ``latencies``: median and 99th percentile of the
-        latest runs by strategy, ms; ``warm_up``: what was measured, by strategy and batch size, ms;
-        ``unavailable_strategies`` and ``failures`` with their reasons; ``triton_stats``: the manager's.
+        latest runs by strategy, ms; ``failures`` with their reasons; ``triton_stats``: calls of the manager's.
+        Once warmed up also ``warm_up``: what was measured, by strategy and batch size, ms; ``optimizations``:
+        the kernels that each strategy runs on; ``unavailable_strategies`` with their reasons.
         """
-        execution = self._execution
-        timings = execution.timings if execution else {}
-        return {
-            "triton_stats": self.triton_manager.get_operator_stats(),
-            "requests": self._requests,
-            "inference_counts": dict(self._counts),
-            "latencies": {name: _percentiles(values) for name, values in self._latencies.items()},
-            "warm_up": {
-                name: {size: timing.median_ms for size, timing in of_sizes.items()}
-                for name, of_sizes in timings.items()
-            },
-            "unavailable_strategies": dict(execution.unavailable) if execution else {},
-            "failures": [
-                {"strategy": name, "reason": reason, "count": count}
-                for (name, reason), count in self._failures.items()
-            ],
-        }
+        with self._lock:
+            return {
+                "triton_stats": self.triton_manager.get_operator_stats(),
+                "requests": self._requests,
+                "inference_counts": dict(self._counts),
+                "latencies": {name: _percentiles(values) for name, values in self._latencies.items()},
+                "failures": [
+                    {"strategy": name, "reason": reason, "count": count}
+                    for (name, reason), count in self._failures.items()
+                ],
+                **(self._execution.stats() if self._execution else {}),
+            }
 
     def _prepared(self) -> Execution:
         if self._execution is None:
@@ -188,6 +184,7 @@ class IntegratedController:
             if failure not in self._failures:
                 logger.warning("strategy %s failed, running in plain PyTorch: %s", *failure)
             self._failures[failure] += 1
+            execution.withdraw(*failure)
         with without_kernels(OPERATORS):
             return execution.run("eager", inputs), "reference"
 

@@ -141,6 +141,23 @@ class Execution:
         reason = self.unavailable.get(name, "it was not among the strategies to prepare")
         raise BackendUnavailableError(f"strategy {name!r} cannot run here: {reason}")
 
+    def withdraw(self, name: str, reason: str) -> None:
+        """Run a strategy no more, for this reason; ``eager`` stays."""
+        if name != "eager":
+            self.unavailable[name] = reason
+            del self._runs[name], self.timings[name]
+
+    def stats(self) -> dict[str, Any]:
+        """What the warm-up found, for ``get_comprehensive_stats``."""
+        return {
+            "warm_up": {
+                name: {size: timing.median_ms for size, timing in of_sizes.items()}
+                for name, of_sizes in self.timings.items()
+            },
+            "optimizations": dict(self.optimizations),
+            "unavailable_strategies": dict(self.unavailable),
+        }
+
     def _prepare(self, name: str, scorer: Scorer, samples: list[Inputs]) -> None:
         before = dispatch_report()
         try:
