@@ -54,6 +54,13 @@ def test_a_search_ends_with_a_trained_recommender(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "split.json").exists()  # α has the validation items
 
 
+@pytest.mark.gpu
+def test_steps_of_recommenders_run_as_graphs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = tiny_settings(tmp_path, epochs=2, train_epochs=2, backend="cuda", quiet=False)
+    assert search(**settings).result["test_ndcg"] > 0
+    assert "launching every kernel by itself" not in caplog.text
+
+
 def test_a_budget_holds_for_a_recommender(tmp_path: Path) -> None:
     found = search(**tiny_settings(tmp_path, epochs=1, train_epochs=0, max_params=1_000))
     assert found.result["params"] == found.result["parameters"] <= 1_000
