@@ -104,7 +104,7 @@ def call_hstu_attention() -> None:
 
 
 def call_operators_of_sequences() -> None:
-    """Attention with what follows it, and windows; rows that the kernels' own products take, and wider ones."""
+    """Attention with what follows, and fused windows; rows that kernels multiply themselves, and wider."""
     lengths = torch.tensor([77, 0, 30], device="cuda")
     offsets = torch.tensor([0, 77, 77, 107], device="cuda")
     layouts = (((3, 77), {"lengths": lengths}), ((107,), {"offsets": offsets, "max_length": 77}))
