@@ -86,37 +86,40 @@ __device__ inline float relu(float x) {
 }
 
 // Four neighbours of a row from column x on; zeros past its end.
-__device__ inline float4 load_row4(const float* row, int x, int width, bool aligned) {
+template <typename T>
+__device__ float4 load_row4(const T* row, int x, int width, bool aligned) {
   if (aligned && x + 4 <= width) return load4(row + x);
   float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (x < width) v.x = __ldg(row + x);
-  if (x + 1 < width) v.y = __ldg(row + x + 1);
-  if (x + 2 < width) v.z = __ldg(row + x + 2);
-  if (x + 3 < width) v.w = __ldg(row + x + 3);
+  if (x < width) v.x = storage::load(row + x);
+  if (x + 1 < width) v.y = storage::load(row + x + 1);
+  if (x + 2 < width) v.z = storage::load(row + x + 2);
+  if (x + 3 < width) v.w = storage::load(row + x + 3);
   return v;
 }
 
-__device__ inline void store_row4(float* row, int x, int width, bool aligned, float4 v) {
+template <typename T>
+__device__ void store_row4(T* row, int x, int width, bool aligned, float4 v) {
   if (aligned && x + 4 <= width) return store4(row + x, v);
-  if (x < width) row[x] = v.x;
-  if (x + 1 < width) row[x + 1] = v.y;
-  if (x + 2 < width) row[x + 2] = v.z;
-  if (x + 3 < width) row[x + 3] = v.w;
+  if (x < width) storage::store(row + x, v.x);
+  if (x + 1 < width) storage::store(row + x + 1, v.y);
+  if (x + 2 < width) storage::store(row + x + 2, v.z);
+  if (x + 3 < width) storage::store(row + x + 3, v.w);
 }
 
-// Whether every row of every plane starts at a multiple of 16 bytes.
+// Whether every row of every plane starts at a multiple of four pixels.
 __device__ inline bool rows_aligned(const void* base, int64_t batch_stride, int width) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && batch_stride % 4 == 0 && width % 4 == 0;
 }
 
 // The input of a convolution, as it is read: relu(x) or relu((x − mean) · rstd).
+template <typename T>
 struct Source {
-  const float* x;
+  const T* x;
   const float2* stats;
   bool aligned;
 
   __device__ Source(Address x_, int64_t batch_stride, Address stats_, const Shape& shape, int picture)
-      : x(reinterpret_cast<const float*>(x_) + picture * batch_stride),
+      : x(reinterpret_cast<const T*>(x_) + picture * batch_stride),
         stats(reinterpret_cast<const float2*>(stats_)),
         aligned(rows_aligned(reinterpret_cast<const void*>(x_), batch_stride, shape.width)) {}
 
@@ -147,12 +150,12 @@ struct RowWalk {
 
 // Four activated neighbours of the picture from column x on. What lies outside is zero: padding comes after the
 // normalisation.
-template <int C>
-__device__ float4 load_activated(const Source& source, const Place<C>& at, const Shape& shape, int channel,
+template <int C, typename T>
+__device__ float4 load_activated(const Source<T>& source, const Place<C>& at, const Shape& shape, int channel,
                                  int row, int x) {
   const int width = shape.width;
   if (row >= at.rows || x < 0 || x >= width) return make_float4(0.f, 0.f, 0.f, 0.f);
-  const float* start = source.x + (channel * shape.height + at.first + row) * width;
+  const T* start = source.x + (channel * shape.height + at.first + row) * width;
   if (source.aligned) return source.activate(load4(start + x), channel);
   float4 v = source.activate(load_row4(start, x, width, false), channel);
   if (x + 1 >= width) v.y = 0.f;
@@ -163,8 +166,8 @@ __device__ float4 load_activated(const Source& source, const Place<C>& at, const
 
 // The activated tile with its halo into shared memory, `pitch` floats a row and `plane` a channel; channel c goes
 // to slot(c).
-template <int C, int Threads, typename Slot>
-__device__ void load_tile(float* tile, const Source& source, const Place<C>& at, const Shape& shape, int pitch,
+template <int C, int Threads, typename T, typename Slot>
+__device__ void load_tile(float* tile, const Source<T>& source, const Place<C>& at, const Shape& shape, int pitch,
                           int plane, Slot slot) {
   constexpr int kQuads = Tile<C>::kWidth / 4;
   const int rows = min(at.rows + 1, stored_rows<C>(shape, at.pad));  // with the row of zeros, where there is one
@@ -257,11 +260,6 @@ auto with_channels(const Shape& shape, F f) {
     case 64: return f(std::integral_constant<int, 64>());
     default: throw std::invalid_argument("the cell's convolutions take 16, 32 or 64 channels");
   }
-}
-
-template <typename F>
-auto with_precision(const Shape& shape, F f) {
-  return shape.exact ? f(std::true_type()) : f(std::false_type());
 }
 
 }  // namespace

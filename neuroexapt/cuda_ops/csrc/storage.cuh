@@ -42,6 +42,12 @@ __device__ inline void store4(bf16* target, float4 v) {
   __stwb(reinterpret_cast<uint2*>(target), make_uint2(pack(v.x, v.y), pack(v.z, v.w)));
 }
 
+// To a multiple of 16 bytes.
+__device__ inline void store8(bf16* target, const float (&v)[8]) {
+  __stwb(reinterpret_cast<uint4*>(target),
+         make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7])));
+}
+
 template <typename T>
 struct Type {
   using type = T;
