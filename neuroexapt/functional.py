@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.dispatch import dispatch, explain
 from neuroexapt.errors import UserError
+from neuroexapt.kernels.fused_attention_layernorm import check as _check_attention
 from neuroexapt.kernels.hierarchical_sequence_fusion import check as _check_fusion
 
 if TYPE_CHECKING:
@@ -174,6 +175,65 @@ def hstu_hierarchical_attention(
         timestamps=timestamps,
         windows=windows,
         scale=scale,
+        lengths=lengths,
+        offsets=offsets,
+        max_length=max_length,
+    )
+
+
+def fused_attention_layernorm(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    dropout: float = 0.0,
+    eps: float = 1e-5,
+    lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
+) -> Tensor:
+    """``y = LayerNorm(x + Drop(W_o · softmax(QKᵀ / √d + M) V + b_o))``: causal attention and what follows.
+
+    M is 0 where the key's position is at most the query's and −∞ elsewhere; the heads' results are joined
+    before W_o. The kernels write neither scores nor dropout masks to memory.
+
+    Args:
+        x: [B, N, D] or, jagged, [T, D].
+        query: Q, [B, N, H, d] or [T, H, d].
+        key: K, of query's shape.
+        value: V, of query's shape.
+        out_weight: W_o, [D, H · d].
+        out_bias: b_o, [D].
+        norm_weight: [D].
+        norm_bias: [D].
+        dropout: probability with which an element of the projection is dropped and others are scaled up; give
+            0 outside of training. Implementations draw different masks.
+        eps: added to LayerNorm's variance.
+        lengths: [B], of padded input, valid items first; None: all full. What lies behind is never read.
+        offsets: [B + 1], where each sequence of jagged input starts and the last one ends.
+        max_length: of jagged input, what no sequence exceeds.
+
+    Returns:
+        Like x, 0 at padded positions; y_t depends on no later position. The other tensors are cast to x's
+        dtype; where autocast is enabled, all are cast to its dtype.
+
+    Raises:
+        UserError: shapes do not fit together, or ``dropout`` is no probability below 1.
+
+    Source: Kang and McAuley, "Self-Attentive Sequential Recommendation", 2018.
+    """
+    tensors = x, query, key, value, out_weight, out_bias, norm_weight, norm_bias
+    _check_attention(*tensors, dropout)
+    return dispatch(
+        "fused_attention_layernorm",
+        *_in_one_dtype(*tensors),
+        dropout=dropout,
+        eps=eps,
         lengths=lengths,
         offsets=offsets,
         max_length=max_length,

@@ -27,6 +27,8 @@ MODULES = {
     ("avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
     ("max_pool", "triton"): "neuroexapt.kernels.pool_triton",
     ("global_avg_pool", "triton"): "neuroexapt.kernels.pool_triton",
+    ("fused_attention_layernorm", "triton"): "neuroexapt.kernels.fused_attention_layernorm_triton",
+    ("hstu_hierarchical_attention", "triton"): "neuroexapt.kernels.hstu_hierarchical_attention_triton",
     (
         "hierarchical_sequence_fusion",
         "triton",
@@ -117,6 +119,7 @@ for _op in (
     "global_avg_pool",
     "relu_conv_bn",
     "factorized_reduce",
+    "fused_attention_layernorm",
     "hierarchical_sequence_fusion",
     "interaction_operator",
     "sequence_recommendation_interaction",

@@ -160,6 +160,8 @@ class Supernet(nn.Module):
 class DartsSupernet(Supernet):
     """The network of DARTS (Liu et al., ICLR 2019), with α for ``"normal"`` and for ``"reduce"`` cells."""
 
+    topology: CellTopology
+
     def __init__(
         self,
         topology: CellTopology,
@@ -171,6 +173,12 @@ class DartsSupernet(Supernet):
         layers: int,
     ) -> None:
         super().__init__(topology, primitives)
+        self._sizes = in_channels, num_classes, channels
+        self._build(layers)
+        self.alphas = self._make_alphas("normal", "reduce")
+
+    def _build(self, layers: int) -> None:
+        in_channels, num_classes, channels = self._sizes
         self.stem = make_stem(in_channels, STEM_MULTIPLIER * channels)
 
         self.cells = nn.ModuleList()
@@ -180,14 +188,19 @@ class DartsSupernet(Supernet):
             reduction = layer in reduction_layers(layers)
             channels = 2 * channels if reduction else channels
             inputs = TwoInputs(channels_s0, channels_s1, channels, reduction_prev, affine=False)
-            cell = SearchCell(topology, primitives, inputs, channels, reduction=reduction)
+            cell = SearchCell(self.topology, self.primitives, inputs, channels, reduction=reduction)
             self.cells.append(cell)
             channels_s0, channels_s1 = channels_s1, cell.channels_out
             reduction_prev = reduction
 
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels_s1, num_classes)
-        self.alphas = self._make_alphas("normal", "reduce")
+
+    def rebuild(self, layers: int) -> None:
+        """Start anew with ``layers`` cells and new weights, on the CPU; α and what was ruled out stay."""
+        self._build(layers)
+        for cell in self.alphas:
+            self.keep(cell, self.kept(cell))
 
     def cell_type(self, cell: SearchCell) -> str:
         return "reduce" if cell.reduction else "normal"

@@ -7,7 +7,7 @@ positions before them (backward, after them).
 Why it is built this way:
 
 - A mixture of causal means is a product with a band matrix: ``f = C·x`` with
-  ``C[t, s] = Σ_k α_k[t] · [0 ≤ t − s < w_k] / min(t + 1, w_k)``. C is made in registers from a row's K shares,
+  ``C[t, s] = Σ_k α_k[t] · [0 ≤ t − s < w_k] / min(t + 1, w_k)``. C is made in registers from K shares,
   so the K means never exist, each x is read once however wide the windows are, and the sums run on the
   tensor cores. Backward is the transposed band, ``dx = Cᵀ·df``, and the gradient of a share is a sum over its
   band of ``df·xᵀ``.
@@ -436,8 +436,8 @@ _PLACE = "Tensor? lengths, Tensor? offsets, int? max_length"
 _OPTIONS = "int[] windows, float temperature, float eps"
 _op = define(
     "hierarchical_sequence_fusion_triton(Tensor x, Tensor scale_weight, Tensor gate_weight, "
-    f"Tensor gate_bias, Tensor out_weight, Tensor norm_weight, Tensor norm_bias, {_PLACE}, {_OPTIONS}, bool keep) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor gate_bias, Tensor out_weight, Tensor norm_weight, Tensor norm_bias, "
+    f"{_PLACE}, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _empty_results,
 )

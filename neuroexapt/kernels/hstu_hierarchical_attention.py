@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuroexapt.errors import UserError
-from neuroexapt.kernels.ragged import Ragged, is_valid, ragged, to_jagged, to_padded
+from neuroexapt.kernels.ragged import Ragged, checked_length, is_valid, ragged, to_jagged, to_padded
 
 # The width of a time bucket in ln|Δt|, which is HSTU's: buckets grow by a third from each to the next.
 BUCKET_WIDTH = 0.301
@@ -33,8 +33,10 @@ def hstu_hierarchical_attention(
     max_length: int | None = None,
 ) -> Tensor:
     """``mask ⊙ SiLU(scale · Q Kᵀ + biases) / N · V``, like value; see ``neuroexapt.functional``."""
+    check_arguments(
+        query, key, value, position_bias, time_bias, timestamps, windows, lengths, offsets, max_length
+    )
     layout = ragged(query, lengths, offsets, max_length)
-    check_arguments(query, key, value, position_bias, time_bias, timestamps, windows, layout)
     if offsets is not None:
         query, key, value = (to_padded(x, layout) for x in (query, key, value))
     valid = is_valid(layout, layout.max_length)  # [B, N]
@@ -72,25 +74,28 @@ def check_arguments(
     time_bias: Tensor | None,
     timestamps: Tensor | None,
     windows: Sequence[int | None],
-    layout: Ragged | int,
-) -> None:
-    """Raises a UserError unless the arguments fit together."""
-    max_length = layout if isinstance(layout, int) else layout.max_length
-    if query.dim() not in (3, 4) or key.shape != query.shape or value.shape[:-1] != query.shape[:-1]:
-        shapes = ", ".join(str([*x.shape]) for x in (query, key, value))
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    max_length: int | None,
+) -> int:
+    """What no sequence exceeds, once the arguments are known to fit together; else raises a UserError."""
+    longest = checked_length(query, lengths, offsets, max_length)
+    if query.dim() != (4 if offsets is None else 3) or key.shape != query.shape:
         raise UserError(
-            "query and key must be [B, N, H, d] or, with offsets, [T, H, d], and value differ at most in "
-            f"d; got {shapes}"
+            "query and key must both be [B, N, H, d] or, with offsets, [T, H, d], "
+            f"not {[*query.shape]} and {[*key.shape]}"
         )
+    if value.shape[:-1] != query.shape[:-1]:
+        raise UserError(f"value must be {[*query.shape[:-1], 'dv']}, not {[*value.shape]}")
     if not query.dtype == key.dtype == value.dtype:
         raise UserError(
             f"query, key and value must have one dtype, not {query.dtype}, {key.dtype}, {value.dtype}"
         )
     if position_bias is not None and (
-        position_bias.dim() != 1 or len(position_bias) % 2 == 0 or len(position_bias) < 2 * max_length - 1
+        position_bias.dim() != 1 or len(position_bias) % 2 == 0 or len(position_bias) < 2 * longest - 1
     ):
         raise UserError(
-            f"position_bias must be [2 L − 1] with L ≥ {max_length}, the longest sequence, "
+            f"position_bias must be [2 L − 1] with L ≥ {longest}, the longest sequence, "
             f"not {[*position_bias.shape]}"
         )
     _check_times(query, time_bias, timestamps)
@@ -98,6 +103,7 @@ def check_arguments(
         raise UserError(f"{query.shape[-2]} heads cannot be split evenly among {len(windows)} windows")
     if any(window is not None and window < 1 for window in windows):
         raise UserError(f"a window is at least 1, or None for the whole history, not {[*windows]}")
+    return longest
 
 
 def _check_times(query: Tensor, time_bias: Tensor | None, timestamps: Tensor | None) -> None:

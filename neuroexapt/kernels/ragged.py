@@ -38,22 +38,31 @@ def ragged(
     Raises:
         UserError: both are given, a shape does not fit, or jagged input comes without ``max_length``.
     """
+    longest = checked_length(x, lengths, offsets, max_length)
+    if offsets is not None:
+        offsets = offsets.to(x.device, torch.int32)
+        return Ragged(offsets[:-1], offsets.diff(), longest)
+    batch = x.shape[0]  # not len(x), which would fix B where the call is exported; so would comparing shapes
+    if lengths is None:
+        lengths = torch.full((batch,), longest, dtype=torch.int32, device=x.device)
+    starts = torch.arange(batch, dtype=torch.int32, device=x.device) * longest
+    return Ragged(starts, lengths.to(x.device, torch.int32).clamp(0, longest), longest)
+
+
+def checked_length(x: Tensor, lengths: Tensor | None, offsets: Tensor | None, max_length: int | None) -> int:
+    """What no sequence exceeds, once the arguments of ``ragged`` are known to fit together."""
     if offsets is not None:
         if lengths is not None or max_length is None:
             raise UserError("jagged input takes offsets [B + 1] and max_length, and no lengths")
-        offsets = offsets.to(x.device, torch.int32)
-        return Ragged(offsets[:-1], offsets.diff(), max_length)
+        return max_length
     if x.dim() < 2:
         raise UserError(f"padded input is [B, N, …], not {[*x.shape]}; give offsets with jagged input")
     batch, length = x.shape[:2]
     if max_length not in (None, length):
         raise UserError(f"padded input of {length} positions has that max_length, not {max_length}")
-    if lengths is None:
-        lengths = torch.full((batch,), length, dtype=torch.int32, device=x.device)
-    if lengths.shape != (batch,):
+    if lengths is not None and (lengths.dim() != 1 or lengths.shape[0] != batch):
         raise UserError(f"lengths must have shape [{batch}], one for each sequence, not {[*lengths.shape]}")
-    starts = torch.arange(batch, dtype=torch.int32, device=x.device) * length
-    return Ragged(starts, lengths.to(x.device, torch.int32).clamp(0, length), length)
+    return length
 
 
 def is_valid(layout: Ragged, length: int) -> Tensor:
@@ -66,7 +75,7 @@ def to_padded(x: Tensor, layout: Ragged) -> Tensor:
     positions = torch.arange(layout.max_length, device=x.device)
     valid = positions < layout.lengths[:, None]
     rows = torch.where(valid, layout.starts[:, None] + positions, 0)
-    picked = x[rows] if len(x) else x.new_zeros(*rows.shape, *x.shape[1:])
+    picked = x[rows] if len(x) else x.sum(0).expand(*rows.shape, *x.shape[1:])
     return picked.masked_fill(~valid[(...,) + (None,) * (x.dim() - 1)], 0)
 
 

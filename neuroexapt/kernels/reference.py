@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuroexapt.kernels.fused_attention_layernorm import (
+    fused_attention_layernorm as fused_attention_layernorm,
+)
 from neuroexapt.kernels.hierarchical_sequence_fusion import (
     hierarchical_sequence_fusion as hierarchical_sequence_fusion,
 )

@@ -7,10 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from neuroexapt.core.supernet import Supernet
+from neuroexapt.core.supernet import DartsSupernet, Supernet
 from neuroexapt.strategies.darts import Darts
 from neuroexapt.strategies.pruning import keep_strongest
 
+DEPTHS = (5 / 17, 11 / 17, 1.0)
+"""Share of the layers that each stage has: 5, 11 and 17 of 17."""
+SMALLEST_DEPTH = 3
 KEPT = (1.0, 5 / 8, 3 / 8)
 """Share of the candidates that each stage begins with: 8, 5 and 3 of 8."""
 DROP_RATES = (0.0, 0.4, 0.7)
@@ -22,40 +25,57 @@ DECAY = 5.0
 
 
 class PDarts(Darts):
-    """Three stages, each with fewer candidates; skip connections are dropped at random, less and less.
+    """Three stages, each deeper and with fewer candidates; skip connections are dropped at random, less and
+    less. Each stage starts with new weights and α at 0; ``layers`` is the depth of the last.
 
     While α is held, in the first part of a stage, the drop rate falls linearly as if to 0 at the stage's end;
-    then it starts anew and falls exponentially. α starts each stage at 0.
+    then it starts anew and falls exponentially.
 
-    The published search also makes the network deeper from stage to stage, begins each with new weights,
-    drops single elements of a skip connection's output instead of all of it, and leaves the normal cell two
-    skip connections at most.
+    The published search drops single elements of a skip connection's output instead of all of it, and leaves
+    the normal cell two skip connections at most. Networks of other spaces than cells in DARTS' stack keep
+    their depth and weights.
     """
 
     paper = "Chen, Xie, Wu, Tian: Progressive Differentiable Architecture Search, ICCV 2019"
     defaults: ClassVar = {
         "epochs": 75,
+        "layers": 17,
         "batch_size": 96,
         "learning_rate_min": 0.0,
         "arch_learning_rate": 6e-4,
     }
     against_collapse = True
     drop_rate: Tensor
+    stage: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("drop_rate", torch.tensor(DROP_RATES[0]))
+        self.register_buffer("stage", torch.tensor(0))
         self._skip: int | None = None
+        self._layers = 0
+        self._stage_of_network = 0
 
     def shape(self, supernet: Supernet) -> None:
         names = supernet.primitives
         self._skip = names.index("skip_connect") if "skip_connect" in names else None
+        if isinstance(supernet, DartsSupernet):
+            self._build_stage(supernet)
+
+    def _build_stage(self, supernet: DartsSupernet) -> None:
+        stage = int(self.stage)
+        self._layers = max(self._layers, len(supernet.cells))
+        depth = max(SMALLEST_DEPTH, round(DEPTHS[stage] * self._layers))
+        if (stage, depth) != (self._stage_of_network, len(supernet.cells)):
+            supernet.rebuild(depth)
+        self._stage_of_network = stage
 
     def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
         stage, position, length = _stage(epoch, epochs)
         learning = position - int(HELD * length)
         falls_to = 1 - position / length if learning < 0 else math.exp(-DECAY * learning / length)
         self.drop_rate.fill_(DROP_RATES[stage] * falls_to)
+        self.stage.fill_(stage)
         count = max(1, round(KEPT[stage] * len(supernet.primitives)))
         changed = keep_strongest(supernet, self.mixing(supernet.choices()), count)
         if changed:

@@ -18,8 +18,8 @@ PRIMITIVES = ("none", "skip_connect", "sep_conv_3x3", "avg_pool_3x3")
 SPACE = CellSpace("small", PRIMITIVES, CellTopology(nodes=2))
 
 
-def make_supernet(channels: int) -> Supernet:
-    return SPACE.supernet(in_channels=2, num_classes=3, channels=channels, layers=3)
+def make_supernet(channels: int, layers: int = 3) -> Supernet:
+    return SPACE.supernet(in_channels=2, num_classes=3, channels=channels, layers=layers)
 
 
 def make_loader_of(seed: int, device: str = "cpu") -> Any:
@@ -63,17 +63,17 @@ def some_alphas(rows: int = 5, columns: int = 4) -> dict[str, torch.Tensor]:
     }
 
 
-def make_phase(device: str = "cpu", channels: int = 8, **settings: Any) -> SearchPhase:
+def make_phase(device: str = "cpu", channels: int = 8, layers: int = 3, **settings: Any) -> SearchPhase:
     """A search of 4 epochs in the small space, which has to be registered."""
     torch.manual_seed(0)
     usual = {
         "space": SPACE.name,
-        "layers": 3,
+        "layers": layers,
         "init_channels": channels,
         "epochs": 4,
         "batch_size": 8,
         "arch_learning_rate": 0.1,
     }
-    supernet = make_supernet(channels).to(device)
+    supernet = make_supernet(channels, layers).to(device)
     loaders = (make_loader_of(seed, device) for seed in (1, 2))
     return SearchPhase(supernet, *loaders, make_config(SearchConfig, {**usual, **settings}))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from neuroexapt.core.operations import Zero
 from neuroexapt.spaces import DARTS
 from neuroexapt.strategies.p_darts import PDarts
 from tests.strategies.small import make_phase, make_step, some_alphas
@@ -20,6 +21,28 @@ def test_each_stage_has_fewer_candidates_and_starts_with_a_new_alpha() -> None:
         counts += supernet.kept("normal").sum(dim=-1).unique().tolist()
     assert counts == [8] * 3 + [5] * 3 + [3] * 3
     assert supernet.kept("normal")[:, 5:].all(), "the strongest stay"
+
+
+def test_each_stage_is_deeper_and_starts_with_new_weights() -> None:
+    strategy = PDarts()
+    supernet = DARTS.supernet(in_channels=1, num_classes=2, channels=2, layers=8)
+    strategy.shape(supernet)
+    depths, weights = [], []
+    for epoch in range(6):
+        if strategy.start_epoch(supernet, epoch, 6):
+            strategy.shape(supernet)
+        before = list(supernet.parameters())
+        strategy.shape(supernet)
+        assert all(a is b for a, b in zip(before, supernet.parameters(), strict=True)), "the second time"
+        depths.append(len(supernet.cells))
+        weights.append(supernet.stem[0].weight)
+    assert depths == [3, 3, 5, 5, 8, 8]
+    assert weights[1] is weights[0]
+    assert not torch.equal(weights[2], weights[1])
+    assert not torch.equal(weights[4], weights[3])
+    for edges in supernet.mixed_ops("normal"):
+        assert all(sum(not isinstance(op, Zero) for op in edge.ops) <= 3 for edge in edges), "few candidates"
+    assert supernet(torch.randn(2, 1, 8, 8)).shape == (2, 2)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
@@ -48,6 +71,16 @@ def test_drop_rate_falls_within_each_stage() -> None:
     assert rates[:25] == [0] * 25
     assert rates[25:35] == pytest.approx([0.4 * (25 - epoch) / 25 for epoch in range(10)])
     assert rates[60:75] == pytest.approx([0.7 * 0.8187307**epoch for epoch in range(15)])
+
+
+def test_a_search_resumes_in_a_deeper_stage(small_space: None) -> None:
+    first, resumed = (make_phase(strategy="p-darts", epochs=3, layers=6) for _ in range(2))
+    for epoch in range(2):
+        list(first.steps(epoch, 0))
+    resumed.load_state_dict(first.state_dict())
+    states = (phase.supernet.state_dict() for phase in (first, resumed))
+    for (name, a), (_, b) in zip(*(state.items() for state in states), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_alpha_stays_in_the_first_two_fifths_of_each_stage(small_space: None) -> None:

@@ -147,23 +147,33 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
     const bool in_tile = 0 <= row && row < Tile<C>::kRows && 0 <= column && column < Tile<C>::kWidth;
 #pragma unroll
     for (int i = 0; i < C; i += kGroups * kBatch) {
-      float4 gs[kBatch], zs[kBatch];
+      float4 dz[kBatch];
+      if (aligned) {
+        float4 zs[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int64_t channel = int64_t(i + j * kGroups) * plane;
-        gs[j] = load_row4(g + channel, x, width, aligned), zs[j] = load_row4(z + channel, x, width, aligned);
+        for (int j = 0; j < kBatch; ++j) {
+          const int channel = (i + j * kGroups) * plane;
+          dz[j] = load4(g + channel + x), zs[j] = load4(z + channel + x);
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) dz[j] = affine(__ldg(coef + i + j * kGroups), dz[j], zs[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int channel = (i + j * kGroups) * plane;
+          const float4 own = load_row4(g + channel, x, width, false), at_z = load_row4(z + channel, x, width, false);
+          dz[j] = affine(__ldg(coef + i + j * kGroups), own, at_z);
+          if (x + 1 >= width) dz[j].y = 0.f;
+          if (x + 2 >= width) dz[j].z = 0.f;
+          if (x + 3 >= width) dz[j].w = 0.f;
+        }
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int channel = i + j * kGroups, slot = gradient_slot(channel);  // bits that `first` has not
-        float4 dz = operand<kExact>(affine(__ldg(coef + channel), gs[j], zs[j]));
-        if (!aligned) {
-          if (x + 1 >= width) dz.y = 0.f;
-          if (x + 2 >= width) dz.z = 0.f;
-          if (x + 3 >= width) dz.w = 0.f;
-        }
-        *reinterpret_cast<float4*>(target + slot * memory.plane) = dz;
-        if (kWeights && in_tile) *reinterpret_cast<float4*>(copy + slot * M::kGradientPlane) = dz;
+        const int slot = gradient_slot(i + j * kGroups);  // bits that `first` has not
+        const float4 rounded = operand<kExact>(dz[j]);
+        *reinterpret_cast<float4*>(target + slot * memory.plane) = rounded;
+        if (kWeights && in_tile) *reinterpret_cast<float4*>(copy + slot * M::kGradientPlane) = rounded;
       }
     }
   }

@@ -87,7 +87,7 @@ __device__ inline float relu(float x) {
 
 // Four neighbours of a row from column x on; zeros past its end.
 template <typename T>
-__device__ float4 load_row4(const T* row, int x, int width, bool aligned) {
+__device__ inline float4 load_row4(const T* row, int x, int width, bool aligned) {
   if (aligned && x + 4 <= width) return load4(row + x);
   float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
   if (x < width) v.x = storage::load(row + x);
@@ -98,7 +98,7 @@ __device__ float4 load_row4(const T* row, int x, int width, bool aligned) {
 }
 
 template <typename T>
-__device__ void store_row4(T* row, int x, int width, bool aligned, float4 v) {
+__device__ inline void store_row4(T* row, int x, int width, bool aligned, float4 v) {
   if (aligned && x + 4 <= width) return store4(row + x, v);
   if (x < width) storage::store(row + x, v.x);
   if (x + 1 < width) storage::store(row + x + 1, v.y);
@@ -134,30 +134,10 @@ struct Source {
   }
 };
 
-// Walks through the rows of all channels with `step` threads a row side by side, without division.
-struct RowWalk {
-  int rows, row, channel, row_step, channel_step;
-
-  __device__ RowWalk(int rows_, int first, int step)
-      : rows(rows_), row(first % rows), channel(first / rows), row_step(step % rows), channel_step(step / rows) {}
-
-  __device__ void next() {
-    row += row_step;
-    channel += channel_step;
-    if (row >= rows) row -= rows, ++channel;
-  }
-};
-
-// Four activated neighbours of the picture from column x on. What lies outside is zero: padding comes after the
-// normalisation.
-template <int C, typename T>
-__device__ float4 load_activated(const Source<T>& source, const Place<C>& at, const Shape& shape, int channel,
-                                 int row, int x) {
-  const int width = shape.width;
-  if (row >= at.rows || x < 0 || x >= width) return make_float4(0.f, 0.f, 0.f, 0.f);
-  const T* start = source.x + (channel * shape.height + at.first + row) * width;
-  if (source.aligned) return source.activate(load4(start + x), channel);
-  float4 v = source.activate(load_row4(start, x, width, false), channel);
+// Four activated neighbours from column x on, of a row and a channel of the picture; zeros past the row's end.
+template <typename T>
+__device__ inline float4 load_activated(const Source<T>& source, const T* row, int x, int width, int channel) {
+  float4 v = source.activate(load_row4(row, x, width, false), channel);
   if (x + 1 >= width) v.y = 0.f;
   if (x + 2 >= width) v.z = 0.f;
   if (x + 3 >= width) v.w = 0.f;
@@ -165,34 +145,53 @@ __device__ float4 load_activated(const Source<T>& source, const Place<C>& at, co
 }
 
 // The activated tile with its halo into shared memory, `pitch` floats a row and `plane` a channel; channel c goes
-// to slot(c).
+// to slot(c). What lies outside the picture is zero: padding comes after the normalisation. A thread takes a place
+// and every kGroups-th channel, so that all of their addresses differ by constants.
 template <int C, int Threads, typename T, typename Slot>
 __device__ void load_tile(float* tile, const Source<T>& source, const Place<C>& at, const Shape& shape, int pitch,
                           int plane, Slot slot) {
   constexpr int kQuads = Tile<C>::kWidth / 4;
-  const int rows = min(at.rows + 1, stored_rows<C>(shape, at.pad));  // with the row of zeros, where there is one
-  const auto store = [&](const RowWalk& walk, int quad, float4 v) {
-    *reinterpret_cast<float4*>(tile + slot(walk.channel) * plane + walk.row * pitch + kHalo + 4 * quad) = v;
+  const int width = shape.width, picture_plane = shape.height * width;
+  const auto copy = [&](int row, int quad, auto groups, int first, auto loads) {  // so many in flight
+    constexpr int kGroups = decltype(groups)::value, kMost = decltype(loads)::value;
+    constexpr int kBatch = C / kGroups < kMost ? C / kGroups : kMost;
+    const int x = at.x0 + 4 * quad;
+    const bool inside = row < at.rows && 0 <= x && x < width;
+    const T* from = source.x + first * picture_plane + (at.first + row) * width;
+    float* to = tile + slot(first) * plane + row * pitch + kHalo + 4 * quad;
+#pragma unroll
+    for (int i = 0; i < C / kGroups; i += kBatch) {
+      float4 v[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) v[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (inside && source.aligned) {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) v[j] = load4(from + (i + j) * kGroups * picture_plane + x);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) v[j] = source.activate(v[j], first + (i + j) * kGroups);
+      } else if (inside) {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int channel = (i + j) * kGroups;
+          v[j] = load_activated(source, from + channel * picture_plane, x, width, first + channel);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) *reinterpret_cast<float4*>(to + slot((i + j) * kGroups) * plane) = v[j];
+    }
   };
-  const int quad = threadIdx.x % kQuads;
-  constexpr int kBatch = 12;  // loads in flight: nothing else hides their latency
-  RowWalk walk(rows, threadIdx.x / kQuads, Threads / kQuads);
-  while (walk.channel < C) {
-    float4 v[kBatch];
-    RowWalk ahead = walk;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i, ahead.next()) {
-      if (ahead.channel < C) v[i] = load_activated(source, at, shape, ahead.channel, ahead.row, at.x0 + 4 * quad);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i, walk.next()) {
-      if (walk.channel < C) store(walk, quad, v[i]);
-    }
+  const unsigned thread = thread_index(), lane = thread % 32, warp = thread / 32;
+  constexpr int kPlaces = C == 16 ? 128 : C == 32 ? 64 : 16;
+  for (unsigned place = thread % kPlaces; place < at.rows * kQuads; place += kPlaces) {
+    copy(place / kQuads, place % kQuads, std::integral_constant<int, Threads / kPlaces>(), thread / kPlaces,
+         std::integral_constant<int, 16>());
   }
-  const int side = threadIdx.x % 2 ? kQuads : -1;  // the halo's columns
-  for (RowWalk edge(rows, threadIdx.x / 2, Threads / 2); edge.channel < C; edge.next()) {
-    store(edge, side, load_activated(source, at, shape, edge.channel, edge.row, at.x0 + 4 * side));
-  }
+  // The columns beside it, a place a lane, and the row of zeros, where there is one.
+  const auto copy_by_warps = [&](int row, int quad) {
+    copy(row, quad, std::integral_constant<int, Threads / 32>(), warp, std::integral_constant<int, 4>());
+  };
+  for (unsigned place = lane; place < at.rows * 2; place += 32) copy_by_warps(place / 2, place % 2 ? kQuads : -1);
+  if (at.rows < stored_rows<C>(shape, at.pad) && lane < kQuads + 2) copy_by_warps(at.rows, lane - 1);
 }
 
 // Pixels [-Pad, N + Pad) around a strip of N, at window[kHalo - Pad ...]; `strip` points at pixel -kHalo.

@@ -80,11 +80,14 @@ struct Active {
   __device__ Active(const Input& from, int batch_index, int first_channel, int plane)
       : picture(input(from.x) + batch_index * from.batch_stride + int64_t(first_channel) * plane) {}
 
+  static constexpr int kInFlight = 8;
   struct Loaded {
     float4 x;
   };
-  __device__ Loaded load(int, int64_t offset) const { return {load4(picture + offset)}; }
-  __device__ static float4 finish(const Loaded& v) { return make_float4(relu(v.x.x), relu(v.x.y), relu(v.x.z), relu(v.x.w)); }
+  __device__ Loaded load(int64_t offset) const { return {load4(picture + offset)}; }
+  __device__ float4 finish(const Loaded& v, int) const {
+    return make_float4(relu(v.x.x), relu(v.x.y), relu(v.x.z), relu(v.x.w));
+  }
 };
 
 // Four pixels of dz.
@@ -96,44 +99,47 @@ struct Gradient {
         z(input(job.z) + int64_t(batch_index) * channels * plane),
         coef(input(job.coef)) {}
 
+  static constexpr int kInFlight = 4;
   struct Loaded {
-    float4 g, z, coef;
+    float4 g, z;
   };
-  __device__ Loaded load(int channel, int64_t offset) const {
-    return {load4(g + offset), load4(z + offset), load4(coef + 4 * channel)};
-  }
-  __device__ static float4 finish(const Loaded& v) {
-    const auto dz = [&](float g, float z) { return fmaf(v.coef.x, g, fmaf(v.coef.y, z, v.coef.z)); };
+  __device__ Loaded load(int64_t offset) const { return {load4(g + offset), load4(z + offset)}; }
+  __device__ float4 finish(const Loaded& v, int channel) const {
+    const float4 of_channel = load4(coef + 4 * channel);
+    const auto dz = [&](float g, float z) { return fmaf(of_channel.x, g, fmaf(of_channel.y, z, of_channel.z)); };
     return make_float4(dz(v.g.x, v.z.x), dz(v.g.y, v.z.y), dz(v.g.z, v.z.z), dz(v.g.w, v.z.w));
   }
 };
 
 // Fills `shared` [kChannels, kPlane] with what `source` has at the tile and kHalo pixels around it, zeros outside the
-// picture.
+// picture. A thread stays at its four pixels and goes from channel to channel.
 template <int C, int kChannels, int kPlane, int kHalo, int kThreads, typename Source>
 __device__ void fill_tile(float* shared, const Source& source, const Shape& shape, const Place<C>& place) {
-  using T = Tile<C>;
-  constexpr int kQuads = T::kColumns / 4 + 2 * kHalo, kTileRows = T::kRows + 2 * kHalo;
-  constexpr int kItems = kChannels * kTileRows * kQuads, kInFlight = 4;
-  for (int first = threadIdx.x; first < kItems; first += kInFlight * kThreads) {
+  constexpr int kQuads = Tile<C>::kColumns / 4 + 2 * kHalo, kQuadsOfTile = kQuads * (Tile<C>::kRows + 2 * kHalo);
+  constexpr int kAtOnce = kThreads / kQuadsOfTile, kInFlight = Source::kInFlight;  // channels, loads of a thread
+  const int quad = threadIdx.x % kQuads - kHalo, row = threadIdx.x % kQuadsOfTile / kQuads - kHalo;
+  const int y = place.y + row, x = place.x + 4 * quad, first = threadIdx.x / kQuadsOfTile;
+  if (first >= kAtOnce) return;
+  const bool inside = unsigned(y) < unsigned(shape.height) && unsigned(x) < unsigned(shape.width);
+  const bool left = kHalo && quad < 0, right = kHalo && quad == Tile<C>::kColumns / 4;
+  const int64_t plane = shape.height * shape.width, offset = y * shape.width + x;
+  float* target = shared + Tile<C>::place(row, 4 * quad);
+#pragma unroll 1
+  for (int channel = first; channel < kChannels; channel += kInFlight * kAtOnce) {
     typename Source::Loaded loaded[kInFlight];
-    bool inside[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int item = first + i * kThreads, quad = item % kQuads - kHalo, channel = item / (kQuads * kTileRows);
-      const int y = place.y + item / kQuads % kTileRows - kHalo, x = place.x + 4 * quad;
-      inside[i] = item < kItems && unsigned(y) < unsigned(shape.height) && unsigned(x) < unsigned(shape.width);
-      if (inside[i]) loaded[i] = source.load(channel, (int64_t(channel) * shape.height + y) * shape.width + x);
+      const int c = channel + i * kAtOnce;
+      if (inside && c < kChannels) loaded[i] = source.load(offset + c * plane);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int item = first + i * kThreads, quad = item % kQuads - kHalo, channel = item / (kQuads * kTileRows);
-      if (item >= kItems) break;
-      const float4 v = inside[i] ? Source::finish(loaded[i]) : make_float4(0.f, 0.f, 0.f, 0.f);
-      float* target = shared + channel * kPlane + T::place(item / kQuads % kTileRows - kHalo, 4 * quad);
-      if (kHalo && quad < 0) target[3] = v.w;
-      else if (kHalo && quad == T::kColumns / 4) target[0] = v.x;
-      else *reinterpret_cast<float4*>(target) = v;
+      const int c = channel + i * kAtOnce;
+      if (c >= kChannels) break;
+      const float4 v = inside ? source.finish(loaded[i], c) : make_float4(0.f, 0.f, 0.f, 0.f);
+      if (left) target[c * kPlane + 3] = v.w;
+      else if (right) target[c * kPlane] = v.x;
+      else *reinterpret_cast<float4*>(target + c * kPlane) = v;
     }
   }
 }
@@ -349,7 +355,7 @@ struct GradientLaunch {
 
 // Shared memory: dz [C, kPlane], W [C, kWeightPitch]. Grid: (tiles, slices of input channels, splits of the jobs).
 template <int C, bool kExact>
-__global__ void __launch_bounds__(Block<C>::kThreads) dx_kernel(const __grid_constant__ GradientLaunch launch) {
+__global__ void __launch_bounds__(Block<C>::kThreads, 4) dx_kernel(const __grid_constant__ GradientLaunch launch) {
   using G = InputGradient<C>;
   const Shape& shape = launch.shape;
   const int first_in = blockIdx.y * G::kOut, plane = shape.height * shape.width;
@@ -441,7 +447,7 @@ __device__ void add_tile(float (&sums)[C / 16][K][4], const float* dz, const flo
 
 // Shared memory: dz [C, kPlane], relu(x) [kIn, kPlane]. Grid: (parts, slices of input channels, jobs).
 template <int C, bool kExact>
-__global__ void __launch_bounds__(WeightGradient<C>::kThreads)
+__global__ void __launch_bounds__(WeightGradient<C>::kThreads, 2)
     dw_kernel(const __grid_constant__ GradientLaunch launch) {
   using G = WeightGradient<C>;
   const Shape& shape = launch.shape;
@@ -523,7 +529,7 @@ int backward_parts(const Shape& shape) {
 int dx_splits(const Shape& shape, int jobs) {
   return specialise(shape, [&](auto C, auto) {
     const int blocks = tiles_of<C()>(shape) * Block<C()>::kSlices;
-    return std::min(jobs, std::max(1, 3 * kMultiprocessors / blocks));
+    return std::min(jobs, ceil_div(2 * kMultiprocessors, blocks));
   });
 }
 

@@ -1,0 +1,374 @@
+"""The five operators of sequence recommenders behind switches, with a record of what ran."""
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuroexapt import functional
+from neuroexapt.backend import dispatch_report, get_backend
+from neuroexapt.backend.candidates import candidates, without_kernels
+from neuroexapt.backend.measure import time_calls
+from neuroexapt.errors import UserError
+from neuroexapt.recommend.config import OPERATORS, SECTIONS, refuse_unknown, section, switches
+from neuroexapt.recommend.operators import AttentionLayerNorm, InterestPools, SequenceFusion
+
+logger = logging.getLogger(__name__)
+
+_HSTU = ("d_model", "num_heads", "dropout")
+_TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_MADE_UP_BATCH = (32, 50)
+_MADE_UP_FIELDS = 26
+
+
+class TritonOperatorManager(nn.Module):
+    """Applies the operators; made by ``create_triton_operator_manager``.
+
+    An operator that is switched off runs in plain PyTorch. One whose kernel fails does so, too, with the same
+    weights, and the failure is recorded. The weights are made when an operator is first applied, of the width
+    in the configuration or else the input's, in the input's dtype and on its device; from then on they are
+    parameters of this module, and its mode decides about dropout.
+
+    Masks ``attention_mask`` [B, N] are true, or not 0, at valid positions. The valid positions of a row, in
+    their order and wherever they lie, are its sequence: padding may be on the left or the right. Outputs at
+    other positions are 0, and what stands there has no influence. None: all positions are valid.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        refuse_unknown(config, SECTIONS, "config")
+        self.enabled = switches(config)
+        sizes = section(config, "hstu", _HSTU)
+        self.d_model: int | None = sizes.get("d_model")
+        self.num_heads: int = sizes.get("num_heads", 2)
+        self.dropout: float = sizes.get("dropout", 0.0)
+        self.attention_layernorm: AttentionLayerNorm | None = None
+        self.sequence_fusion: SequenceFusion | None = None
+        self.interest_pools = InterestPools()
+        self._implementations: dict[str, Counter[str]] = {operator: Counter() for operator in OPERATORS}
+        self._fallbacks: dict[str, Counter[str]] = {operator: Counter() for operator in OPERATORS}
+        self._check_sizes()
+
+    def apply_fused_attention_layernorm(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Causal self-attention, its projection and residual, normalised: [B, N, D] → [B, N, D]."""
+        width = self._width_of(hidden_states)
+        if self.attention_layernorm is None:
+            made = AttentionLayerNorm(width, self.num_heads, self.dropout)
+            self.attention_layernorm = made.to(hidden_states).train(self.training)
+        return self._on_sequences(
+            "fused_attention_layernorm", self.attention_layernorm, attention_mask, hidden_states
+        )
+
+    def apply_hierarchical_sequence_fusion(
+        self, sequence_features: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Gated means over windows of 1, 3, 7 and 15 positions: [B, N, D] → [B, N, D]."""
+        width = self._width_of(sequence_features)
+        if self.sequence_fusion is None:
+            self.sequence_fusion = SequenceFusion(width).to(sequence_features)
+        return self._on_sequences(
+            "hierarchical_sequence_fusion", self.sequence_fusion, attention_mask, sequence_features
+        )
+
+    def apply_hstu_hierarchical_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_bias: Tensor | None = None,
+        time_bias: Tensor | None = None,
+        timestamps: Tensor | None = None,
+        windows: Sequence[int | None] = (None,),
+    ) -> Tensor:
+        """HSTU's attention without softmax, like ``value``; it has no weights of its own.
+
+        ``query``, ``key``, ``value``: [B, N, H, d], or [B, N, D], which is split into the configured heads.
+        The other arguments are those of ``neuroexapt.functional.hstu_hierarchical_attention``.
+        """
+        shape = value.shape
+        if query.dim() == 3:
+            query, key, value = (self._heads_of(x) for x in (query, key, value))
+
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, *times: Tensor, lengths: Tensor | None
+        ) -> Tensor:
+            return functional.hstu_hierarchical_attention(
+                query,
+                key,
+                value,
+                position_bias=position_bias,
+                time_bias=time_bias,
+                timestamps=times[0] if times else None,
+                windows=windows,
+                lengths=lengths,
+            )
+
+        times = () if timestamps is None else (timestamps,)
+        return self._on_sequences(
+            "hstu_hierarchical_attention", attend, attention_mask, query, key, value, *times
+        ).reshape(shape)
+
+    def apply_sequence_recommendation_interaction(
+        self,
+        user_sequences: Tensor,
+        candidate_items: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        timestamps: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Pools [B, 3, D] of histories [B, N, D] in view of candidates [B, D], and similarities [B, N].
+
+        The latter are those of each item to the ones before it.
+        """
+        self.interest_pools.to(user_sequences.device)
+
+        def pool(items: Tensor, *times: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+            return self.interest_pools(items, candidate_items, times[0] if times else None, lengths)
+
+        operator = "sequence_recommendation_interaction"
+        times = () if timestamps is None else (timestamps,)
+        if attention_mask is None:
+            return self._run(operator, lambda: pool(user_sequences, *times, lengths=None))
+        order, lengths = _valid_first(attention_mask, user_sequences)
+        packed = [_taken(x, order) for x in (user_sequences, *times)]
+        pools, similarity = self._run(operator, lambda: pool(*packed, lengths=lengths))
+        return pools, _taken(similarity, order.argsort(dim=1))
+
+    def apply_interaction_operator(self, features: Tensor) -> Tensor:
+        """The first of a sample's vectors [B, F, D] and all products of two: [B, D + F · (F − 1) / 2]."""
+        return self._run("interaction_operator", lambda: functional.interaction_operator(features))
+
+    def get_operator_availability(self) -> dict[str, bool]:
+        """Which operators can run on kernels here; ``get_operator_reasons`` says why others cannot."""
+        return {operator: not reason for operator, reason in self.get_operator_reasons().items()}
+
+    def get_operator_reasons(self) -> dict[str, str]:
+        """Why each operator does not run on kernels here; empty where it can."""
+        return {operator: self._why_not(operator) for operator in OPERATORS}
+
+    def get_operator_stats(self) -> dict[str, dict[str, Any]]:
+        """By operator: ``enabled``, ``calls``, ``implementations`` that ran with counts, and ``fallbacks``.
+
+        The last are calls whose kernel failed, as ``{reason: count}``.
+        """
+        return {
+            operator: {
+                "enabled": self.enabled[operator],
+                "calls": self._implementations[operator].total(),
+                "implementations": dict(self._implementations[operator]),
+                "fallbacks": dict(self._fallbacks[operator]),
+            }
+            for operator in OPERATORS
+        }
+
+    def switched(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, operators that are switched off run in plain PyTorch, wherever they are called from."""
+        return without_kernels(operator for operator, on in self.enabled.items() if not on)
+
+    def benchmark_all_operators(
+        self, test_data: Mapping[str, Tensor] | None = None, num_iterations: int = 20
+    ) -> dict[str, dict[str, Any]]:
+        """Time each operator's forward pass, call by call until the device has finished, beside PyTorch's.
+
+        Args:
+            test_data: ``hidden_states`` [B, N, D], and if you like ``attention_mask`` [B, N],
+                ``candidate_items`` [B, D] and ``features`` [B, F, D]; what is missing is made up.
+            num_iterations: calls that are timed, at least 2.
+
+        Returns:
+            By operator ``status`` ("ok", or why there are no times), ``implementation``, ``max_error``
+            against PyTorch's result, ``median_ms``, ``p20_ms``, ``p80_ms`` and ``reference_median_ms``.
+        """
+        if num_iterations < 2:
+            raise UserError(f"num_iterations must be at least 2, not {num_iterations}")
+        calls = self._sample_calls(dict(test_data or {}))
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return {name: self._benchmark(name, call, num_iterations) for name, call in calls.items()}
+        finally:
+            self.train(was_training)
+
+    def _on_sequences(
+        self, operator: str, run: Callable[..., Tensor], attention_mask: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
+        """``run(*tensors, lengths=…)`` on the valid positions of tensors [B, N, …]."""
+        if attention_mask is None:
+            return self._run(operator, lambda: run(*tensors, lengths=None))
+        order, lengths = _valid_first(attention_mask, tensors[0])
+        packed = [_taken(x, order) for x in tensors]
+        return _taken(self._run(operator, lambda: run(*packed, lengths=lengths)), order.argsort(dim=1))
+
+    def _run(self, operator: str, call: Callable[[], Any]) -> Any:
+        """What ``call`` returns, in plain PyTorch where a kernel of ``operator`` fails."""
+        before = dispatch_report()
+        try:
+            with self.switched():
+                result = call()
+            implementation = _implementation(operator, before)
+        except UserError:
+            raise
+        except Exception as error:  # a kernel fails to compile, to launch or to run, each in its own way
+            if _implementation(operator, before) == "torch":
+                raise
+            reason = _first_line(error)
+            logger.warning("%s runs in plain PyTorch, its kernel failed: %s", operator, reason)
+            self._fallbacks[operator][reason] += 1
+            with without_kernels([operator]):
+                result = call()
+            implementation = "torch"
+        self._implementations[operator][implementation] += 1
+        return result
+
+    def _why_not(self, operator: str) -> str:
+        if not self.enabled[operator]:
+            return f"enable_{operator} is off"
+        backend = get_backend()
+        if backend.device != "cuda":
+            return f"the kernels need an NVIDIA GPU; the backend is {backend.value}"
+        tiers, refusals = candidates(operator, torch.float32, 1)
+        if any(tier != "torch" for tier, _ in tiers):
+            return ""
+        return "; ".join(refusals) or f"the backend {backend.value} has no kernels"
+
+    def _width_of(self, x: Tensor) -> int:
+        """The width of the weights, which the first input decides where the configuration does not."""
+        if x.dim() != 3:
+            raise UserError(f"sequences are [B, N, D], not {[*x.shape]}")
+        if self.d_model is None:
+            self.d_model = x.shape[-1]
+            self._check_sizes()
+        if x.shape[-1] != self.d_model:
+            raise UserError(
+                f"the operators have d_model {self.d_model}, the input has {x.shape[-1]} features"
+            )
+        return self.d_model
+
+    def _heads_of(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % self.num_heads:
+            raise UserError(f"{x.shape[-1]} features cannot be split among {self.num_heads} heads")
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def _check_sizes(self) -> None:
+        for name in ("d_model", "num_heads"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UserError(f"hstu: {name} must be an integer from 1 on, not {value!r}")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise UserError(f"hstu: dropout must be from 0 to below 1, not {self.dropout!r}")
+        if self.d_model is not None and self.d_model % self.num_heads:
+            raise UserError(f"hstu: d_model {self.d_model} cannot be split among {self.num_heads} heads")
+
+    def _sample_calls(self, data: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
+        """A call of every operator on ``data`` and what has to be made up beside it."""
+        refuse_unknown(data, ("hidden_states", "attention_mask", "candidate_items", "features"), "test_data")
+        x = data.get("hidden_states")
+        if x is None:
+            device = get_backend().torch_device
+            x = torch.randn(*_MADE_UP_BATCH, self.d_model or 64, device=device)
+        mask = data.get("attention_mask")
+        candidate = data.get("candidate_items", x[:, -1])
+        features = data.get("features")
+        if features is None:
+            features = x.new_empty(len(x), _MADE_UP_FIELDS, x.shape[-1]).normal_()
+        return {
+            "fused_attention_layernorm": lambda: self.apply_fused_attention_layernorm(x, mask),
+            "hierarchical_sequence_fusion": lambda: self.apply_hierarchical_sequence_fusion(x, mask),
+            "hstu_hierarchical_attention": lambda: self.apply_hstu_hierarchical_attention(x, x, x, mask),
+            "sequence_recommendation_interaction": lambda: self.apply_sequence_recommendation_interaction(
+                x, candidate, mask
+            ),
+            "interaction_operator": lambda: self.apply_interaction_operator(features),
+        }
+
+    def _benchmark(self, operator: str, call: Callable[[], Any], calls: int) -> dict[str, Any]:
+        """Times of ``call``, as it runs here and in plain PyTorch, once both have agreed."""
+        with self._stats_kept():
+            before = self._implementations[operator].copy()
+            results = _tensors(call())
+            (implementation,) = self._implementations[operator] - before
+            with without_kernels([operator]):
+                expected = _tensors(call())
+            error = max(_relative_error(*pair) for pair in zip(results, expected, strict=True))
+            found: dict[str, Any] = {"implementation": implementation, "max_error": error}
+            if not error <= _TOLERANCES.get(results[0].dtype, 1e-6):
+                return {**found, "status": f"differs from PyTorch by {error:.1e}"}
+            device, exactly = results[0].device, (calls, calls)
+            timing = time_calls(call, device, 0, exactly)
+            with without_kernels([operator]):
+                reference = time_calls(call, device, 0, exactly)
+        return {
+            **found,
+            "status": "ok",
+            "median_ms": timing.median_ms,
+            "p20_ms": timing.p20_ms,
+            "p80_ms": timing.p80_ms,
+            "reference_median_ms": reference.median_ms,
+        }
+
+    @contextlib.contextmanager
+    def _stats_kept(self) -> Iterator[None]:
+        """Calls inside are no calls of the user's."""
+        kept = {operator: Counter(counts) for operator, counts in self._implementations.items()}
+        try:
+            yield
+        finally:
+            self._implementations = kept
+
+
+def create_triton_operator_manager(config: Mapping[str, Any]) -> TritonOperatorManager:
+    """A manager for a configuration with these sections, all optional.
+
+    ``triton_operators``, also inside ``optimizations``: ``{enable_<operator>: bool}``, on where not given.
+    ``hstu``: ``{d_model, num_heads, dropout}``. The controller's sections are left to it.
+
+    Raises:
+        UserError: a key is unknown, and the message names the closest; or a value makes no sense.
+    """
+    return TritonOperatorManager(config)
+
+
+def _valid_first(mask: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The order [B, N] that brings valid positions to the front, and how many there are, [B]."""
+    if mask.shape != x.shape[:2]:
+        raise UserError(f"attention_mask must be {[*x.shape[:2]]}, a value a position, not {[*mask.shape]}")
+    valid = mask != 0
+    return (~valid).to(torch.int8).argsort(dim=1, stable=True), valid.sum(dim=1)
+
+
+def _taken(x: Tensor, order: Tensor) -> Tensor:
+    """x [B, N, …] with the positions of each row in this order."""
+    index = order.reshape(*order.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index.expand_as(x))
+
+
+def _implementation(operator: str, before: Mapping[Any, int]) -> str:
+    """What ran ``operator`` since ``before``, an earlier dispatch report."""
+    new = [
+        decision.impl
+        for decision, count in dispatch_report().items()
+        if decision.op == operator and count > before.get(decision, 0)
+    ]
+    return new[-1] if new else "torch"
+
+
+def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def _relative_error(result: Tensor, expected: Tensor) -> float:
+    difference = (result.double() - expected.double()).abs().max()
+    return float(difference / expected.double().abs().max().clamp_min(1))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

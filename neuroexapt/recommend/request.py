@@ -1,0 +1,94 @@
+"""What is asked of a recommender, checked and in one form; several such requests as tensors."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuroexapt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One user's history, oldest item first, and how many items to recommend after it.
+
+    ``timestamps`` (seconds) has one entry for each item, or is None where the caller knows none.
+    """
+
+    items: tuple[int, ...]
+    timestamps: tuple[int, ...] | None
+    num_recommendations: int
+    exclude_seen: bool
+
+
+def make_request(
+    items: Sequence[Any],
+    timestamps: Sequence[Any] | None,
+    num_recommendations: int,
+    exclude_seen: bool,
+    num_items: int,
+) -> Request:
+    """The request for a history of item ids in 1..``num_items`` and their times.
+
+    Raises:
+        UserError: an id is out of range, the timestamps decrease or are not as many as the items, or less
+            than one recommendation is asked for.
+    """
+    if not _is_integer(num_recommendations) or num_recommendations < 1:
+        raise UserError(f"num_recommendations must be an integer from 1 on, not {num_recommendations!r}")
+    for item in items:
+        if not _is_integer(item) or not 1 <= item <= num_items:
+            raise UserError(f"item ids are integers from 1 to {num_items}, not {item!r}")
+    if timestamps is not None:
+        _check_timestamps(timestamps, len(items))
+    return Request(
+        tuple(items), tuple(timestamps) if timestamps is not None else None, num_recommendations, exclude_seen
+    )
+
+
+def split_behaviors(behaviors: Sequence[Any]) -> tuple[list[Any], list[Any] | None]:
+    """Items and timestamps of a history of ids or of mappings with ``item_id`` and perhaps ``timestamp``.
+
+    Raises:
+        UserError: some have a timestamp and some have none.
+    """
+    records = [entry if isinstance(entry, Mapping) else {"item_id": entry} for entry in behaviors]
+    timestamps = [entry["timestamp"] for entry in records if "timestamp" in entry]
+    if timestamps and len(timestamps) < len(records):
+        raise UserError("give a timestamp with every item of a history or with none")
+    return [entry.get("item_id") for entry in records], timestamps or None
+
+
+def to_tensors(requests: Sequence[Request], rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """items [``rows``, ``length``] padded with 0 on the right, lengths [``rows``], timestamps like items.
+
+    The latest ``length`` items of a longer history count. Rows beyond the requests are empty sequences.
+    Unknown timestamps are 0, as if everything had happened at once.
+    """
+    items = torch.zeros(rows, length, dtype=torch.int64)
+    timestamps = torch.zeros(rows, length, dtype=torch.int64)
+    lengths = torch.zeros(rows, dtype=torch.int64)
+    for row, request in enumerate(requests):
+        latest = request.items[-length:]
+        items[row, : len(latest)] = torch.tensor(latest, dtype=torch.int64)
+        if request.timestamps:
+            timestamps[row, : len(latest)] = torch.tensor(request.timestamps[-length:])
+        lengths[row] = len(latest)
+    return items, lengths, timestamps
+
+
+def _check_timestamps(timestamps: Sequence[Any], items: int) -> None:
+    if len(timestamps) != items:
+        raise UserError(f"a history of {items} items has as many timestamps, not {len(timestamps)}")
+    for time in timestamps:
+        if not _is_integer(time) or not 0 <= time < 2**62:
+            raise UserError(f"timestamps are seconds, integers from 0 on, not {time!r}")
+    if any(later < earlier for earlier, later in itertools.pairwise(timestamps)):
+        raise UserError("timestamps decrease; give the history in order of time, the oldest item first")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""A recommender behind HTTP. Needs the packages of the extra ``serve``."""

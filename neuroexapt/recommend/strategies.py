@@ -1,0 +1,194 @@
+"""Ways to execute a recommender's scoring of the catalogue, and the choice between them by measurement."""
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuroexapt.backend import PersistentKernel, Timing, dispatch_report
+from neuroexapt.backend.measure import time_calls
+from neuroexapt.errors import BackendUnavailableError, UserError
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""items [B, N], lengths [B], timestamps [B, N], all int64."""
+Run = Callable[..., Tensor]
+"""Scores [B, num_items + 1] of ``Inputs``."""
+
+_MEASURED_SECONDS = 0.1
+
+
+class Scorer(nn.Module):
+    """Scores [B, num_items + 1] of every item as the next one; those of padding, column 0, are −∞."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, items: Tensor, lengths: Tensor, timestamps: Tensor) -> Tensor:
+        return self.model.scores(self.model(items, lengths, timestamps))
+
+
+def eager(scorer: Scorer, samples: Sequence[Inputs]) -> Run:
+    """Operation by operation, each on the implementation that the dispatch chooses."""
+    return scorer
+
+
+def compiled(scorer: Scorer, samples: Sequence[Inputs]) -> Run:
+    """By ``torch.compile``, for all batch sizes."""
+    run = torch.compile(scorer, dynamic=True)
+    for sample in samples:
+        run(*sample)
+    return run
+
+
+def captured(scorer: Scorer, samples: Sequence[Inputs]) -> Run:
+    """As one CUDA graph for each batch size."""
+    kernels = {len(sample[0]): PersistentKernel(scorer, sample) for sample in samples}
+    for kernel in kernels.values():
+        if not kernel.captured:
+            raise BackendUnavailableError(kernel.reason)
+    return lambda *inputs: kernels[len(inputs[0])](*inputs)
+
+
+def onnxruntime(scorer: Scorer, samples: Sequence[Inputs]) -> Run:
+    """By ONNX Runtime, from an export that takes any batch size."""
+    if samples[0][0].device.type != "cpu":
+        raise BackendUnavailableError(
+            "ONNX Runtime serves from the CPU here, and the recommender is on a GPU"
+        )
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  what torch.onnx exports with
+    except ImportError as error:
+        raise BackendUnavailableError(f"{error}; pip install 'neuroexapt[serve]'") from error
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait spinning take the cores from whoever answers the requests.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(_export(scorer, samples[-1]), options)
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> Tensor:
+        given = dict(zip(INPUT_NAMES, (x.numpy() for x in inputs), strict=True))
+        (scores,) = session.run(None, {name: given[name] for name in names})
+        return torch.from_numpy(scores)
+
+    return run
+
+
+STRATEGIES = {"eager": eager, "compiled": compiled, "captured": captured, "onnxruntime": onnxruntime}
+"""What makes of a scorer, and of one batch of every size, a function that scores batches of those sizes.
+
+They raise whatever keeps them from running here.
+"""
+INPUT_NAMES = ("items", "lengths", "timestamps")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise a UserError for what is no strategy's name."""
+    for name in names:
+        if name not in STRATEGIES:
+            raise UserError(f"unknown strategy {name!r}; choose auto or of {', '.join(STRATEGIES)}")
+
+
+class Execution:
+    """A recommender on the strategies that run here, each measured at every batch size.
+
+    Args:
+        model: scores the catalogue; in evaluation mode.
+        device: where it is.
+        names: of the strategies to prepare; ``eager`` is always among them.
+        largest_batch: batches are padded to powers of two up to this one.
+
+    ``timings``: by strategy and batch size. ``optimizations``: by strategy, what it is more than PyTorch's
+    operations one by one, with the kernels as ``tier:operator``. ``unavailable``: why a strategy cannot run.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, names: Sequence[str], largest_batch: int
+    ) -> None:
+        self.device = device
+        self.batch_sizes = _powers_of_two(largest_batch)
+        self.unavailable: dict[str, str] = {}
+        self.timings: dict[str, dict[int, Timing]] = {}
+        self.optimizations: dict[str, tuple[str, ...]] = {}
+        self._runs: dict[str, Run] = {}
+        samples = [_sample(model, size, device) for size in self.batch_sizes]
+        with torch.inference_mode():
+            for name in dict.fromkeys(("eager", *names)):
+                self._prepare(name, Scorer(model), samples)
+
+    def fastest(self, batch_size: int) -> str:
+        """The strategy whose median was the lowest at this size, one of ``batch_sizes``."""
+        return min(self.timings, key=lambda name: self.timings[name][batch_size].median_ms)
+
+    def run(self, name: str, inputs: Inputs) -> Tensor:
+        """Scores of a batch of one of ``batch_sizes``."""
+        with torch.inference_mode():
+            return self._runs[name](*(x.to(self.device) for x in inputs))
+
+    def require(self, name: str) -> None:
+        """Raise what keeps a strategy from running here."""
+        if name in self._runs:
+            return
+        check_names([name])
+        reason = self.unavailable.get(name, "it was not among the strategies to prepare")
+        raise BackendUnavailableError(f"strategy {name!r} cannot run here: {reason}")
+
+    def _prepare(self, name: str, scorer: Scorer, samples: list[Inputs]) -> None:
+        before = dispatch_report()
+        try:
+            run = STRATEGIES[name](scorer, samples)
+            timings = {
+                len(sample[0]): time_calls(lambda: run(*sample), self.device, _MEASURED_SECONDS)  # noqa: B023
+                for sample in samples
+            }
+        except Exception as error:  # whatever an exporter or a compiler and its toolchain raise
+            if name == "eager":
+                raise
+            self.unavailable[name] = first_line(error)
+            return
+        self._runs[name], self.timings[name] = run, timings
+        kernels = {
+            f"{decision.impl}:{decision.op}"
+            for decision, calls in dispatch_report().items()
+            if decision.impl != "torch" and calls > before.get(decision, 0)
+        }
+        self.optimizations[name] = (*([name] if name != "eager" else []), *sorted(kernels))
+
+
+def _export(scorer: Scorer, sample: Inputs) -> bytes:
+    """The scorer as a serialised ONNX model of any batch size."""
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the three inputs share a name for their batch size
+        program = torch.onnx.export(
+            scorer,
+            sample,
+            input_names=INPUT_NAMES,
+            dynamic_shapes=({0: batch}, {0: batch}, {0: batch}),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def _sample(model: Any, batch_size: int, device: torch.device) -> Inputs:
+    """Full histories of made-up items, the case that takes longest."""
+    ids = torch.arange(batch_size * model.max_length, device=device) % model.num_items + 1
+    items = ids.reshape(batch_size, model.max_length)
+    return items, items.new_full((batch_size,), model.max_length), items.sort().values
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    return list(itertools.takewhile(lambda size: size < 2 * largest, (2**i for i in itertools.count())))
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

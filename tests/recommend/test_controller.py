@@ -1,0 +1,201 @@
+import pytest
+
+from neuroexapt.errors import BackendUnavailableError, UserError
+from neuroexapt.recommend import IntegratedController, create_integrated_controller, strategies
+from tests.recommend.tiny import TinyRecommender
+
+
+def make_controller(*names: str, **config) -> IntegratedController:
+    serving = {"strategies": list(names) or ["eager"], "max_batch_size": 4}
+    return create_integrated_controller(
+        {"model": TinyRecommender(), "device": "cpu", "serving": serving, **config}
+    )
+
+
+@pytest.fixture(scope="module")
+def controller() -> IntegratedController:
+    return make_controller("eager")
+
+
+def ids(answer: dict) -> list[int]:
+    return [entry["item_id"] for entry in answer["recommendations"]]
+
+
+def test_it_ranks_the_whole_catalogue(controller):
+    model = TinyRecommender()
+    history = [3, 7, 7, 12]
+    query = model.items.weight[history].mean(0)
+    expected = (model.items.weight[1:] @ query).sort(descending=True, stable=True)
+    answer = controller.infer_with_optimal_strategy("ada", history, 30, session_id="s1")
+    assert ids(answer) == (expected.indices + 1).tolist()
+    assert [entry["score"] for entry in answer["recommendations"]] == pytest.approx(expected.values.tolist())
+    assert [entry["rank"] for entry in answer["recommendations"]] == list(range(1, 31))
+    assert (answer["user_id"], answer["session_id"]) == ("ada", "s1")
+    assert answer["inference_strategy"] == "eager"
+    assert answer["inference_time_ms"] > 0
+
+
+def test_seen_items_are_left_out_where_asked_even_those_that_the_model_no_longer_sees(controller):
+    history = [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(history) > controller.model.max_length
+    everything = controller.infer_with_optimal_strategy(0, history, 99)
+    unseen = controller.infer_with_optimal_strategy(0, history, 99, exclude_seen=True)
+    assert ids(unseen) == [item for item in ids(everything) if item not in history]
+    assert len(ids(everything)) == 30
+
+
+def test_of_a_long_history_the_latest_items_count(controller):
+    recent = [9, 8, 7, 6, 5, 4]
+    long = controller.infer_with_optimal_strategy(0, [1, 2, 3, *recent])
+    assert long["recommendations"] == controller.infer_with_optimal_strategy(0, recent)["recommendations"]
+
+
+def test_an_empty_history_gets_the_most_frequent_items(controller):
+    answer = controller.infer_with_optimal_strategy("a stranger", [], 3)
+    counts = controller.model.item_counts
+    assert ids(answer) == [1, 2, 3]
+    assert [entry["score"] for entry in answer["recommendations"]] == counts[1:4].tolist()
+
+
+def test_behaviors_may_carry_timestamps(controller):
+    plain = controller.infer_with_optimal_strategy(0, [4, 5])
+    timed = controller.infer_with_optimal_strategy(
+        0, [{"item_id": 4, "timestamp": 10}, {"item_id": 5, "timestamp": 20}]
+    )
+    assert timed["recommendations"] == plain["recommendations"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"user_behaviors": [1, 31]}, "item ids are integers from 1 to 30, not 31"),
+        ({"user_behaviors": [0]}, "item ids are integers from 1 to 30, not 0"),
+        ({"user_behaviors": ["7"]}, "not '7'"),
+        ({"user_behaviors": [True]}, "not True"),
+        ({"user_behaviors": [{"timestamp": 3}]}, "not None"),
+        ({"user_behaviors": [1], "num_recommendations": 0}, "num_recommendations must be an integer from 1"),
+        (
+            {"user_behaviors": [{"item_id": 1, "timestamp": 1}, 2]},
+            "with every item of a history or with none",
+        ),
+        (
+            {"user_behaviors": [{"item_id": 1, "timestamp": 2}, {"item_id": 1, "timestamp": 1}]},
+            "timestamps decrease",
+        ),
+        ({"user_behaviors": [1], "strategy": "fast"}, "unknown strategy 'fast'; choose auto or of eager"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_reason(controller, arguments, reason):
+    with pytest.raises(UserError, match=reason):
+        controller.infer_with_optimal_strategy("ada", **arguments)
+
+
+def test_without_a_model_it_says_how_to_get_one():
+    controller = create_integrated_controller({"device": "cpu"})
+    assert controller.triton_manager.get_operator_availability()["interaction_operator"] is False
+    with pytest.raises(UserError, match="no trained recommender; train one with"):
+        controller.infer_with_optimal_strategy("ada", [1])
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"modle": "x"}, "config has no key 'modle'; did you mean 'model'?"),
+        ({"serving": {"strategies": ["egaer"]}}, "unknown strategy 'egaer'"),
+        ({"serving": {"max_batch_size": 0}}, "max_batch_size must be an integer from 1 on"),
+    ],
+)
+def test_a_configuration_is_checked_before_anything_is_built(config, reason):
+    with pytest.raises(UserError, match=reason):
+        create_integrated_controller(config)
+
+
+def test_a_batch_gives_each_what_it_gets_alone(controller):
+    histories = [[1], [], [2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13]]
+    requests = [
+        controller.make_request(history, num_recommendations=1 + len(history)) for history in histories
+    ]
+    together = controller.infer_batch(requests)
+    assert [answer["batch_size"] for answer in together] == [4, 4, 4, 4, 2, 2]
+    for history, answer in zip(histories, together, strict=True):
+        alone = controller.infer_with_optimal_strategy(0, history, 1 + len(history))
+        assert ids(answer) == ids(alone)
+        scores = [entry["score"] for entry in alone["recommendations"]]
+        assert [entry["score"] for entry in answer["recommendations"]] == pytest.approx(scores)
+
+
+def test_statistics_tell_what_ran_how_often_and_how_fast():
+    controller = make_controller("eager", "captured")
+    for _ in range(3):
+        controller.infer_with_optimal_strategy(0, [1])
+    stats = controller.get_comprehensive_stats()
+    assert stats["requests"] == 3
+    assert stats["inference_counts"] == {"eager": 3}
+    assert stats["latencies"]["eager"]["median_ms"] > 0
+    assert [*stats["warm_up"]["eager"]] == [1, 2, 4]
+    assert stats["unavailable_strategies"] == {"captured": "a CUDA graph needs inputs on a GPU, not on cpu"}
+    assert stats["triton_stats"]["interaction_operator"]["enabled"]
+
+
+def test_a_strategy_by_name_that_cannot_run_says_why():
+    controller = make_controller("eager", "captured")
+    with pytest.raises(BackendUnavailableError, match="cannot run here: a CUDA graph needs inputs on a GPU"):
+        controller.infer_with_optimal_strategy(0, [1], strategy="captured")
+    with pytest.raises(BackendUnavailableError, match="not among the strategies to prepare"):
+        controller.infer_with_optimal_strategy(0, [1], strategy="compiled")
+
+
+def test_the_fastest_of_the_warm_up_runs(monkeypatch):
+    monkeypatch.setitem(strategies.STRATEGIES, "slow", lambda scorer, samples: _slowed(scorer))
+    controller = make_controller("slow", "eager")
+    assert controller.infer_with_optimal_strategy(0, [1])["inference_strategy"] == "eager"
+    assert controller.infer_with_optimal_strategy(0, [1], strategy="slow")["inference_strategy"] == "slow"
+    timings = controller.get_comprehensive_stats()["warm_up"]
+    assert timings["slow"][1] > timings["eager"][1]
+
+
+def test_a_strategy_that_fails_later_gives_way_to_pytorch_and_is_recorded(monkeypatch):
+    works = [True]
+
+    def fragile(scorer, samples):
+        def run(*inputs):
+            if not works[0]:
+                raise RuntimeError("the session is gone\nand more")
+            return scorer(*inputs)
+
+        return run
+
+    monkeypatch.setitem(strategies.STRATEGIES, "fragile", fragile)
+    controller = make_controller("fragile")
+    controller.warm_up()
+    works[0] = False
+    answer = controller.infer_with_optimal_strategy(0, [1], strategy="fragile")
+    assert answer["inference_strategy"] == "eager"
+    assert controller.get_comprehensive_stats()["failures"] == [
+        {"strategy": "fragile", "reason": "the session is gone", "count": 1}
+    ]
+
+
+def _slowed(scorer):
+    def run(*inputs):
+        for _ in range(20):
+            scores = scorer(*inputs)
+        return scores
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_all_strategies_agree(name):
+    controller = make_controller("eager", name)
+    for histories in ([[1, 2, 3]], [[4], [], [5, 6, 7, 8, 9, 10, 11]]):
+        requests = [controller.make_request(history, num_recommendations=30) for history in histories]
+        expected = controller.infer_batch(requests, "eager")
+        found = controller.infer_batch(requests, name)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours["inference_strategy"] == name
+            assert ours["optimizations_applied"] == [name]
+            by_item = {entry["item_id"]: entry["score"] for entry in theirs["recommendations"]}
+            assert {entry["item_id"]: entry["score"] for entry in ours["recommendations"]} == pytest.approx(
+                by_item, abs=1e-5
+            )
