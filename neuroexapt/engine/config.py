@@ -54,7 +54,7 @@ class RunConfig:
     momentum: float = setting(0.9, "momentum of SGD")
     weight_decay: float = setting(3e-4, "weight decay of the weights")
     grad_clip: float = setting(5.0, "largest norm of the weights' gradient")
-    precision: str = setting("fp32", "of the derived network's training: fp32, or bf16 (autocast)")
+    precision: str = setting("fp32", "of what networks keep for backward passes: fp32, or bf16 (autocast)")
     channels_last: bool | None = setting(
         None, "memory layout of the derived network's training (default: channels-last on the CPU)"
     )
