@@ -15,7 +15,7 @@ from neuroexapt.engine.config import SearchConfig
 from neuroexapt.engine.device import place
 from neuroexapt.engine.execution import set_execution
 from neuroexapt.engine.search_phase import ARCH_BETAS
-from neuroexapt.engine.training import make_sgd
+from neuroexapt.engine.training import make_optimizer
 from neuroexapt.spaces import get_space
 from neuroexapt.strategies import get_strategy
 
@@ -126,7 +126,7 @@ def make_step(supernet: Supernet, config: SearchConfig) -> BilevelStep:
     return BilevelStep(
         supernet,
         get_strategy(config.strategy),
-        make_sgd(supernet.weights(), config),
+        make_optimizer(supernet.weights(), config),
         arch_optimizer,
         grad_clip=config.grad_clip,
     )

@@ -187,7 +187,7 @@ def exact_gradients(network_name: str, batch_size: int, device: torch.device) ->
                 checkpoint, cell.forward, use_reentrant=False, preserve_rng_state=False
             )
         step = make_step(exact, CONFIGS[1])
-        return find_gradients(step)(batch.images.double(), batch.labels)
+        return find_gradients(step)(batch.inputs.double(), batch.labels)
 
 
 def relative_errors(step: BilevelStep, found: Tensor, exact: Tensor) -> dict[str, float]:

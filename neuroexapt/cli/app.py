@@ -1,4 +1,4 @@
-"""The command line: ``neuroexapt search | derive | evaluate | report | backend``."""
+"""The command line: ``neuroexapt search | derive | evaluate | report | backend | serve-recommender``."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import typer
 
 from neuroexapt.cli.backend import backend_app
 from neuroexapt.cli.options import dashes, with_settings
+from neuroexapt.cli.recommender import serve_recommender
 from neuroexapt.engine.config import EvaluateConfig, SearchConfig
 from neuroexapt.engine.interrupt import Interrupted
 from neuroexapt.errors import UserError
@@ -85,6 +86,7 @@ def report(
     print(write_report(run, out))
 
 
+app.command(name="serve-recommender")(serve_recommender)
 app.add_typer(backend_app, name="backend")
 
 

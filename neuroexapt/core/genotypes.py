@@ -197,15 +197,58 @@ class BlockGenotype:
         return json.dumps(self.to_dict())
 
 
-def genotype_from_dict(fields: Any) -> Genotype | CellGenotype | BlockGenotype:
+@dataclass(frozen=True)
+class RecommenderGenotype:
+    """The cell of a recommender, whose edges may be ``none``, and its head; ``str`` of it is JSON."""
+
+    cell: CellGenotype
+    head: str
+
+    def __post_init__(self) -> None:
+        if len(self.cell.operations) not in {target for _, target, _ in self.edges}:
+            raise UserError(f"nothing leads to the last node of {self.cell}; choose operations that do")
+
+    @property
+    def edges(self) -> tuple[tuple[int, int, str], ...]:
+        """``(source, target, operation)`` of the edges that something passes: those from the input on."""
+        reached, edges = {0}, []
+        for source, target, op in self.cell.edges:
+            if op != "none" and source in reached:
+                reached.add(target)
+                edges.append((source, target, op))
+        return tuple(edges)
+
+    @property
+    def cells(self) -> dict[str, ChosenCell]:
+        return {**self.cell.cells, "head": ChosenCell(((0, 1, self.head),), ("states", "query"), (1,))}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.cell.to_dict(), "head": self.head}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "RecommenderGenotype":
+        if not isinstance(fields["head"], str):
+            raise UserError(
+                'a genotype of a recommender is an object like {"arch": "|op~0|", "head": "last"}'
+            )
+        cell = CellGenotype.from_dict({name: value for name, value in fields.items() if name != "head"})
+        return cls(cell, fields["head"])
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_dict())
+
+
+def genotype_from_dict(fields: Any) -> Genotype | CellGenotype | BlockGenotype | RecommenderGenotype:
     """The genotype whose ``to_dict`` is ``fields``."""
+    if isinstance(fields, dict) and "head" in fields:
+        return RecommenderGenotype.from_dict(fields)
     if isinstance(fields, dict) and "blocks" in fields:
         return BlockGenotype.from_dict(fields)
     kind = CellGenotype if isinstance(fields, dict) and "arch" in fields else Genotype
     return kind.from_dict(fields)
 
 
-def genotype_from_text(text: str) -> Genotype | CellGenotype | BlockGenotype:
+def genotype_from_text(text: str) -> Genotype | CellGenotype | BlockGenotype | RecommenderGenotype:
     """Read ``str`` of a genotype, or its ``to_dict`` as JSON."""
     text = text.strip()
     if text.startswith("|"):
@@ -329,7 +372,18 @@ GENOTYPES: dict[str, Genotype] = {
 NASNet, AmoebaNet, DARTS_V1, DARTS_V2, PC_DARTS_cifar, PC_DARTS_image, PDARTS = GENOTYPES.values()
 
 
-def load_genotype(name_or_file: str) -> Genotype | CellGenotype | BlockGenotype:
+RECOMMENDERS: dict[str, RecommenderGenotype] = {
+    "SASRec": RecommenderGenotype(
+        CellGenotype.from_text("|attn_ln_2h~0|+|none~0|ffn_swiglu~1|+|none~0|none~1|skip_connect~2|"), "last"
+    ),
+    "HSTU": RecommenderGenotype(
+        CellGenotype.from_text("|hstu_2h~0|+|none~0|skip_connect~1|+|none~0|none~1|skip_connect~2|"), "last"
+    ),
+}
+"""Published recommenders as cells of the space ``seqrec``: Kang and McAuley 2018, Zhai et al. 2024."""
+
+
+def load_genotype(name_or_file: str) -> Genotype | CellGenotype | BlockGenotype | RecommenderGenotype:
     """A genotype by its published name (in any case, with ``-`` or ``_``), from a file, or by its text."""
     if name_or_file.lstrip().startswith(("{", "|", "Genotype(")):
         return genotype_from_text(name_or_file)
@@ -340,16 +394,15 @@ def load_genotype(name_or_file: str) -> Genotype | CellGenotype | BlockGenotype:
         "pcdarts": "pc_darts_cifar",
         "p_darts": "pdarts",
     }
-    for name, genotype in GENOTYPES.items():
+    known: dict[str, Genotype | RecommenderGenotype] = {**GENOTYPES, **RECOMMENDERS}
+    for name, genotype in known.items():
         if name.lower() == aliases.get(wanted, wanted):
             return genotype
     path = Path(name_or_file)
     if path.is_dir():
         path = path / "genotype.json"
     if not path.is_file():
-        raise UserError(
-            f"no genotype {name_or_file!r}: it is neither a file nor one of {', '.join(GENOTYPES)}"
-        )
+        raise UserError(f"no genotype {name_or_file!r}: it is neither a file nor one of {', '.join(known)}")
     try:
         return genotype_from_text(path.read_text())
     except (UserError, UnicodeDecodeError) as error:

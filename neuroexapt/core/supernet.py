@@ -65,10 +65,16 @@ class Supernet(nn.Module):
     def _make_alphas(self, *cells: str) -> nn.ParameterDict:
         """α of these types of cells, near zero as published; all candidates are kept."""
         shape = len(self.topology.edges), len(self.primitives)
+        return self._make_alphas_of(dict.fromkeys(cells, shape))
+
+    def _make_alphas_of(self, shapes: Mapping[str, tuple[int, int]]) -> nn.ParameterDict:
+        """Those of types of cells that have different edges and primitives."""
         self.candidates = nn.Module()
-        for cell in cells:
+        for cell, shape in shapes.items():
             self.candidates.register_buffer(cell, torch.ones(shape, dtype=torch.bool))
-        return nn.ParameterDict({cell: nn.Parameter(ALPHA_INIT_STD * torch.randn(shape)) for cell in cells})
+        return nn.ParameterDict(
+            {cell: nn.Parameter(ALPHA_INIT_STD * torch.randn(shape)) for cell, shape in shapes.items()}
+        )
 
     def kept(self, cell: str) -> Tensor:
         """Which candidates are left on the edges of a type of cells: [E, K], bool."""

@@ -1,12 +1,14 @@
-"""Labelled images: where they come from, how they are split, augmented and fed to the device."""
+"""Labelled images and histories of items: where they come from, how they are split and fed to the device."""
 
 from neuroexapt.data.augment import Augmentation, augment, normalise
 from neuroexapt.data.dataset import ImageDataset, ImagePart, ResidentImages, StreamedImages
 from neuroexapt.data.loaders import Loader, ResidentLoader, StreamingLoader, make_loader, split_indices
-from neuroexapt.data.sources import DATASETS, DatasetSpec, load_dataset
+from neuroexapt.data.sequences import SequenceDataset
+from neuroexapt.data.sources import DATASETS, AnyDataset, DatasetSpec, load_dataset
 
 __all__ = [
     "DATASETS",
+    "AnyDataset",
     "Augmentation",
     "DatasetSpec",
     "ImageDataset",
@@ -14,6 +16,7 @@ __all__ = [
     "Loader",
     "ResidentImages",
     "ResidentLoader",
+    "SequenceDataset",
     "StreamedImages",
     "StreamingLoader",
     "augment",

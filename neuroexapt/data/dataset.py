@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -74,13 +74,34 @@ class ImageDataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation
+    kind = "pictures"
+    valid = None
+    """Nothing is set apart from training: a search splits it."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a network must know of the data."""
+        return {"in_channels": self.in_channels, "num_classes": self.num_classes}
+
+    @property
+    def identity(self) -> list[Any]:
+        """Besides labels, what another data set would differ in."""
+        return [
+            self.name,
+            self.classes,
+            self.train.shape,
+            len(self.train),
+            len(self.test),
+            self.mean,
+            self.std,
+        ]
 
     @property
     def in_channels(self) -> int:
         return self.train.shape[0]
 
     @property
-    def image_size(self) -> tuple[int, int]:
+    def input_size(self) -> tuple[int, int]:
         """(H, W)."""
         return self.train.shape[1:]
 

@@ -71,7 +71,7 @@ class SequenceDataset:
     train: SequencePart
     valid: SequencePart
     test: SequencePart
-    kind = "sequences"
+    kind = "histories"
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -17,7 +17,10 @@ from neuroexapt.data.augment import Augmentation
 from neuroexapt.data.dataset import ImageDataset, ImagePart, ResidentImages, Splits, channel_statistics
 from neuroexapt.data.folders import decode_images, read_folder
 from neuroexapt.data.idx import find_idx_files, read_idx_part
+from neuroexapt.data.sequences import SequenceDataset, load_sequences
 from neuroexapt.errors import UserError
+
+AnyDataset = ImageDataset | SequenceDataset
 
 DEFAULT_ROOT = Path("data")
 DEBIAN_ROOT = Path("/usr/share/datasets")  # where Debian's packages dataset-* install
@@ -52,13 +55,16 @@ def load_dataset(
     root: Path | str | None = None,
     download: bool = False,
     image_size: int | None = None,
+    max_length: int = 50,
     max_resident_bytes: int | None = None,
     quiet: bool = False,
-) -> ImageDataset:
-    """Load a data set by name: one of DATASETS, `npz:PATH` (see read_npz) or `folder:PATH` (see read_folder).
+) -> AnyDataset:
+    """Load a data set by name: one of DATASETS, `npz:PATH` (see read_npz), `folder:PATH` (see read_folder) or
+    `seq:PATH`, histories of items (see read_histories).
 
     root: the folder to look in, and to download to if `download` is set (default: data).
     image_size: bring the images to this height and width (default: as they are; see read_folder).
+    max_length: the newest items of each history to keep.
     max_resident_bytes: a folder whose pictures take more than this, decoded, is streamed (default: a quarter
     of the memory of the machine or of its GPU, whichever is less). quiet: no progress bar.
     Raises UserError if the name is unknown or the data is missing, damaged or not usable for classification.
@@ -70,6 +76,8 @@ def load_dataset(
     if image_size is not None and image_size < 1:
         raise UserError(f"the image size is {image_size}; choose at least 1")
     kind, _, path = name.partition(":")
+    if kind == "seq" and path:
+        return load_sequences(Path(path).expanduser(), max_length)
     splits: Splits
     if name in DATASETS:
         splits = _resize(DATASETS[name].read(Path(root or DEFAULT_ROOT), download), image_size)
@@ -79,7 +87,9 @@ def load_dataset(
         limit = _quarter_of_memory() if max_resident_bytes is None else max_resident_bytes
         splits = read_folder(Path(path).expanduser(), image_size, limit, quiet)
     else:
-        raise UserError(f"unknown data set {name!r}; choose {', '.join(DATASETS)}, npz:PATH or folder:PATH")
+        raise UserError(
+            f"unknown data set {name!r}; choose {', '.join(DATASETS)}, npz:PATH, folder:PATH or seq:PATH"
+        )
     mean, std = channel_statistics(_images_for_statistics(splits.train, quiet))
     augmentation = DATASETS[name].augmentation if name in DATASETS else _default_augmentation(splits.train)
     return ImageDataset(name, splits.train, splits.test, splits.classes, mean, std, augmentation)

@@ -6,25 +6,29 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroexapt.core.supernet import Supernet
+from neuroexapt.core.task import CLASSIFICATION, Task
 
 
 class Batch(NamedTuple):
-    """``images``: [B, C, H, W] normalised fp32, ``labels``: [B] int64, both on the network's device."""
+    """``inputs``: what the search network takes, pictures [B, C, H, W] normalised fp32 for instance,
+    ``labels``: [B, …] int64, both on the network's device.
+    """
 
-    images: Tensor
+    inputs: Tensor
     labels: Tensor
 
 
 class Gradients(NamedTuple):
-    """Gradients of some parameters, and loss [] and logits [B, num_classes] of the batch they came from."""
+    """Gradients of some parameters, and the loss [] and what the network made of the batch they came from,
+    pictures' logits [B, num_classes] for instance.
+    """
 
     gradients: tuple[Tensor, ...]
     loss: Tensor
-    logits: Tensor
+    output: Any
 
 
 class StepMetrics(NamedTuple):
@@ -113,7 +117,7 @@ class BilevelStep:
         arch_optimizer: torch.optim.Optimizer,
         *,
         grad_clip: float,
-        criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        task: Task = CLASSIFICATION,
         cost: Callable[[Mapping[str, Tensor]], Tensor | None] = lambda weights: None,
     ) -> None:
         self.supernet = supernet
@@ -121,7 +125,7 @@ class BilevelStep:
         self.weight_optimizer = weight_optimizer
         self.arch_optimizer = arch_optimizer
         self.grad_clip = grad_clip
-        self.criterion = criterion
+        self.task = task
         self.cost = cost
         self.weights = supernet.weights()
         self.alphas = supernet.arch_parameters()
@@ -137,16 +141,16 @@ class BilevelStep:
         with torch.enable_grad(), _required_alone(wanted, [*self.weights, *self.alphas]):
             alphas = self.supernet.choices()
             relaxed = self.strategy.relax(alphas) if weights is None else weights
-            logits = self.supernet(batch.images, relaxed)
-            loss = self.criterion(logits, batch.labels)
+            output = self.supernet(batch.inputs, relaxed)
+            loss = self.task.loss(output, batch.labels)
             terms = [self.strategy.penalty(alphas, relaxed), self.cost(relaxed)] if weights is None else []
             objective = sum((term for term in terms if term is not None), start=loss)
-            return Gradients(torch.autograd.grad(objective, wanted), loss.detach(), logits.detach())
+            return Gradients(torch.autograd.grad(objective, wanted), loss.detach(), output.detach())
 
     def __call__(self, train: Batch, valid: Batch | None) -> StepMetrics:
         """Update α on ``valid`` (None: α stays, as in warm-up epochs), then w on ``train``."""
         self.supernet.train()
-        nan = train.images.new_full((), torch.nan)
+        nan = torch.full((), torch.nan, device=train.labels.device)
         arch_loss, arch_accuracy = (nan, nan) if valid is None else self._step_alphas(train, valid)
         train_loss, train_accuracy = self._step_weights(train)
         return StepMetrics(train_loss, train_accuracy, arch_loss, arch_accuracy)
@@ -154,12 +158,12 @@ class BilevelStep:
     def _step_alphas(self, train: Batch, valid: Batch) -> tuple[Tensor, Tensor]:
         arch = self.strategy.arch_gradient(self, train, valid)
         _apply(self.arch_optimizer, self.alphas, arch.gradients)
-        return arch.loss, accuracy(arch.logits, valid.labels)
+        return arch.loss, self.task.accuracy(arch.output, valid.labels)
 
     def _step_weights(self, train: Batch) -> tuple[Tensor, Tensor]:
         found = self.strategy.weight_gradient(self, train)
         _apply(self.weight_optimizer, self.weights, found.gradients, self.grad_clip)
-        return found.loss, accuracy(found.logits, train.labels)
+        return found.loss, self.task.accuracy(found.output, train.labels)
 
 
 @contextmanager
@@ -197,8 +201,3 @@ def _laid_out_like(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
     if gradient.is_contiguous() and parameter.is_contiguous():
         return gradient.as_strided(parameter.shape, parameter.stride())
     return torch.empty_like(parameter).copy_(gradient)
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of correct top-1 predictions, a 0-dim tensor in 0..1."""
-    return (logits.argmax(dim=1) == labels).float().mean()

@@ -21,6 +21,7 @@ LIMITS = ("max_flops", "max_params", "max_latency_ms")
 CRITERIA = ("", "skips", "eigenvalue")
 SELECTIONS = ("argmax", "perturbation", "shrink")
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("sgd", "adamw")
 CONTROLS = ("random", "resnet18")
 CONTROL_BUDGETS = ("epochs", "time")
 
@@ -36,24 +37,29 @@ class RunConfig:
     """What every run needs: data, batches, where it runs and where it is kept."""
 
     dataset: str = setting(
-        "digits", "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, folder:PATH or npz:PATH"
+        "digits", "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, folder:PATH, npz:PATH or seq:PATH"
     )
     data_root: Path = setting(Path("data"), "folder in which the standard data sets are looked for")
     download: bool = setting(False, "download a standard data set that is not there")
     image_size: int | None = setting(None, "side in pixels to which the pictures are resized")
+    max_length: int = setting(50, "newest items of a history that a recommender sees")
     space: str = setting("darts", "search space")
-    layers: int = setting(8, "cells, two of them reduction cells")
-    init_channels: int = setting(16, "channels of the first cells")
-    batch_size: int = setting(64, "pictures in a batch")
+    layers: int = setting(8, "cells, of pictures two of them reduction cells")
+    init_channels: int = setting(16, "channels of the first cells, or width of a recommender")
+    batch_size: int = setting(64, "pictures, or histories, in a batch")
     workers: int | None = setting(None, "decoding processes, for data too large for memory")
     crop_padding: int | None = setting(None, "random crop after padding by so many pixels")
     flip: bool | None = setting(None, "random horizontal flip")
     cutout: int | None = setting(None, "side of the square that is blanked out, in pixels")
+    optimizer: str = setting("sgd", "of the weights: sgd or adamw")
     learning_rate: float = setting(0.025, "learning rate of the weights at the start of the cosine")
     learning_rate_min: float = setting(0.001, "learning rate of the weights at its end")
     momentum: float = setting(0.9, "momentum of SGD")
     weight_decay: float = setting(3e-4, "weight decay of the weights")
     grad_clip: float = setting(5.0, "largest norm of the weights' gradient")
+    patience: int | None = setting(
+        None, "end a training so many epochs after it validated best, where data has a validation part"
+    )
     precision: str = setting("fp32", "of what networks keep for backward passes: fp32, or bf16 (autocast)")
     channels_last: bool | None = setting(
         None, "memory layout of the derived network's training (default: channels-last on the CPU)"
@@ -71,12 +77,20 @@ class RunConfig:
                 self, f.name, _typed(f.name, getattr(self, f.name), _field_type(type(self), f.name))
             )
         _require_positive(
-            self, "batch_size", "learning_rate", "grad_clip", "checkpoint_seconds", "image_size"
+            self,
+            "batch_size",
+            "learning_rate",
+            "grad_clip",
+            "checkpoint_seconds",
+            "image_size",
+            "max_length",
+            "patience",
         )
         _require_not_negative(
             self, "workers", "crop_padding", "cutout", "learning_rate_min", "momentum", "weight_decay"
         )
         _require_one_of(self, "precision", PRECISIONS)
+        _require_one_of(self, "optimizer", OPTIMIZERS)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: choose one from 0 to 2**63 - 1")
 
@@ -95,7 +109,9 @@ class SearchConfig(RunConfig):
     warmup_epochs: int = setting(0, "first epochs, in which α stays as it is")
     arch_learning_rate: float = setting(3e-4, "learning rate of α (Adam)")
     arch_weight_decay: float = setting(1e-3, "weight decay of α")
-    train_portion: float = setting(0.5, "share of the training pictures for w; the rest is for α")
+    train_portion: float = setting(
+        0.5, "share of the training data for w; the rest is for α, where data has no validation part"
+    )
     selection: str = setting(
         "argmax", "choice of the genotype: argmax (of α), perturbation (DARTS-PT) or shrink (by validation)"
     )

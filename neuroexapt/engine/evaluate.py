@@ -1,6 +1,5 @@
 """Training a given genotype from scratch and testing it, over several seeds and next to controls."""
 
-import functools
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from neuroexapt.engine.config import EvaluateConfig
 from neuroexapt.engine.result import RunResult, finish, read_curves
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
 from neuroexapt.engine.training import TrainPhase
-from neuroexapt.spaces import get_space
 
 PHASE = "evaluate"
 CONTROL_EPOCHS = "control_epochs.json"
@@ -27,7 +25,7 @@ MEASURED_SECONDS = 5.0
 def evaluate(
     *, resume: str | Path | None = None, config: str | Path | None = None, **settings: Any
 ) -> RunResult:
-    """Train the network of ``genotype`` on all training pictures and test it.
+    """Train the network of ``genotype`` on all training data and test it.
 
     With ``seeds`` as often, and with ``controls`` other networks alike: ``random``, a genotype that is drawn
     anew for every seed, and ``resnet18``. ``settings`` are the fields of ``EvaluateConfig``; ``resume`` and
@@ -55,11 +53,11 @@ class Trained:
 
 
 def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
-    config, data = run.config, run.data
+    config = run.config
     genotype = _genotype(run, new)
-    get_space(config.space).check(data.image_size, config.init_channels, config.layers, config.batch_size)
+    run.check_space()
     if config.auxiliary:
-        check_auxiliary_size(data.image_size)
+        check_auxiliary_size(run.data.input_size)
     runs = [run.with_seed(config.seed + number) for number in range(config.seeds)]
     first = _make_phase(run, PHASE, PHASE, genotype, config.epochs)
     if new:
@@ -71,13 +69,13 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
         f"{first.steps_per_epoch} steps on {run.where}, run folder {run.folder.path}"
     )
     trained = _train_all(runs, genotype, first)
-    curves = read_curves(run.folder)
+    curves, figures = read_curves(run.folder), run.space.task.figures
     seconds = {training.phase: training.seconds for training in itertools.chain(*trained.values())}
     result = {
         "genotype": genotype.to_dict(),
-        **_summary(trained[PHASE], curves),
+        **_summary(trained[PHASE], curves, figures),
         "controls": {
-            kind: {**_summary(trained[kind], curves), "genotypes": _genotypes(trained[kind])}
+            kind: {**_summary(trained[kind], curves, figures), "genotypes": _genotypes(trained[kind])}
             for kind in config.control_names
         },
         "seconds": sum(seconds.values()),
@@ -120,7 +118,7 @@ def _train_all(
 def _chosen(run: OpenRun[EvaluateConfig], kind: str, genotype: AnyGenotype) -> AnyGenotype | None:
     if kind == "random":
         generator = torch.Generator().manual_seed(seed_for(run.config.seed, "random genotype"))
-        return get_space(run.config.space).random_genotype(generator, run.config.layers)
+        return run.space.random_genotype(generator, run.config.layers)
     return genotype if kind == PHASE else None
 
 
@@ -153,8 +151,7 @@ def _make_phase(
     """Of the network of ``genotype``, or where there is none of the ResNet, by the recipe of the run."""
     config = run.config
     if genotype is None:
-        make_resnet = functools.partial(resnet18, run.data.in_channels, run.data.num_classes)
-        network: nn.Module = run.initial_network(make_resnet, kind)
+        network: nn.Module = run.initial_network(lambda: resnet18(**run.data.facts), kind)
     else:
         network = run.derived_network(genotype, kind, auxiliary=config.auxiliary)
     has_auxiliary = config.auxiliary and genotype is not None
@@ -165,6 +162,9 @@ def _make_phase(
         run.loader("test", training=False),
         config,
         epochs=epochs,
+        task=run.space.task,
+        valid_loader=run.valid_loader(),
+        patience=config.patience,
         auxiliary_weight=config.auxiliary_weight if has_auxiliary else 0.0,
         drop_path=config.drop_path if genotype is not None else 0.0,
         warmup=config.learning_rate_warmup,
@@ -173,11 +173,16 @@ def _make_phase(
     )
 
 
-def _summary(trainings: Sequence[Trained], curves: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(
+    trainings: Sequence[Trained], curves: Mapping[str, Any], figures: Sequence[str]
+) -> dict[str, Any]:
     """Mean, and where there are several seeds standard deviation, of what was trained from each of them."""
-    accuracies = [curves[training.phase]["test_accuracy"][-1] for training in trainings]
+    of_all = {
+        name: [curves[training.phase][f"test_{name}"][-1] for training in trainings] for name in figures
+    }
+    accuracies = of_all["accuracy"]
     return {
-        "test_accuracy": statistics.mean(accuracies),
+        **{f"test_{name}": statistics.mean(values) for name, values in of_all.items()},
         "test_accuracy_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "test_accuracies": accuracies,
         "parameters": round(statistics.mean(count_parameters(training.network) for training in trainings)),

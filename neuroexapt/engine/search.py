@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from neuroexapt.benchmarks import load_table
-from neuroexapt.core.derived import DerivedNetwork, count_parameters, inherit_weights
+from neuroexapt.core.derived import count_parameters, inherit_weights
 from neuroexapt.core.genotypes import AnyGenotype, genotype_from_dict
 from neuroexapt.core.supernet import Supernet
-from neuroexapt.data import split_indices
+from neuroexapt.data import Loader, split_indices
 from neuroexapt.engine.checkpoint import load_checkpoint
 from neuroexapt.engine.config import SearchConfig
 from neuroexapt.engine.device import place
@@ -19,9 +20,8 @@ from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.engine.select_phase import SELECTIONS, SelectPhase
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
-from neuroexapt.engine.training import TrainPhase, evaluate_loss, score
+from neuroexapt.engine.training import TrainPhase, evaluate_figures, score
 from neuroexapt.errors import UserError
-from neuroexapt.spaces import get_space
 
 
 def search(
@@ -79,18 +79,18 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
     run.folder.write_json("genotype.json", genotype.to_dict())
     progress.say(f"found {genotype}")
 
-    network, seconds["inherit"], test_accuracy = _train_derived(run, "inherit", genotype, phase.supernet)
-    scratch_accuracy = None
+    network, seconds["inherit"], test = _train_derived(run, "inherit", genotype, phase.supernet)
+    scratch: dict[str, float] = {}
     if config.control and config.train_epochs:
-        _, seconds["scratch"], scratch_accuracy = _train_derived(run, "scratch", genotype, None)
+        _, seconds["scratch"], scratch = _train_derived(run, "scratch", genotype, None)
 
     curves = read_curves(run.folder)
     result = {
         "genotype": genotype.to_dict(),
         "valid_accuracy": curves["search"]["valid_accuracy"][-1],
-        "test_accuracy": test_accuracy,
+        **{f"test_{name}": value for name, value in test.items()},
         **phase.table_accuracies(genotype),
-        "scratch_test_accuracy": scratch_accuracy,
+        "scratch_test_accuracy": scratch.get("accuracy"),
         "stopped": phase.stopping.reason,
         **(phase.resources.measure(genotype) if phase.resources else {}),
         "seconds": sum(seconds.values()),
@@ -104,50 +104,68 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
 
 
 def _search_phase(run: OpenRun[SearchConfig]) -> SearchPhase:
-    config, data = run.config, run.data
-    space = get_space(config.space)
-    space.check(data.image_size, config.init_channels, config.layers, config.batch_size)
-    train_indices, valid_indices = _split(run)
-    train_loader = run.loader("train", training=True, indices=train_indices, stream="w")
-    valid_loader = run.loader("train", training=True, indices=valid_indices, stream="alpha")
+    config = run.config
+    run.check_space()
+    train_loader, valid_loader = _loaders(run)
     torch.manual_seed(seed_for(config.seed, SearchPhase.name))
-    supernet = space.supernet(
-        in_channels=data.in_channels,
-        num_classes=data.num_classes,
-        channels=config.init_channels,
-        layers=config.layers,
-    )
+    supernet = run.space.supernet(**run.data.facts, channels=config.init_channels, layers=config.layers)
     table = load_table(config.table) if config.table else None
-    phase = SearchPhase(place(supernet, run.device), train_loader, valid_loader, config, table)
+    phase = SearchPhase(
+        place(supernet, run.device), train_loader, valid_loader, config, table, run.data.facts
+    )
     phase.table_accuracies(phase.genotype())  # refuses a table of another space before anything is computed
     return phase
 
 
+def _loaders(run: OpenRun[SearchConfig]) -> tuple[Loader, Loader]:
+    """Batches for w and for α: those of the data's own validation part, or of a part of the training data."""
+    if run.data.valid is not None:
+        train_loader = run.loader("train", training=True, stream="w")
+        return train_loader, run.loader("valid", training=True, stream="alpha")
+    train_indices, valid_indices = _split(run)
+    train_loader = run.loader("train", training=True, indices=train_indices, stream="w")
+    return train_loader, run.loader("train", training=True, indices=valid_indices, stream="alpha")
+
+
 def _split(run: OpenRun[SearchConfig]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the training pictures for w and of those for α."""
+    """Indices of the training data for w and of those for α."""
     return split_indices(run.data.train.labels, run.config.train_portion, run.config.seed)
 
 
 def _create_folder(run: OpenRun[SearchConfig]) -> None:
     run.create_folder()
-    run.folder.write_json("space.json", get_space(run.config.space).describe(run.config.layers))
+    run.folder.write_json("space.json", run.space.describe(run.config.layers))
+    if run.data.valid is not None:
+        return
     train_indices, valid_indices = _split(run)
     run.folder.write_json("split.json", {"w": train_indices.tolist(), "alpha": valid_indices.tolist()})
 
 
 def _train_derived(
     run: OpenRun[SearchConfig], name: str, genotype: AnyGenotype, supernet: Supernet | None
-) -> tuple[DerivedNetwork, float, float]:
-    """The trained network, the seconds that took, and its test accuracy."""
-    config = run.config
+) -> tuple[nn.Module, float, dict[str, float]]:
+    """The trained network, the seconds that took, and the figures of its test."""
+    config, task = run.config, run.space.task
     network = run.derived_network(genotype, name)
     if supernet is not None:
         inherit_weights(network, supernet)
     test_loader = run.loader("test", training=False)
     if config.train_epochs == 0:
-        return network, 0.0, evaluate_loss(functools.partial(score, network.eval()), test_loader)[1]
+        figures = evaluate_figures(functools.partial(score, network.eval(), task), task, test_loader)
+        return network, 0.0, {name: figures[name] for name in task.figures}
     # Both networks see the same batches in the same order.
     loader = run.loader("train", training=True, stream="derived")
-    phase = TrainPhase(name, network, loader, test_loader, config, epochs=config.train_epochs)
+    phase = TrainPhase(
+        name,
+        network,
+        loader,
+        test_loader,
+        config,
+        epochs=config.train_epochs,
+        task=task,
+        valid_loader=run.valid_loader(),
+        patience=config.patience,
+    )
     seconds = run.train(phase)
-    return network, seconds, read_curves(run.folder)[name]["test_accuracy"][-1]
+    curves = read_curves(run.folder)[name]
+    return phase.trained, seconds, {figure: curves[f"test_{figure}"][-1] for figure in task.figures}

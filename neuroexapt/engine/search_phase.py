@@ -1,4 +1,4 @@
-"""The search itself as a phase: bilevel steps over the two halves of the training pictures."""
+"""The search itself as a phase: bilevel steps over the two parts of the training data."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +24,9 @@ from neuroexapt.engine.resources import MEASURES, Resources
 from neuroexapt.engine.stopping import COLLAPSED, PREFERRED, Stopping, count_skips
 from neuroexapt.engine.training import (
     cosine,
-    evaluate_loss,
+    evaluate_figures,
     load_optimizer,
-    make_sgd,
+    make_optimizer,
     score,
     set_learning_rate,
 )
@@ -44,6 +44,7 @@ class SearchPhase(Phase):
     """SGD with a cosine schedule for w, Adam for α after ``warmup_epochs``, validated after every epoch.
 
     With a ``table`` every epoch's record tells the true accuracy of its genotype, which nothing else uses.
+    ``facts``: what networks must know of the data, where there are budgets.
     """
 
     name = "search"
@@ -55,6 +56,7 @@ class SearchPhase(Phase):
         valid_loader: Loader,
         config: SearchConfig,
         table: Table | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.epochs = config.epochs
         self.steps_per_epoch = train_loader.steps_per_epoch
@@ -65,6 +67,7 @@ class SearchPhase(Phase):
         self._config = config
         self._train_loader, self.valid_loader = train_loader, valid_loader
         self._table = table
+        self._facts = facts or {}
         self.stopping = Stopping(config.stop, config.minutes)
         self._say: Callable[[str], None] = lambda text: None
         self._is_warned = False
@@ -83,25 +86,20 @@ class SearchPhase(Phase):
         limits = {name: limit for name in MEASURES if (limit := getattr(config, name)) is not None}
         if not limits:
             return None
-        pictures = next(self._train_loader.epoch(0))[0]
-        num_classes = len(self.supernet.weights()[-1])  # the classifier's bias
+        inputs = next(self._train_loader.epoch(0))[0]
 
         def make_network(genotype: AnyGenotype) -> nn.Module:
             return self.space.network(
-                genotype,
-                in_channels=pictures.shape[1],
-                num_classes=num_classes,
-                channels=config.init_channels,
-                layers=config.layers,
+                genotype, **self._facts, channels=config.init_channels, layers=config.layers
             )
 
-        return Resources(limits, self.supernet, pictures, self.space.derive, make_network)
+        return Resources(limits, self.supernet, inputs, self.space.derive, make_network)
 
     def _make_step(self) -> None:
         """The search network as the strategy wants it, and optimizers for the parameters that it has then."""
         self._shape_network()
         supernet, config = self.supernet, self._config
-        self.weight_optimizer = make_sgd(supernet.weights(), config)
+        self.weight_optimizer = make_optimizer(supernet.weights(), config)
         self.arch_optimizer = torch.optim.Adam(
             supernet.arch_parameters(),
             config.arch_learning_rate,
@@ -115,6 +113,7 @@ class SearchPhase(Phase):
             self.weight_optimizer,
             self.arch_optimizer,
             grad_clip=config.grad_clip,
+            task=self.space.task,
             cost=self.resources.penalty if self.resources else lambda weights: None,
         )
         supernet.set_recompute(config.recompute)
@@ -155,7 +154,7 @@ class SearchPhase(Phase):
     def _step_ms(self, execution: str) -> float:
         """Median time of a step with a copy of the search network."""
         supernet = copy.deepcopy(self.supernet)
-        twin = SearchPhase(supernet, self._train_loader, self.valid_loader, self._config)
+        twin = SearchPhase(supernet, self._train_loader, self.valid_loader, self._config, facts=self._facts)
         twin._set_execution(execution)
         batches = *next(self._train_loader.epoch(0)), *next(self.valid_loader.forever(0))
         return time_calls(lambda: twin._take_step(*batches), self.device, MEASURED_SECONDS).median_ms
@@ -200,13 +199,13 @@ class SearchPhase(Phase):
         for batch, valid_batch in zip(train, valid, strict=False):
             yield self._take_step(*batch, *valid_batch)
 
-    def _step(self, images: Tensor, labels: Tensor, *valid: Tensor) -> Tensor:
-        metrics = self.bilevel_step(Batch(images, labels), Batch(*valid) if valid else None)
+    def _step(self, inputs: Tensor, labels: Tensor, *valid: Tensor) -> Tensor:
+        metrics = self.bilevel_step(Batch(inputs, labels), Batch(*valid) if valid else None)
         return torch.stack(metrics if valid else metrics[:2])
 
-    def _score_batch(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _score_batch(self, inputs: Tensor, labels: Tensor) -> Tensor:
         weights = self.mixing_weights()
-        return score(lambda x: self.supernet(x, weights), images, labels)
+        return score(lambda x: self.supernet(x, weights), self.space.task, inputs, labels)
 
     @torch.no_grad()
     def end_epoch(self, epoch: int) -> dict[str, Any]:
@@ -214,10 +213,9 @@ class SearchPhase(Phase):
         self.supernet.eval()
         weights = self.mixing_weights()
         genotype = self.choose(weights)
-        valid_loss, valid_accuracy = evaluate_loss(self._score, self.valid_loader)
+        figures = evaluate_figures(self._score, self.space.task, self.valid_loader)
         return {
-            "valid_loss": valid_loss,
-            "valid_accuracy": valid_accuracy,
+            **{f"valid_{name}": value for name, value in figures.items()},
             "learning_rate": self.learning_rate(epoch),
             "arch_learning_rate": self._config.arch_learning_rate,
             "alpha": {cell: w.tolist() for cell, w in weights.items()},
@@ -235,13 +233,13 @@ class SearchPhase(Phase):
         alphas = self.supernet.arch_parameters()
         return {"eigenvalue": largest_eigenvalue(lambda: self._arch_gradient(*batch), alphas)}
 
-    def _arch_gradient_of(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _arch_gradient_of(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Of the loss without noise: [P], α of all types of cells in a row."""
         with torch.enable_grad():
             weights = self.strategy.mixing(self.supernet.choices())
         with buffers_copied(self.supernet):
             alphas = self.supernet.arch_parameters()
-            found = self.bilevel_step.gradients(Batch(images, labels), alphas, weights)
+            found = self.bilevel_step.gradients(Batch(inputs, labels), alphas, weights)
         return torch.cat([gradient.flatten() for gradient in found.gradients])
 
     def _skips(self, weights: Mapping[str, Tensor], genotype: AnyGenotype) -> dict[str, float]:
@@ -295,7 +293,7 @@ class SearchPhase(Phase):
         space, figures = self.space.describe(self._config.layers), {}
         for cell, weights in record["alpha"].items():
             edges = edge_names(space["edges"][cell], space["nodes"])
-            figures[f"alpha/{cell}"] = alpha_heat_map(weights, edges, space["primitives"])
+            figures[f"alpha/{cell}"] = alpha_heat_map(weights, edges, self.space.primitives_of(cell))
         for cell, chosen in self.genotype().cells.items():
             figures[f"cell/{cell}"] = draw_cell(*chosen)
         return figures
@@ -313,6 +311,7 @@ class SearchPhase(Phase):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.strategy.load_state_dict(state["strategy"])
         self.stopping.load_state_dict(state["stopping"])
+        self._shape_network()
         self.supernet.load_state_dict(state["supernet"])
         self._make_step()
         load_optimizer(self.weight_optimizer, state["weight_optimizer"])

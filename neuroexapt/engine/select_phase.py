@@ -13,7 +13,7 @@ from neuroexapt.engine.captured import capture
 from neuroexapt.engine.config import SearchConfig
 from neuroexapt.engine.phase import Phase
 from neuroexapt.engine.search_phase import SearchPhase
-from neuroexapt.engine.training import evaluate_loss, score
+from neuroexapt.engine.training import evaluate_figures, score
 from neuroexapt.strategies.random_paths import random_path
 
 LEARNING_RATE_SHARE = 0.1
@@ -91,7 +91,9 @@ class SelectPhase(Phase):
         kept = self.search.supernet.kept(cell)[edge].tolist()
         space = self.search.space
         return [
-            k for k, p in enumerate(space.primitives) if kept[k] and (p != "none" or space.may_choose_none)
+            k
+            for k, p in enumerate(space.primitives_of(cell))
+            if kept[k] and (p != "none" or space.may_choose_none)
         ]
 
     def keep(self, cell: str, edge: int, chosen: Sequence[int]) -> None:
@@ -102,23 +104,25 @@ class SelectPhase(Phase):
         self.search.supernet.keep(cell, kept)
 
     def accuracy_at(self, weights: Weights) -> float:
-        """On all validation pictures, by the statistics of each batch: running ones are of the whole network,
+        """On all validation data, by the statistics of each batch: running ones are of the whole network,
         not of a part.
         """
 
-        def score_batch(images: Tensor, labels: Tensor) -> Tensor:
-            return self._score(images, labels, *weights.values())
+        def score_batch(inputs: Tensor, labels: Tensor) -> Tensor:
+            return self._score(inputs, labels, *weights.values())
 
-        return evaluate_loss(score_batch, self.search.valid_loader)[1]
+        return evaluate_figures(score_batch, self.search.space.task, self.search.valid_loader)["accuracy"]
 
     def _make_score(self) -> None:
         """Captured anew whenever the network has changed."""
         cells = list(self.search.mixing_weights())
 
-        def score_at(images: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
+        def score_at(inputs: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
             by_cell = dict(zip(cells, weights, strict=True))
             with buffers_copied(self.search.supernet):
-                return score(lambda x: self.search.supernet(x, by_cell), images, labels)
+                return score(
+                    lambda x: self.search.supernet(x, by_cell), self.search.space.task, inputs, labels
+                )
 
         self._score = capture(score_at, self.device, self.search.supernet)
 
@@ -179,9 +183,9 @@ class Shrinking(SelectPhase):
         sums = {cell: torch.zeros_like(choice) for cell, choice in choices.items()}
         counts = {cell: torch.zeros_like(choice) for cell, choice in choices.items()}
         batches = self.search.valid_loader.forever(number * PATHS)
-        for _, (images, labels) in zip(range(PATHS), batches, strict=False):
+        for _, (inputs, labels) in zip(range(PATHS), batches, strict=False):
             path = {cell: random_path(choice) for cell, choice in choices.items()}
-            correct = self._score(images, labels, *path.values())[1]
+            correct = self._score(inputs, labels, *path.values())[1]
             for cell, taken in path.items():
                 sums[cell] += taken * correct / len(labels)
                 counts[cell] += taken

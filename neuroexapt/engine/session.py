@@ -19,8 +19,9 @@ from torch import Tensor
 from neuroexapt.backend import Backend, get_backend, list_backends, use_backend
 from neuroexapt.core.derived import DerivedNetwork
 from neuroexapt.core.genotypes import AnyGenotype
-from neuroexapt.data import ImageDataset, Loader, load_dataset, make_loader
+from neuroexapt.data import AnyDataset, ImageDataset, Loader, load_dataset, make_loader
 from neuroexapt.data.augment import Augmentation
+from neuroexapt.data.sequences import SequenceLoader
 from neuroexapt.engine.config import RunConfig, make_config
 from neuroexapt.engine.device import Network, get_device_name, place
 from neuroexapt.engine.interrupt import StopRequest
@@ -28,7 +29,7 @@ from neuroexapt.engine.phase import Phase, PhaseRunner, Session
 from neuroexapt.engine.progress import Progress
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.errors import UserError
-from neuroexapt.spaces import BUILT_IN, get_space
+from neuroexapt.spaces import BUILT_IN, Space, get_space
 from neuroexapt.version import __version__
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -85,7 +86,7 @@ class OpenRun(Generic[Config]):
 
     config: Config
     session: Session
-    data: ImageDataset
+    data: AnyDataset
     backend: Backend
 
     @property
@@ -105,33 +106,55 @@ class OpenRun(Generic[Config]):
         return self.session.run
 
     def loader(self, part: str, *, training: bool, indices: Tensor | None = None, stream: str = "") -> Loader:
-        """Batches of the ``train`` or ``test`` part; ``stream`` tells loaders of one run apart."""
+        """Batches of a part of the data; ``stream`` tells loaders of one run apart."""
+        data = self.data
+        settings: dict[str, Any] = {
+            "batch_size": self.config.batch_size,
+            "device": self.device,
+            "seed": seed_for(self.config.seed, f"{part} {stream}"),
+            "drop_last": training,
+        }
+        if not isinstance(data, ImageDataset):
+            return SequenceLoader(getattr(data, part), **settings)
         return make_loader(
-            getattr(self.data, part),
+            getattr(data, part),
             indices,
-            batch_size=self.config.batch_size,
-            device=self.device,
-            seed=seed_for(self.config.seed, f"{part} {stream}"),
-            mean=self.data.mean,
-            std=self.data.std,
-            augmentation=self._augmentation() if training else None,
+            mean=data.mean,
+            std=data.std,
+            augmentation=self._augmentation(data) if training else None,
             workers=self.config.workers,
-            drop_last=training,
+            **settings,
         )
 
-    def _augmentation(self) -> Augmentation:
+    def _augmentation(self, data: ImageDataset) -> Augmentation:
         chosen = {name: getattr(self.config, name) for name in ("crop_padding", "flip", "cutout")}
-        return dataclasses.replace(
-            self.data.augmentation, **{k: v for k, v in chosen.items() if v is not None}
+        return dataclasses.replace(data.augmentation, **{k: v for k, v in chosen.items() if v is not None})
+
+    def valid_loader(self) -> Loader | None:
+        """Of the data's own validation part, for choosing between epochs; None if it has none."""
+        return None if self.data.valid is None else self.loader("valid", training=False)
+
+    @property
+    def space(self) -> Space:
+        return get_space(self.config.space)
+
+    def check_space(self) -> None:
+        """Refuse, with one clear line, data or settings that the space has no network for."""
+        if self.data.kind != self.space.task.unit:
+            raise UserError(
+                f"{self.config.dataset} holds {self.data.kind}, and --space {self.config.space} is for "
+                f"{self.space.task.unit}; choose another of them"
+            )
+        self.space.check(
+            self.data.input_size, self.config.init_channels, self.config.layers, self.config.batch_size
         )
 
     def derived_network(self, genotype: AnyGenotype, phase: str, auxiliary: bool = False) -> DerivedNetwork:
         """The genotype's network in the size of this run, with the initial weights of ``phase``."""
         return self.initial_network(
-            lambda: get_space(self.config.space).network(
+            lambda: self.space.network(
                 genotype,
-                in_channels=self.data.in_channels,
-                num_classes=self.data.num_classes,
+                **self.data.facts,
                 channels=self.config.init_channels,
                 layers=self.config.layers,
                 auxiliary=auxiliary,
@@ -189,6 +212,7 @@ def running(config: Config, folder: RunFolder, command: str) -> Iterator[OpenRun
             root=config.data_root,
             download=config.download,
             image_size=config.image_size,
+            max_length=config.max_length,
             quiet=config.quiet,
         )
         what = {k: v for k, v in config.to_dict().items() if k not in PLACEMENT}
@@ -237,10 +261,9 @@ def seed_for(seed: int, purpose: str) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def fingerprint(data: ImageDataset) -> str:
-    """Digest of the labels, picture sizes and normalisation: another data set or other labels show."""
-    facts = [data.name, data.classes, data.train.shape, len(data.train), len(data.test), data.mean, data.std]
-    digest = hashlib.sha256(json.dumps(facts).encode())
+def fingerprint(data: AnyDataset) -> str:
+    """Digest of the labels, sizes and whatever is made of the data: other data or other labels show."""
+    digest = hashlib.sha256(json.dumps(data.identity).encode())
     for part in (data.train, data.test):
         digest.update(part.labels.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Training a network on all training pictures: after a search with inherited weights, or from scratch."""
+"""Training a network on all training data: after a search with inherited weights, or from scratch."""
 
 import copy
 import functools
@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroexapt.backend.measure import time_calls
+from neuroexapt.core.task import CLASSIFICATION, Task
 from neuroexapt.data import Loader
-from neuroexapt.engine.bilevel import accuracy
 from neuroexapt.engine.captured import Step, capture
 from neuroexapt.engine.config import RunConfig
 from neuroexapt.engine.phase import Phase
+
+ADAMW_BETAS = (0.9, 0.98)
+"""As published for SASRec and HSTU."""
 
 
 def cosine(epoch: int, epochs: int, start: float, end: float) -> float:
@@ -23,17 +25,20 @@ def cosine(epoch: int, epochs: int, start: float, end: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
-def make_sgd(parameters: Sequence[nn.Parameter], config: RunConfig) -> torch.optim.SGD:
-    """SGD; on a GPU its learning rate is there too, so that a captured step sees it change."""
+def make_optimizer(parameters: Sequence[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+    """That of the weights; on a GPU its learning rate is there too, so that a captured step sees it
+    change.
+    """
     device = parameters[0].device
     on_gpu = device.type == "cuda"
-    return torch.optim.SGD(
-        parameters,
-        torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=on_gpu or None,  # the only variant that reads the rate on the device
-    )
+    settings: dict[str, Any] = {
+        "lr": torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "fused": on_gpu or None,  # the only variant that reads the rate on the device
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, betas=ADAMW_BETAS, capturable=on_gpu, **settings)
+    return torch.optim.SGD(parameters, momentum=config.momentum, **settings)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -50,24 +55,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 @torch.no_grad()
-def score(network: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy and number of correct top-1 predictions, summed over a batch: [2]."""
-    logits = network(images)
-    correct = (logits.argmax(dim=1) == labels).sum()
-    return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), correct.float()])
+def score(network: Callable[[Tensor], Any], task: Task, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Loss and figures of the task, summed over a batch: [1 + len(task.figures)]."""
+    return task.score(network(inputs), labels)
 
 
-def evaluate_loss(score_batch: Step, loader: Loader) -> tuple[float, float]:
-    """Mean cross-entropy and top-1 accuracy (0..1) over every picture of the loader, not augmented.
+def evaluate_figures(score_batch: Step, task: Task, loader: Loader) -> dict[str, float]:
+    """``loss`` and the figures of the task, mean over everything in the loader, not augmented.
 
     ``score_batch`` is ``score`` of the network.
     """
-    totals, count = torch.zeros(2, device=loader.device), 0
-    for images, labels in loader.evaluation():
-        totals += score_batch(images, labels)
+    names = ("loss", *task.figures)
+    totals, count = torch.zeros(len(names), device=loader.device), 0
+    for inputs, labels in loader.evaluation():
+        totals += score_batch(inputs, labels)
         count += len(labels)
-    loss, correct = totals.tolist()
-    return loss / count, correct / count
+    return {name: total / count for name, total in zip(names, totals.tolist(), strict=True)}
 
 
 class WeightAverage:
@@ -99,10 +102,40 @@ def _floating(network: nn.Module) -> list[Tensor]:
     return [x for x in (*network.parameters(), *network.buffers()) if x.is_floating_point()]
 
 
+class BestNetwork:
+    """The network as it was after the epoch that validated best, and what it made of the test."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.epoch, self.value = -1, -math.inf
+        self.test: dict[str, float] = {}
+
+    def beaten_by(self, network: nn.Module, value: float, epoch: int) -> bool:
+        """Whether ``value`` is better than all before; then ``network`` is kept, in the same memory."""
+        if not value > self.value:
+            return False
+        self.epoch, self.value = epoch, value
+        self.network.load_state_dict(network.state_dict())
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        figures = {"epoch": self.epoch, "value": self.value if self.test else None, "test": self.test}
+        return {"network": self.network.state_dict(), **figures}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.epoch, self.test = state["epoch"], state["test"]
+        self.value = -math.inf if state["value"] is None else state["value"]
+
+
 class TrainPhase(Phase):
-    """SGD with a cosine schedule on all training pictures, tested after every epoch.
+    """The optimizer's steps with a cosine schedule on all training data, tested after every epoch.
+
+    With a ``valid_loader`` it is the network of the epoch that validated best (by the last of the task's
+    figures) that is tested and kept, and training ends ``patience`` epochs after that one.
 
     Args:
+        task: what the network is trained for and judged by.
         auxiliary_weight: of the loss of the network's auxiliary head; 0 where it has none.
         drop_path: probability of dropping an operation, which grows linearly to it.
         warmup: share of the steps over which the learning rate rises to the cosine.
@@ -119,6 +152,9 @@ class TrainPhase(Phase):
         config: RunConfig,
         *,
         epochs: int,
+        task: Task = CLASSIFICATION,
+        valid_loader: Loader | None = None,
+        patience: int | None = None,
         auxiliary_weight: float = 0.0,
         drop_path: float = 0.0,
         warmup: float = 0.0,
@@ -130,8 +166,9 @@ class TrainPhase(Phase):
         self.steps_per_epoch = loader.steps_per_epoch
         self.device = loader.device
         self.network = network
-        self.optimizer = make_sgd(self.parameters(), config)
-        self._loader, self._test_loader = loader, test_loader
+        self.optimizer = make_optimizer(self.parameters(), config)
+        self._loader, self._test_loader, self._valid_loader = loader, test_loader, valid_loader
+        self._task, self._patience = task, patience
         self._config = config
         self._auxiliary_weight, self._label_smoothing = auxiliary_weight, label_smoothing
         self._drop_path, self._warmup_steps = drop_path, warmup * epochs * loader.steps_per_epoch
@@ -140,16 +177,21 @@ class TrainPhase(Phase):
         if drop_path:
             network.drop_path_probability = self._drop_probability
         self._average = WeightAverage(network, ema) if ema else None
+        self._best = BestNetwork(network) if valid_loader else None
         self._capture_steps()
 
     @property
     def trained(self) -> nn.Module:
-        """What is tested: the network, or the average of its weights."""
+        """What is tested: the network of the best epoch, or as it is, or the average of its weights."""
+        return self._best.network if self._best else self._current
+
+    @property
+    def _current(self) -> nn.Module:
         return self._average.network if self._average else self.network
 
     def _capture_steps(self) -> None:
         self._take_step = capture(self._step, self.device, self.network)
-        self._score = capture(functools.partial(score, self.trained), self.device, self.trained)
+        self._score = capture(functools.partial(score, self._current, self._task), self.device, self._current)
 
     def metric_names(self, epoch: int) -> Sequence[str]:
         return ("train_loss", "train_accuracy")
@@ -178,29 +220,30 @@ class TrainPhase(Phase):
         self.network.train()
         return time_calls(lambda: self._take_step(*batch), self.device, seconds).median_ms
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         with self._autocast():
-            logits, auxiliary_logits = self._forward(images)
-        loss = self._loss(logits, labels)
+            output, auxiliary_output = self._forward(inputs)
+        loss = self._loss(output, labels)
         objective = loss
-        if auxiliary_logits is not None:
-            objective = loss + self._auxiliary_weight * self._loss(auxiliary_logits, labels)
+        if auxiliary_output is not None:
+            objective = loss + self._auxiliary_weight * self._loss(auxiliary_output, labels)
         self.optimizer.zero_grad()
         objective.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self._config.grad_clip)
         self.optimizer.step()
         if self._average:
             self._average.update()
-        return torch.stack([loss.detach(), accuracy(logits, labels)])
+        with torch.no_grad():
+            return torch.stack([loss.detach(), self._task.accuracy(output.detach(), labels)])
 
-    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of the classifier and, if its loss counts, of the auxiliary head."""
+    def _forward(self, inputs: Tensor) -> tuple[Any, Any]:
+        """What the network gives and, if its loss counts, the auxiliary head."""
         if self._auxiliary_weight:
-            return self.network.forward_with_auxiliary(images)  # type: ignore[operator]
-        return self.network(images), None
+            return self.network.forward_with_auxiliary(inputs)  # type: ignore[operator]
+        return self.network(inputs), None
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
+    def _loss(self, output: Any, labels: Tensor) -> Tensor:
+        return self._task.loss(output, labels, self._label_smoothing)
 
     def _autocast(self) -> torch.autocast:
         """No cache: every weight is cast once a step, and a graph must not find one of another step."""
@@ -208,21 +251,37 @@ class TrainPhase(Phase):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
-        self.trained.eval()
-        test_loss, test_accuracy = evaluate_loss(self._score, self._test_loader)
+        self._current.eval()
+        valid: dict[str, float] = {}
+        if self._best and self._valid_loader:
+            valid = evaluate_figures(self._score, self._task, self._valid_loader)
+            if self._best.beaten_by(self._current, valid[self._task.figures[-1]], epoch):
+                self._best.test = evaluate_figures(self._score, self._task, self._test_loader)
+            test = self._best.test
+        else:
+            test = evaluate_figures(self._score, self._task, self._test_loader)
         return {
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            **{f"valid_{name}": value for name, value in valid.items()},
+            **{f"test_{name}": value for name, value in test.items()},
             "learning_rate": self.learning_rate(epoch, self.steps_per_epoch - 1),
         }
 
+    def reason_to_stop(self, record: dict[str, Any], seconds: float) -> str:
+        if self._best is None or self._patience is None:
+            return ""
+        waited = record["epoch"] - self._best.epoch
+        return f"it validated best {waited} epochs ago" if waited >= self._patience else ""
+
     def state_dict(self) -> dict[str, Any]:
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return state | ({"average": self._average.network.state_dict()} if self._average else {})
+        state |= {"average": self._average.network.state_dict()} if self._average else {}
+        return state | ({"best": self._best.state_dict()} if self._best else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         load_optimizer(self.optimizer, state["optimizer"])
         if self._average:
             self._average.network.load_state_dict(state["average"])
+        if self._best:
+            self._best.load_state_dict(state["best"])
         self._capture_steps()

@@ -42,6 +42,7 @@ _LARGEST_HEAD = 256
 _BUCKETS_PER_LOG2 = tl.constexpr(math.log(2) / definition.BUCKET_WIDTH)
 # Far above the error of log2 in fp32, far below one bucket.
 _BUCKET_MARGIN = tl.constexpr(2.0**-10)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -87,38 +88,64 @@ def _times(timestamps_ptr, start, position, length):
 
 
 @triton.jit
+def _look_up(table_ptr, index):
+    """``table_ptr[index]``, read by the threads that need it.
+
+    ``tl.load`` would choose threads of its own, and every value pass through shared memory.
+    """
+    if _INTERPRETED:
+        values = tl.load(table_ptr + index)
+    elif table_ptr.dtype.element_ty == tl.int64:
+        pointers = (table_ptr + index).to(tl.int64)
+        values = tl.inline_asm_elementwise(
+            "ld.global.nc.s64 $0, [$1];", "=l,l", [pointers], tl.int64, True, 1
+        )
+    else:
+        pointers = (table_ptr + index).to(tl.int64)
+        values = tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers], tl.float32, True, 1
+        )
+    return values
+
+
+@triton.jit
 def _bucket(gap, bucket_starts_ptr, BUCKETS: tl.constexpr):
     """The bucket of each difference of timestamps."""
     gap = tl.maximum(tl.abs(gap), 1)
     guess = (tl.log2(gap.to(tl.float32)) * _BUCKETS_PER_LOG2 + _BUCKET_MARGIN).to(tl.int32)
     guess = tl.minimum(guess, BUCKETS - 1)  # the bucket or the next
-    return guess - (gap < tl.load(bucket_starts_ptr + guess)).to(tl.int32)
+    return guess - (gap < _look_up(bucket_starts_ptr, guess)).to(tl.int32)
 
 
 @triton.jit
 def _with_biases(scores, place, gap, position_ptr, time_ptr, bucket_starts_ptr, BUCKETS: tl.constexpr):
     """A tile of scores plus what the position table has at ``place`` and the time table for ``gap``."""
     if position_ptr is not None:
-        scores += tl.load(position_ptr + place)
+        scores += _look_up(position_ptr, place)
     if time_ptr is not None:
-        scores += tl.load(time_ptr + _bucket(gap, bucket_starts_ptr, BUCKETS))
+        scores += _look_up(time_ptr, _bucket(gap, bucket_starts_ptr, BUCKETS))
     return scores
 
 
 @triton.jit
-def _sigmoid(x, FAST: tl.constexpr):
+def _tanh(x):
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def _silu(scores, FAST: tl.constexpr):
     if FAST:
-        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], tl.float32, True, 1)
-        result = 0.5 * tanh + 0.5
+        half = 0.5 * scores
+        result = half * _tanh(half) + half
     else:
-        result = tl.sigmoid(x)
+        result = scores * tl.sigmoid(scores)
     return result
 
 
 @triton.jit
 def _silu_and_slope(scores, FAST: tl.constexpr):
     """SiLU and its derivative."""
-    sigmoid = _sigmoid(scores, FAST)
+    sigmoid = 0.5 * _tanh(0.5 * scores) + 0.5 if FAST else tl.sigmoid(scores)
     silu = scores * sigmoid
     return silu, sigmoid + (silu - silu * sigmoid)
 
@@ -181,21 +208,20 @@ def hstu_fwd_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     bounds = _key_bounds(first, length, window, LOCAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(3):
-        INSIDE: tl.constexpr = phase == 1
         if LOCAL or phase > 0:
             for first_key in range(bounds[phase], bounds[phase + 1], BLOCK_N):
                 j = first_key + tl.arange(0, BLOCK_N)
-                key = _load_rows(key_base, j, key_row, length, D, BLOCK_D, INSIDE)
-                value = _load_rows(value_base, j, value_row, length, DV, BLOCK_DV, INSIDE)
+                key = _load_rows(key_base, j, key_row, length, D, BLOCK_D, phase == 1)
+                value = _load_rows(value_base, j, value_row, length, DV, BLOCK_DV, phase == 1)
                 time_j = _times(timestamps_ptr, start, j, length)
-                column = j if INSIDE else tl.minimum(j, max_length - 1)
+                column = j if phase == 1 else tl.minimum(j, max_length - 1)
                 scores = _with_biases(
                     tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale,
                     column[None, :] - row[:, None] + centre, time_i[:, None] - time_j[None, :],
                     position_ptr, time_ptr, bucket_starts_ptr, BUCKETS,
                 )  # fmt: skip
-                weights = scores * _sigmoid(scores, FAST)  # [BLOCK_M, BLOCK_N]
-                if not INSIDE:
+                weights = _silu(scores, FAST)  # [BLOCK_M, BLOCK_N]
+                if phase != 1:
                     weights = tl.where(_sees(i[:, None], j[None, :], window), weights, 0.0)
                 total = tl.dot(weights.to(value.dtype), value, total, input_precision=PRECISION)
     output_base = output_ptr + (start * HEADS + head) * DV
@@ -232,14 +258,13 @@ def hstu_bwd_query_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bounds = _key_bounds(first, length, window, LOCAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(3):
-        INSIDE: tl.constexpr = phase == 1
         if LOCAL or phase > 0:
             for first_key in range(bounds[phase], bounds[phase + 1], BLOCK_N):
                 j = first_key + tl.arange(0, BLOCK_N)
-                key = _load_rows(key_base, j, key_row, length, D, BLOCK_D, INSIDE)
-                value = _load_rows(value_base, j, value_row, length, DV, BLOCK_DV, INSIDE)
+                key = _load_rows(key_base, j, key_row, length, D, BLOCK_D, phase == 1)
+                value = _load_rows(value_base, j, value_row, length, DV, BLOCK_DV, phase == 1)
                 time_j = _times(timestamps_ptr, start, j, length)
-                column = j if INSIDE else tl.minimum(j, max_length - 1)
+                column = j if phase == 1 else tl.minimum(j, max_length - 1)
                 scores = _with_biases(
                     tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale,
                     column[None, :] - row[:, None] + centre, time_i[:, None] - time_j[None, :],
@@ -248,7 +273,7 @@ def hstu_bwd_query_kernel(
                 dweights = tl.dot(dy, tl.trans(value), input_precision=PRECISION)
                 _silu, slope = _silu_and_slope(scores, FAST)
                 dscores = dweights * slope  # [BLOCK_M, BLOCK_N]
-                if not INSIDE:
+                if phase != 1:
                     dscores = tl.where(_sees(i[:, None], j[None, :], window), dscores, 0.0)
                 total = tl.dot(dscores.to(key.dtype), key, total, input_precision=PRECISION)
     dquery_base = dquery_ptr + (start * HEADS + head) * D
@@ -285,7 +310,6 @@ def hstu_bwd_key_value_kernel(
     dvalue = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     bounds = _query_bounds(first, length, window, LOCAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(3):
-        INSIDE: tl.constexpr = phase == 1
         if LOCAL or phase < 2:
             for first_query in range(bounds[phase], bounds[phase + 1], BLOCK_M):
                 i = first_query + tl.arange(0, BLOCK_M)
@@ -301,7 +325,7 @@ def hstu_bwd_key_value_kernel(
                 dweights = tl.dot(value, tl.trans(dy), input_precision=PRECISION)
                 weights, slope = _silu_and_slope(scores, FAST)
                 dscores = dweights * slope  # [BLOCK_N, BLOCK_M]
-                if not INSIDE:
+                if phase != 1:
                     seen = _sees(i[None, :], j[:, None], window)
                     weights, dscores = tl.where(seen, weights, 0.0), tl.where(seen, dscores, 0.0)
                 dvalue = tl.dot(weights.to(dy.dtype), dy, dvalue, input_precision=PRECISION)
@@ -360,7 +384,7 @@ def hstu_bwd_bias_kernel(
     bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if position_ptr is not None:
         in_table = tl.minimum(tl.maximum(age, 0), max_length - 1)
-        bias = tl.load(position_ptr + centre - in_table)
+        bias = _look_up(position_ptr, centre - in_table)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     histogram = tl.zeros([BLOCK_K], tl.float32)
     for pair in range(tl.program_id(0), sequences * HEADS, tl.num_programs(0)):
@@ -383,7 +407,7 @@ def hstu_bwd_bias_kernel(
                 time_i = _times(timestamps_ptr, start, i, length)
                 time_j = _times(timestamps_ptr, start, j, length)
                 bucket = _bucket(time_i[:, None] - time_j[None, :], bucket_starts_ptr, BUCKETS)
-                scores += tl.load(time_ptr + bucket)
+                scores += _look_up(time_ptr, bucket)
             dweights = tl.dot(dy, tl.trans(value), input_precision=PRECISION)
             _silu, slope = _silu_and_slope(scores, FAST)
             dscores = dweights * slope  # [BLOCK_M, BLOCK_N], 0 in rows behind the last
@@ -489,6 +513,8 @@ class Blocks(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
+    # Of a thread at most, so that several programs share a multiprocessor; 0: as many as the compiler likes.
+    registers: int = 0
 
 
 # By kernel, for the largest head width, in 16 bits and in fp32, that the row's first number is at least.
@@ -565,6 +591,7 @@ def _constants(call: Call, blocks: Blocks) -> dict[str, Any]:
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
+        "maxnreg": blocks.registers or None,
     }
 
 

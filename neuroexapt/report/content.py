@@ -1,5 +1,6 @@
 """What the report of a run says and shows, gathered from the run folder."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,7 +50,7 @@ _NUMBERS = {
     "steps_per_second": ("steps a second", rate),
     "peak_memory_bytes": ("peak memory", memory),
 }
-_CELLS = {"normal": "Normal cell", "reduce": "Reduction cell", "cell": "Cell"}
+_CELLS = {"normal": "Normal cell", "reduce": "Reduction cell", "cell": "Cell", "head": "Head"}
 
 
 @dataclass(frozen=True)
@@ -194,15 +195,19 @@ class Report:
     @property
     def operations(self) -> list[tuple[str, str]]:
         """(operation, CSS of its line) for the key of the α histories."""
-        styles = [(op, op_style(op)) for op in self._space["primitives"]]
+        names = dict.fromkeys(itertools.chain(*map(self._primitives, self._space["edges"])))
+        styles = [(op, op_style(op)) for op in names]
         return [(op, f"{style.line} {themed(style.colour)}") for op, style in styles]
 
     @property
     def alphas(self) -> list[CellAlpha]:
         return [self._alpha(cell) for cell in self._space["edges"]] if self._metrics["search"] else []
 
+    def _primitives(self, cell: str) -> list[str]:
+        return self._space.get("primitives_of", {}).get(cell, self._space["primitives"])
+
     def _alpha(self, cell: str) -> CellAlpha:
-        title, primitives = _CELLS.get(cell, cell), self._space["primitives"]
+        title, primitives = _CELLS.get(cell, cell), self._primitives(cell)
         edges = edge_names(self._space["edges"][cell], self._space["nodes"])
         weights = np.array([record["alpha"][cell] for record in self._metrics["search"]])
         entropies = np.array([record["alpha_entropy"][cell] for record in self._metrics["search"]])

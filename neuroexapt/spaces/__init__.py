@@ -6,11 +6,14 @@ from neuroexapt.spaces.darts import DARTS
 from neuroexapt.spaces.mobile import MOBILE
 from neuroexapt.spaces.nas_bench_201 import NAS_BENCH_201
 from neuroexapt.spaces.robust_darts import S1, S2, S3, S4
+from neuroexapt.spaces.seqrec import SEQREC, SEQREC_SAMPLED
 from neuroexapt.spaces.space import Space
 
 __all__ = ["BUILT_IN", "DARTS", "NAS_BENCH_201", "SPACES", "CellSpace", "Space", "get_space"]
 
-SPACES: dict[str, Space] = {space.name: space for space in (DARTS, NAS_BENCH_201, S1, S2, S3, S4, MOBILE)}
+SPACES: dict[str, Space] = {
+    space.name: space for space in (DARTS, NAS_BENCH_201, S1, S2, S3, S4, MOBILE, SEQREC, SEQREC_SAMPLED)
+}
 
 BUILT_IN = frozenset(SPACES)
 

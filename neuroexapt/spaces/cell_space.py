@@ -56,11 +56,11 @@ class CellSpace(Space):
                     "primitives"
                 )
 
-    def check(self, image_size: Sequence[int], channels: int, layers: int, batch_size: int) -> None:
+    def check(self, input_size: Sequence[int], channels: int, layers: int, batch_size: int) -> None:
         if channels < 2 or channels % 2:
             raise UserError(f"init_channels={channels}: factorized reduction needs an even number from 2 up")
         reduction_layers(layers)
-        check_pictures(image_size, batch_size)
+        check_pictures(input_size, batch_size)
         for primitive in self.primitives:
             check_operation(primitive, strides=(1, 2))
 

@@ -34,11 +34,11 @@ class MobileSpace(Space):
     def defaults(self) -> Mapping[str, Any]:
         return {"layers": 12, "auxiliary": False}
 
-    def check(self, image_size: Sequence[int], channels: int, layers: int, batch_size: int) -> None:
+    def check(self, input_size: Sequence[int], channels: int, layers: int, batch_size: int) -> None:
         if channels < 1:
             raise UserError(f"init_channels={channels}: choose at least 1")
         reduction_layers(layers)
-        check_pictures(image_size, batch_size)
+        check_pictures(input_size, batch_size)
 
     def supernet(self, *, in_channels: int, num_classes: int, channels: int, layers: int) -> BlockSupernet:
         supernet = BlockSupernet(

@@ -35,11 +35,11 @@ class NasBench201(Space):
     def defaults(self) -> Mapping[str, Any]:
         return {"layers": 17, "init_channels": 16, "auxiliary": False, "drop_path": 0.0}
 
-    def check(self, image_size: Sequence[int], channels: int, layers: int, batch_size: int) -> None:
+    def check(self, input_size: Sequence[int], channels: int, layers: int, batch_size: int) -> None:
         if channels < 1:
             raise UserError(f"init_channels={channels}: choose at least 1")
         reduction_layers(layers)
-        check_pictures(image_size, batch_size)
+        check_pictures(input_size, batch_size)
 
     def supernet(self, *, in_channels: int, num_classes: int, channels: int, layers: int) -> ResidualSupernet:
         return ResidualSupernet(

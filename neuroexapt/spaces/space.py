@@ -11,6 +11,7 @@ from neuroexapt.core.derived import DerivedNetwork
 from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.operations import make_op
 from neuroexapt.core.supernet import Supernet
+from neuroexapt.core.task import CLASSIFICATION, Task
 from neuroexapt.errors import UserError
 
 REDUCTIONS = 2
@@ -23,6 +24,8 @@ class Space(ABC):
     name: str
     primitives: tuple[str, ...]
     """The candidate operations, in the order of the columns of α."""
+    task: Task = CLASSIFICATION
+    """What its networks are trained for."""
     may_choose_none = False
     """Whether ``none`` can be an edge's operation in a genotype."""
 
@@ -32,42 +35,42 @@ class Space(ABC):
         return {}
 
     @abstractmethod
-    def check(self, image_size: Sequence[int], channels: int, layers: int, batch_size: int) -> None:
-        """Refuse, with one clear line, what no network of this space can take."""
+    def check(self, input_size: Sequence[int], channels: int, layers: int, batch_size: int) -> None:
+        """Refuse, with one clear line, what no network of this space can take; ``input_size``: height and
+        width of pictures, or length of histories.
+        """
 
     @abstractmethod
-    def supernet(self, *, in_channels: int, num_classes: int, channels: int, layers: int) -> Supernet:
-        """The search network."""
+    def supernet(self, *args: Any, **facts: Any) -> Supernet:
+        """The search network, by keywords alone: ``channels``, ``layers`` and the ``facts`` of the data, of
+        pictures ``in_channels`` and ``num_classes``.
+        """
 
     @abstractmethod
     def derive(self, weights: Mapping[str, Tensor]) -> Any:
         """The genotype that mixing weights, [E, K] for each type of cell, stand for."""
 
     @abstractmethod
-    def network(
-        self,
-        genotype: Any,
-        *,
-        in_channels: int,
-        num_classes: int,
-        channels: int,
-        layers: int,
-        auxiliary: bool = False,
-    ) -> DerivedNetwork:
-        """The network of a genotype. A UserError if that belongs to another space."""
+    def network(self, genotype: Any, *args: Any, **facts: Any) -> DerivedNetwork:
+        """The network of a genotype, by the keywords of ``supernet`` and ``auxiliary``: whether it has a
+        second classifier. A UserError if the genotype belongs to another space.
+        """
 
     @abstractmethod
     def describe(self, layers: int) -> dict[str, Any]:
         """What a report needs to draw α: ``name``, ``primitives``, ``edges`` (source, target) of each type of
-        cell, ``nodes`` (the states' names).
+        cell, ``nodes`` (the states' names), ``primitives_of`` types of cells that have others.
         """
 
     def random_genotype(self, generator: torch.Generator, layers: int) -> Any:
         """What random mixing weights stand for."""
-        columns, edges = len(self.primitives), self.describe(layers)["edges"]
-        return self.derive(
-            {cell: torch.rand(len(rows), columns, generator=generator) for cell, rows in edges.items()}
-        )
+        edges = self.describe(layers)["edges"]
+        shapes = {cell: (len(rows), len(self.primitives_of(cell))) for cell, rows in edges.items()}
+        return self.derive({cell: torch.rand(shape, generator=generator) for cell, shape in shapes.items()})
+
+    def primitives_of(self, cell: str) -> tuple[str, ...]:
+        """The candidate operations of a type of cells."""
+        return self.primitives
 
     def _check_kind(self, genotype: AnyGenotype, kind: type) -> None:
         if not isinstance(genotype, kind):

@@ -67,8 +67,8 @@ class AdversariallySmoothed(Smoothed):
         names, found = list(step.supernet.alphas), self._noisy(weights)
 
         def loss(at: Sequence[Tensor]) -> Tensor:
-            logits = step.supernet(train.images, dict(zip(names, at, strict=True)))
-            return step.criterion(logits, train.labels)
+            output = step.supernet(train.inputs, dict(zip(names, at, strict=True)))
+            return step.task.loss(output, train.labels)
 
         for _ in range(ATTACK_STEPS):
             at = [w.requires_grad_() for w in found]

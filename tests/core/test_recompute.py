@@ -83,7 +83,7 @@ def kept_bytes(supernet: Supernet) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = supernet(make_batches()[0].images).sum()
+        loss = supernet(make_batches()[0].inputs).sum()
     parameters = {p.untyped_storage().data_ptr() for p in supernet.parameters()}
     assert loss.requires_grad
     return sum(size for storage, size in kept.items() if storage not in parameters)
@@ -102,7 +102,7 @@ def test_evaluation_without_gradients_runs_once():
     calls = []
     supernet.cells[0].inputs.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        supernet(make_batches()[0].images)
+        supernet(make_batches()[0].inputs)
     assert len(calls) == 1
 
 

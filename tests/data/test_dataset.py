@@ -26,7 +26,7 @@ def test_a_constant_channel_has_a_usable_deviation():
 def test_the_facts_a_network_needs():
     part = ResidentImages(torch.zeros(2, 3, 5, 7, dtype=torch.uint8), torch.tensor([0, 1]))
     dataset = ImageDataset("x", part, part, ("a", "b"), (0.0,) * 3, (1.0,) * 3, Augmentation())
-    assert (dataset.in_channels, dataset.image_size, dataset.num_classes) == (3, (5, 7), 2)
+    assert (dataset.in_channels, dataset.input_size, dataset.num_classes) == (3, (5, 7), 2)
 
 
 def test_decoding_keeps_a_picture_of_the_right_size(tmp_path):

@@ -168,7 +168,7 @@ def test_npz(tmp_path):
     labels = np.array([0, 1, 0, 1])
     np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     dataset = load_dataset(f"npz:{tmp_path / 'a.npz'}")
-    assert dataset.image_size == (16, 24)
+    assert dataset.input_size == (16, 24)
     assert dataset.augmentation == Augmentation(crop_padding=2, flip=True)
     assert dataset.mean == pytest.approx((images / 255).mean((0, 1, 2)).tolist())
     assert load_dataset(f"npz:{tmp_path / 'a.npz'}", image_size=8).train.images.shape == (4, 3, 8, 8)
@@ -196,7 +196,7 @@ def test_resizing_covers_and_crops_about_the_centre():
 @pytest.mark.parametrize("name", ["imagenet", "npz", "folder:", "digits:"])
 def test_an_unknown_name_lists_the_known_ones(name):
     with pytest.raises(
-        UserError, match=r"unknown data set .*; choose digits, mnist, .*npz:PATH or folder:PATH"
+        UserError, match=r"unknown data set .*; choose digits, mnist, .*npz:PATH, folder:PATH or seq:PATH"
     ):
         load_dataset(name)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neuroexapt.engine.config import SearchConfig
-from neuroexapt.engine.training import WeightAverage, cosine, load_optimizer, make_sgd, set_learning_rate
+from neuroexapt.engine.training import WeightAverage, cosine, load_optimizer, make_optimizer, set_learning_rate
 
 
 def test_cosine_is_the_published_schedule() -> None:
@@ -20,13 +20,13 @@ def test_cosine_is_the_published_schedule() -> None:
 def test_a_state_that_was_saved_on_a_gpu_goes_on_elsewhere() -> None:
     """There the learning rate is a tensor and the variant another; what belongs to parameters is kept."""
     parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = make_sgd([parameter], SearchConfig(momentum=0.5))
+    optimizer = make_optimizer([parameter], SearchConfig(momentum=0.5))
     parameter.grad = torch.ones(2)
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0].update(lr=torch.tensor(7.0), fused=True)
 
-    resumed = make_sgd([parameter], SearchConfig(momentum=0.5))
+    resumed = make_optimizer([parameter], SearchConfig(momentum=0.5))
     load_optimizer(resumed, saved)
     set_learning_rate(resumed, 0.25)
     (group,) = resumed.param_groups

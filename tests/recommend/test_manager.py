@@ -207,7 +207,9 @@ def test_benchmark_times_every_operator_and_leaves_the_statistics_alone(x):
 
 def test_benchmark_gives_no_time_to_a_kernel_that_is_wrong(x, kernel_on_cpu):
     kernel_on_cpu("interaction_operator", lambda dense, fields=None: dense.new_zeros(B, D + N * (N - 1) // 2))
-    row = make_manager().benchmark_all_operators({"hidden_states": x, "features": x}, 2)["interaction_operator"]
+    row = make_manager().benchmark_all_operators({"hidden_states": x, "features": x}, 2)[
+        "interaction_operator"
+    ]
     assert row["status"].startswith("differs from PyTorch by")
     assert "median_ms" not in row
 

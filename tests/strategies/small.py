@@ -76,4 +76,5 @@ def make_phase(device: str = "cpu", channels: int = 8, layers: int = 3, **settin
     }
     supernet = make_supernet(channels, layers).to(device)
     loaders = (make_loader_of(seed, device) for seed in (1, 2))
-    return SearchPhase(supernet, *loaders, make_config(SearchConfig, {**usual, **settings}))
+    config = make_config(SearchConfig, {**usual, **settings})
+    return SearchPhase(supernet, *loaders, config, facts={"in_channels": 2, "num_classes": 3})

@@ -30,7 +30,7 @@ def test_weights_learn_to_harmonise_the_cells(monkeypatch: pytest.MonkeyPatch) -
     strategy.strength.fill_(0.5)
     step, train, _ = make_step(strategy)
     step.supernet.double().eval()
-    train = train._replace(images=train.images.double())
+    train = train._replace(inputs=train.inputs.double())
     found = strategy.weight_gradient(step, train)
 
     names = list(step.supernet.alphas)
@@ -39,7 +39,7 @@ def test_weights_learn_to_harmonise_the_cells(monkeypatch: pytest.MonkeyPatch) -
         for alpha, count in zip(step.alphas, (1, 2), strict=True)
     ]
     step.supernet.set_execution("reference")
-    loss = step.criterion(step.supernet(train.images, dict(zip(names, at, strict=True))), train.labels)
+    loss = step.task.loss(step.supernet(train.inputs, dict(zip(names, at, strict=True))), train.labels)
     of_cells = torch.autograd.grad(loss, at, create_graph=True)
     objective = loss - 0.5 * mean_cosine(of_cells[1])
     expected = torch.autograd.grad(objective, step.weights)

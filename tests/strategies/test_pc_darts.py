@@ -50,8 +50,8 @@ def test_shares_of_edges_are_learned_with_alpha() -> None:
 def test_fused_and_reference_execution_agree() -> None:
     step, train, _ = make_step(PcDarts(), channels=8)
     with torch.no_grad():
-        fused = step.supernet(train.images, step.strategy.relax(dict(step.supernet.alphas)))
+        fused = step.supernet(train.inputs, step.strategy.relax(dict(step.supernet.alphas)))
         step.supernet.set_execution("reference")
         assert not step.supernet.cells[0].edges[0].mixed.fused
-        reference = step.supernet(train.images, step.strategy.relax(dict(step.supernet.alphas)))
+        reference = step.supernet(train.inputs, step.strategy.relax(dict(step.supernet.alphas)))
     torch.testing.assert_close(fused, reference, rtol=1e-4, atol=1e-5)

@@ -132,7 +132,7 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
                               const Place<C>& at, const Shape& shape) {
   using M = Memory<C, kWeights>;
   constexpr int kThreads = Block<C, kWeights>::kThreads, kStrips = C == 16 ? 128 : C == 32 ? 64 : 16;
-  constexpr int kGroups = kThreads / kStrips, kBatch = C / kGroups < 4 ? C / kGroups : 4;  // of loads in flight
+  constexpr int kGroups = kThreads / kStrips, kBatch = kWeights && C == 16 ? 4 : C / kGroups;  // of loads in flight
   const int first = thread_index() / kStrips, width = shape.width, plane = shape.height * width;
   const bool aligned = rows_aligned(reinterpret_cast<const void*>(job.g), job.g_batch_stride, width);
   const float4* coef = reinterpret_cast<const float4*>(job.coef) + first;

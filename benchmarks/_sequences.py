@@ -1,0 +1,126 @@
+"""What the benchmarks of operators on sequences share: a gated comparison, forward and backward together."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from _harness import (
+    Results,
+    Spread,
+    device_ms,
+    open_results,
+    peak_bytes,
+    results_parser,
+    sets_beyond_l2,
+    wall_ms,
+)
+from torch import Tensor
+
+from neuroexapt.kernels.ragged import Ragged, is_valid, to_padded
+
+Op = Callable[..., Tensor]
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_MOST_SETS = 32
+
+
+class Sequences:
+    """Jagged sequences up to ``length`` long, half as long in the mean, and how plain PyTorch runs them."""
+
+    def __init__(self, batch: int, length: int) -> None:
+        self.lengths = torch.linspace(1, length, batch, device="cuda").round().long()
+        offsets = F.pad(self.lengths.cumsum(0), (1, 0))
+        self.jagged = {"offsets": offsets, "max_length": length}
+        self.layout = Ragged(offsets[:-1], self.lengths, length)
+        self.places = is_valid(self.layout, length).flatten().nonzero()[:, 0]
+        self.rows = len(self.places)
+
+    def padded(self, op: Op, operands: int) -> Op:
+        """``op`` of jagged tensors, the first ``operands`` of its inputs, by way of padded ones."""
+
+        def run(*inputs: Tensor) -> Tensor:
+            sequences = [to_padded(x, self.layout) for x in inputs[:operands]]
+            y = op(*sequences, *inputs[operands:], lengths=self.lengths)
+            return y.flatten(0, 1)[self.places]
+
+        return run
+
+
+def start(benchmark: str, description: str) -> tuple[Results, argparse.Namespace]:
+    """The results file and the options: --quick times few cases, --sweep the kernels' block sizes."""
+    parser = results_parser(benchmark, description)
+    parser.add_argument("--quick", action="store_true", help="only eager, the best rival and the kernels")
+    parser.add_argument("--sweep", action="store_true", help="time block sizes instead, recording nothing")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    return open_results(benchmark, arguments), arguments
+
+
+def gradients(op: Op, inputs: Sequence[Tensor], y_gradient: Tensor) -> tuple[Tensor, ...]:
+    """The result and the gradient of each input."""
+    y = op(*inputs)
+    return (y.detach(), *torch.autograd.grad(y, inputs, y_gradient))
+
+
+def exact_results(definition: Op, inputs: Sequence[Tensor], y_gradient: Tensor) -> list[Tensor]:
+    """Result and gradients of the definition in fp64."""
+    in_fp64 = [x.detach().double().requires_grad_() for x in inputs]
+    return [x.float() for x in gradients(definition, in_fp64, y_gradient.double())]
+
+
+def largest_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Of result and gradients, each relative to the largest value of the exact one."""
+    pairs = zip(results, exact, strict=True)
+    return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def steps(op: Op, make_inputs: Callable[[], list[Tensor]]) -> list[Callable[[], object]]:
+    """Forward and backward on as many sets of inputs as exceed the L2 cache."""
+    first = make_inputs()
+    count = min(sets_beyond_l2(sum(x.nbytes for x in first)), _MOST_SETS)
+    sets = [first, *(make_inputs() for _ in range(count - 1))]
+    y_gradient = torch.randn_like(first[0])
+    return [lambda xs=xs: gradients(op, xs, y_gradient) for xs in sets]
+
+
+def time_op(op: Op, make_inputs: Callable[[], list[Tensor]]) -> Spread:
+    """Forward and backward by graph replay, without a check: to compare block sizes."""
+    calls = steps(op, make_inputs)
+    calls[0]()
+    return device_ms(calls)
+
+
+def compare(
+    results: Results,
+    case: str,
+    implementations: dict[str, Op],
+    definition: Op,
+    make_inputs: Callable[[], list[Tensor]],
+) -> bool:
+    """Time each implementation that is right; whether all were. The first input is like the result."""
+    inputs = make_inputs()
+    y_gradient = torch.randn_like(inputs[0])
+    exact = exact_results(definition, inputs, y_gradient)
+    dtype, all_right = inputs[0].dtype, True
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    for name, op in implementations.items():
+        try:
+            error = largest_error(gradients(op, inputs, y_gradient), exact)
+        except RuntimeError as failure:
+            results.add_status(case, name, name_of_dtype, f"does not run: {str(failure).splitlines()[0]}")
+            continue
+        if not error <= TOLERANCES[dtype]:
+            print(f"{case} {name}: error {error:.1e}, so it is not timed", file=sys.stderr)
+            all_right = False
+            continue
+        calls = steps(op, make_inputs)
+        calls[0]()
+        figures = {
+            ("step_ms", "ms"): wall_ms(calls[0]),
+            ("device_ms", "ms"): device_ms(calls),
+            ("peak_bytes", "bytes"): Spread.exactly(peak_bytes(calls[0])),
+        }
+        for (metric, unit), spread in figures.items():
+            results.add(case, name, name_of_dtype, metric, unit, spread, error)
+    return all_right
