@@ -83,7 +83,9 @@ def test_forward_matches_fp64(shape, count, grade):
     stats = cell_kernels.statistics(bns, moments, True)
     expected_stats = cell_kernels.statistics(bns, cell_kernels.plane_moments(zs), True)
     for got, wanted in zip(stats, expected_stats, strict=True):
-        close = {"rtol": 5e-3, "atol": 2e-3} if grade == "bf16" else {"rtol": 1e-5, "atol": 1e-6}  # z is rounded
+        close = (
+            {"rtol": 5e-3, "atol": 2e-3} if grade == "bf16" else {"rtol": 1e-5, "atol": 1e-6}
+        )  # z is rounded
         torch.testing.assert_close(got, wanted, **close)
 
 

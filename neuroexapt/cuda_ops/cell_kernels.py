@@ -1,8 +1,9 @@
 """Launchers of the kernels of a fused cell (``csrc/cell_*.cu``, ``csrc/node_*.cu``), taking tensors.
 
-Legend: B pictures of C channels, fp32 or bf16, all else is fp32; ``z``: [B, C, H, W], an input of a BatchNorm; ``stats``: [C, 2], mean
-and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count, mean, sum of squared deviations};
-``coef``: [C, 4], {A, B, D, 0} with dz = A · g + B · z + D. Only an input's first dimension may be strided.
+Legend: B pictures of C channels, fp32 or bf16, and all else fp32; ``z``: [B, C, H, W], an input of a
+BatchNorm; ``stats``: [C, 2], mean and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count,
+mean, sum of squared deviations}; ``coef``: [C, 4], {A, B, D, 0} with dz = A · g + B · z + D. Only an input's
+first dimension may be strided.
 """
 
 from collections import defaultdict
@@ -581,8 +582,10 @@ def _fits(call: Call) -> bool:
 
 
 def _run_by_pytorch(call: Call) -> Tensor:
-    x = call.x.to(call.depthwise.dtype)
-    return reference.sepconv(x, call.depthwise, call.pointwise, stride=call.stride, dilation=call.dilation)
+    x, depthwise, pointwise, *_ = call
+    return reference.sepconv(
+        x.to(depthwise.dtype), depthwise, pointwise, stride=call.stride, dilation=call.dilation
+    )
 
 
 def _differentiate(call: Call, source: sepconv.Source, dx: Tensor) -> list[Tensor | None]:

@@ -1,8 +1,9 @@
 """1x1 convolutions of relu(x) in CUDA C++ (``csrc/pointwise.cu``).
 
 Legend: x [B, C, H, W], weight [O, C, 1, 1]; z, g [B, O, H', W'], as large as x or half as large: at stride
-2 a convolution reads the pixels (2i + corner, 2j + corner) of x, zeros past its last row. x, z, g and
-the gradient of x are fp32 or bf16, all else is fp32. ``moments`` and ``coef`` as in ``cell_kernels``. Only the first dimension of x, z, g and ``moments`` may be strided.
+2 a convolution reads the pixels (2i + corner, 2j + corner) of x, zeros past its last row. x, z, g and the
+gradient of x are fp32 or bf16, all else is fp32. ``moments`` and ``coef`` as in ``cell_kernels``. Only the
+first dimension of x, z, g and ``moments`` may be strided.
 """
 
 from collections.abc import Sequence
