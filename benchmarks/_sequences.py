@@ -20,7 +20,7 @@ from torch import Tensor
 
 from neuroexapt.kernels.ragged import Ragged, is_valid, to_padded
 
-Op = Callable[..., Tensor]
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _MOST_SETS = 32
 
@@ -42,6 +42,7 @@ class Sequences:
         def run(*inputs: Tensor) -> Tensor:
             sequences = [to_padded(x, self.layout) for x in inputs[:operands]]
             y = op(*sequences, *inputs[operands:], lengths=self.lengths)
+            assert isinstance(y, Tensor)
             return y.flatten(0, 1)[self.places]
 
         return run
@@ -57,36 +58,49 @@ def start(benchmark: str, description: str) -> tuple[Results, argparse.Namespace
     return open_results(benchmark, arguments), arguments
 
 
-def gradients(op: Op, inputs: Sequence[Tensor], y_gradient: Tensor) -> tuple[Tensor, ...]:
-    """The result and the gradient of each input."""
-    y = op(*inputs)
-    return (y.detach(), *torch.autograd.grad(y, inputs, y_gradient))
+def results_of(op: Op, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One or several."""
+    results = op(*inputs)
+    return results if isinstance(results, tuple) else (results,)
 
 
-def exact_results(definition: Op, inputs: Sequence[Tensor], y_gradient: Tensor) -> list[Tensor]:
-    """Result and gradients of the definition in fp64."""
+def random_gradients(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """One for each result of ``op``."""
+    with torch.no_grad():
+        return [torch.randn_like(y) for y in results_of(op, inputs)]
+
+
+def gradients(op: Op, inputs: Sequence[Tensor], y_gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results and the gradient of each input."""
+    results = results_of(op, inputs)
+    return (*(y.detach() for y in results), *torch.autograd.grad(results, inputs, y_gradients))
+
+
+def exact_results(definition: Op, inputs: Sequence[Tensor], y_gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Results and gradients of the definition in fp64."""
     in_fp64 = [x.detach().double().requires_grad_() for x in inputs]
-    return [x.float() for x in gradients(definition, in_fp64, y_gradient.double())]
+    return [x.float() for x in gradients(definition, in_fp64, [y.double() for y in y_gradients])]
 
 
 def largest_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Of result and gradients, each relative to the largest value of the exact one."""
+    """Of results and gradients, each relative to the largest value of the exact one."""
     pairs = zip(results, exact, strict=True)
     return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def steps(op: Op, make_inputs: Callable[[], list[Tensor]]) -> list[Callable[[], object]]:
+def steps(
+    op: Op, make_inputs: Callable[[], list[Tensor]], y_gradients: Sequence[Tensor]
+) -> list[Callable[[], object]]:
     """Forward and backward on as many sets of inputs as exceed the L2 cache."""
     first = make_inputs()
     count = min(sets_beyond_l2(sum(x.nbytes for x in first)), _MOST_SETS)
     sets = [first, *(make_inputs() for _ in range(count - 1))]
-    y_gradient = torch.randn_like(first[0])
-    return [lambda xs=xs: gradients(op, xs, y_gradient) for xs in sets]
+    return [lambda xs=xs: gradients(op, xs, y_gradients) for xs in sets]
 
 
 def time_op(op: Op, make_inputs: Callable[[], list[Tensor]]) -> Spread:
     """Forward and backward by graph replay, without a check: to compare block sizes."""
-    calls = steps(op, make_inputs)
+    calls = steps(op, make_inputs, random_gradients(op, make_inputs()))
     calls[0]()
     return device_ms(calls)
 
@@ -98,15 +112,15 @@ def compare(
     definition: Op,
     make_inputs: Callable[[], list[Tensor]],
 ) -> bool:
-    """Time each implementation that is right; whether all were. The first input is like the result."""
+    """Time each implementation that is right; whether all were. The first input has the results' dtype."""
     inputs = make_inputs()
-    y_gradient = torch.randn_like(inputs[0])
-    exact = exact_results(definition, inputs, y_gradient)
+    y_gradients = random_gradients(definition, inputs)
+    exact = exact_results(definition, inputs, y_gradients)
     dtype, all_right = inputs[0].dtype, True
     name_of_dtype = str(dtype).removeprefix("torch.")
     for name, op in implementations.items():
         try:
-            error = largest_error(gradients(op, inputs, y_gradient), exact)
+            error = largest_error(gradients(op, inputs, y_gradients), exact)
         except RuntimeError as failure:
             results.add_status(case, name, name_of_dtype, f"does not run: {str(failure).splitlines()[0]}")
             continue
@@ -114,7 +128,7 @@ def compare(
             print(f"{case} {name}: error {error:.1e}, so it is not timed", file=sys.stderr)
             all_right = False
             continue
-        calls = steps(op, make_inputs)
+        calls = steps(op, make_inputs, y_gradients)
         calls[0]()
         figures = {
             ("step_ms", "ms"): wall_ms(calls[0]),

@@ -57,17 +57,19 @@ def by_cumulative_sums(x: Tensor, *weights: Tensor) -> Tensor:
 
 def sweep() -> None:
     """Print the time of each size of blocks."""
-    standard = triton._blocks
-    for case, (rows, chunk, warps, stages) in itertools.product(CASES, BLOCKS):
+    standard, standard_narrow = triton._blocks, triton._NARROW
+    for case, narrow, (rows, chunk, warps, stages) in itertools.product(CASES, (0, 256), BLOCKS):
         changed = {"BM": rows, "BK": chunk, "num_warps": warps, "num_stages": stages}
         triton._blocks = lambda *sizes, changed=changed: standard(*sizes) | changed  # type: ignore[assignment]
+        triton._NARROW = narrow
+        name = f"{case} {'one kernel' if narrow else 'products between'} {changed}"
         try:
             spread = time_op(triton.hierarchical_sequence_fusion, functools.partial(make_inputs, *case))
         except Exception as error:  # what does not fit the chip fails in many ways
-            print(f"{case} {changed}: {str(error).splitlines()[0][:80]}")
+            print(f"{name}: {str(error).splitlines()[0][:80]}")
             continue
-        print(f"{case} {changed}: {spread.median:.4f} ms", flush=True)
-    triton._blocks = standard
+        print(f"{name}: {spread.median:.4f} ms", flush=True)
+    triton._blocks, triton._NARROW = standard, standard_narrow
 
 
 def compare_case(results: Results, batch: int, length: int, width: int, quick: bool) -> bool:

@@ -9,7 +9,8 @@ other tiles than its table's.
 
 FlexAttention has a softmax, which log(SiLU(s) + c) as score and the log-sum-exp undo: they give
 Σ (SiLU(s) + c) v, from which c Σ v is taken. ``public`` is the Triton kernel of meta-recsys's
-generative-recommenders, measured where that package is installed; it has no bias, so its gate is left out.
+generative-recommenders, which has no bias: compare it with ``triton-no-bias``. It is measured where that
+package is installed, from N = 1,024 on, since it tunes itself for minutes.
 """
 
 import functools
@@ -142,14 +143,15 @@ def flex(length: int) -> Implementation:
     return Implementation(attend)
 
 
-def triton(case: Case) -> Implementation:
+def triton(case: Case, has_bias: bool = True) -> Implementation:
     """This package's kernels."""
     layout = {"offsets": case.offsets, "max_length": case.length} if case.is_jagged else {}
 
     def attend(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
-        return kernels.hstu_hierarchical_attention(query, key, value, position_bias=table, **layout)
+        bias = table if has_bias else None
+        return kernels.hstu_hierarchical_attention(query, key, value, position_bias=bias, **layout)
 
-    return Implementation(attend, takes_rows=case.is_jagged)
+    return Implementation(attend, case.is_jagged, has_bias)
 
 
 def public(case: Case) -> Implementation:
@@ -164,7 +166,7 @@ def public(case: Case) -> Implementation:
     return Implementation(attend, takes_rows=True, has_bias=False)
 
 
-def implementations() -> dict[str, Callable[[Case], Implementation]]:
+def implementations(case: Case) -> dict[str, Callable[[Case], Implementation]]:
     """What makes each for a case, by name; torch.compile anew, so that it specialises on the shape."""
     torch.compiler.reset()
     makers: dict[str, Callable[[Case], Implementation]] = {
@@ -172,8 +174,11 @@ def implementations() -> dict[str, Callable[[Case], Implementation]]:
         "eager": lambda _case: Implementation(eager),
         "compile": lambda _case: Implementation(torch.compile(eager, fullgraph=True, dynamic=False)),
         "flex": lambda case: flex(case.length),
+        "triton-no-bias": functools.partial(triton, has_bias=False),
     }
-    return makers | ({"public": public} if importlib.util.find_spec("generative_recommenders") else {})
+    if case.length >= 1024 and importlib.util.find_spec("generative_recommenders"):
+        makers["public"] = public
+    return makers
 
 
 def largest_error(make: Callable[[Case], Implementation], case: Case) -> float:
@@ -223,8 +228,8 @@ def sweep(results: Results) -> None:
         if case.is_jagged or case.length < 1024:
             continue
         for tile in tiles:
-            blocks = kernels.Blocks(*tile)
-            with mock.patch.object(kernels, "_blocks", lambda _name, _call, blocks=blocks: blocks):
+            rows = {DTYPE.itemsize: ((case.width, kernels.Blocks(*tile)),)}
+            with mock.patch.dict(kernels._BLOCKS, {kernel: rows}):
                 try:
                     spread = time_alone(case, wanted)
                 except Exception as error:  # such as a tile too large for shared memory
@@ -263,7 +268,7 @@ def main() -> int:
             sweep(results)
             return 0
         for case in CASES:
-            for name, make in implementations().items():
+            for name, make in implementations(case).items():
                 if arguments.quick and name not in QUICK:
                     continue
                 error = largest_error(make, case)

@@ -15,6 +15,7 @@ from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.cuda_ops import cell_kernels, preprocess
+from neuroexapt.cuda_ops.build import SOURCES
 from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Pooling, ReduceGrad, StateGrad, Summand
 from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
@@ -659,3 +660,11 @@ def test_keeps_everything_in_registers(tmp_path, source, kernels, arch):
     frames = [int(n) for n in re.findall(r"(\d+) bytes stack frame", report)]
     assert len(frames) == kernels
     assert not any(frames)
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in SOURCES.glob("*.cu")))
+def test_a_kernel_that_is_launched_early_begins_by_waiting(source):
+    text = (SOURCES / source).read_text()
+    for kernel in re.findall(r"\blaunch_early\((\w+)", text):
+        (first_line,) = re.findall(rf"__global__[^{{]*\b{kernel}\([^{{]*\{{\n *(.*)", text)
+        assert first_line == "launching::await_kernel_before();"

@@ -77,7 +77,8 @@ def exact_convolutions():
 
 
 def assert_close(got: Tensor, wanted: Tensor, exact: bool) -> None:
-    assert (got.double() - wanted).norm() <= (1e-6 if exact else 1e-3) * wanted.norm()
+    # Tensor cores cut off what their sums do not hold, of 576 products at most 216 times.
+    assert (got.double() - wanted).norm() <= (5e-6 if exact else 1e-3) * wanted.norm()
 
 
 @gpu

@@ -56,7 +56,7 @@ def test_forward_matches_fp64(shape, grade):
     bns = [nn.BatchNorm2d(shape[2], affine=False, device="cuda") for _ in range(2)]
     (stats,) = cell_kernels.statistics(bns[:1], [moments], True)
     (wanted,) = cell_kernels.statistics(bns[1:], cell_kernels.plane_moments([z]), True)
-    close = {"rtol": 5e-3, "atol": 2e-3} if grade == "bf16" else {"rtol": 1e-5, "atol": 1e-6}  # z is rounded
+    close = {"rtol": 2e-2, "atol": 2e-3} if grade == "bf16" else {"rtol": 1e-5, "atol": 1e-6}  # z is rounded
     torch.testing.assert_close(stats, wanted, **close)
     torch.testing.assert_close(bns[0].state_dict(), bns[1].state_dict(), **close)
 

@@ -99,11 +99,16 @@ def test_kernels_match_the_definition(case: dict, nan_filled_empty) -> None:
     assert_matches_definition(make_inputs(**case))
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(32, 16), (64, 16)])
-def test_tiles_need_not_be_square(queries: int, keys: int, monkeypatch) -> None:
-    blocks = kernels.Blocks(queries, keys, 4, 1)
+# Blocks that fill the longest sequence and blocks that do not.
+@pytest.mark.parametrize("length", [64, 70])
+def test_tiles_that_are_not_square_in_phases_of_16_bits(length: int, monkeypatch) -> None:
+    """What fp32, the one dtype that the interpreter computes in correctly, has no use for itself."""
+    in_fp32 = kernels._loop_constants
+    blocks = kernels.Blocks(32, 16, 4, 1)
     monkeypatch.setattr(kernels, "_blocks", lambda kernel, call: blocks)
-    assert_matches_definition(make_inputs((1, 70, 2, 4), 4, lengths=[67], windows=(None, 19)))
+    monkeypatch.setattr(kernels, "_loop_constants", lambda *args: in_fp32(*args) | {"PHASED": True})
+    assert_matches_definition(make_inputs((1, length, 2, 4), 4, lengths=[61], windows=(None, 19)))
+    assert_matches_definition(make_inputs((1, length, 1, 4), 4))
 
 
 @pytest.mark.parametrize("needed", ["query", "key", "value", "position_bias", "time_bias"])

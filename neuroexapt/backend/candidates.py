@@ -34,6 +34,10 @@ MODULES = {
         "triton",
     ): "neuroexapt.kernels.hierarchical_sequence_fusion_triton",
     ("interaction_operator", "triton"): "neuroexapt.kernels.interaction_operator_triton",
+    (
+        "sequence_recommendation_interaction",
+        "triton",
+    ): "neuroexapt.kernels.sequence_recommendation_interaction_triton",
 }
 # Best first, as measured: see TRITON_CUDA_OPTIMIZATION_SUITE.md.
 KERNEL_TIERS = ("ext", "triton")

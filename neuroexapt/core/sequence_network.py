@@ -69,9 +69,13 @@ class SequenceStem(nn.Module):
         return places.clear_rest(F.dropout(states, self.dropout, self.training)), places
 
     def compare(self, queries: Tensor) -> Queries:
-        if not self.cosine:
-            return Queries(queries, self.items.weight)
-        return Queries(F.normalize(queries, dim=-1) / TEMPERATURE, F.normalize(self.items.weight, dim=-1))
+        if self.cosine:
+            queries = F.normalize(queries, dim=-1) / TEMPERATURE
+        return Queries(queries, self.item_vectors())
+
+    def item_vectors(self) -> Tensor:
+        """What queries are multiplied with, [V + 1, D]."""
+        return F.normalize(self.items.weight, dim=-1) if self.cosine else self.items.weight
 
 
 def at_last_position(states: Tensor, last: Tensor, places: Places) -> Tensor:
@@ -176,6 +180,7 @@ class SequenceNetwork(DerivedNetwork):
         if layers < 1:
             raise UserError(f"layers={layers}: choose at least 1")
         self.genotype: RecommenderGenotype = genotype
+        self.num_items, self.size, self.layers = num_items, size, layers
         self.stem = SequenceStem(num_items, size, cosine)
         self.cells = nn.ModuleList(SequenceCell(genotype, size) for _ in range(layers))
         self.cells.append(make_sequence_op(genotype.head, size, HEADS))

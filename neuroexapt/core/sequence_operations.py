@@ -115,10 +115,18 @@ class AttentionLayerNorm(SequenceOperation):
     def run(self, x: Tensor, places: Places) -> Tensor:
         projected = self.project_in(x).chunk(3, dim=-1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in projected)
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        change = self.project_out(attended.transpose(1, 2).flatten(2))
-        return places.clear_rest(self.norm(x + F.dropout(change, self.dropout, self.training)))
+        return functional.fused_attention_layernorm(
+            x,
+            query,
+            key,
+            value,
+            self.project_out.weight,
+            self.project_out.bias,
+            self.norm.weight,
+            self.norm.bias,
+            dropout=self.dropout if self.training else 0.0,
+            lengths=places.lengths,
+        )
 
 
 class HierarchicalFusion(SequenceOperation):

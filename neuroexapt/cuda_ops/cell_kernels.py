@@ -652,7 +652,7 @@ def _strided_shape(x: Tensor, exact: bool) -> Any:
 def _dense_shape(x: Tensor, exact: bool) -> tuple[Any, Any, Tensor]:
     """The shape, the input, and the tensor that it points to."""
     x = dense_pictures(x)
-    return extension().DenseShape(*x.shape, exact), extension().DenseInput(*strided(x)), x
+    return extension().DenseShape(*x.shape, stored_in_bf16(x), exact), extension().DenseInput(*strided(x)), x
 
 
 def _shape(x: Tensor) -> Any:

@@ -83,6 +83,12 @@ class SequenceDataset:
         }
 
     @property
+    def item_counts(self) -> Tensor:
+        """How often each item occurs in what is trained on: [V + 1] int64, 0 for the padding."""
+        items = np.concatenate([sequence[:-2] for sequence in self.histories.sequences])
+        return torch.from_numpy(np.bincount(items, minlength=len(self.histories.items) + 1))
+
+    @property
     def input_size(self) -> tuple[int]:
         return (self.max_length,)
 

@@ -145,7 +145,9 @@ class BilevelStep:
             loss = self.task.loss(output, batch.labels)
             terms = [self.strategy.penalty(alphas, relaxed), self.cost(relaxed)] if weights is None else []
             objective = sum((term for term in terms if term is not None), start=loss)
-            return Gradients(torch.autograd.grad(objective, wanted), loss.detach(), output.detach())
+            # Nothing passes through some of them once the candidates behind them were ruled out.
+            gradients = torch.autograd.grad(objective, wanted, materialize_grads=True)
+            return Gradients(gradients, loss.detach(), output.detach())
 
     def __call__(self, train: Batch, valid: Batch | None) -> StepMetrics:
         """Update α on ``valid`` (None: α stays, as in warm-up epochs), then w on ``train``."""

@@ -27,7 +27,7 @@ Weights = Mapping[str, Tensor]
 
 
 def count_flops(module: nn.Module, x: Tensor) -> float:
-    """Multiply-adds of convolutions and products for one picture of [B, C, H, W]: "FLOPs" in the papers."""
+    """Multiply-adds of convolutions and products for one example of [B, …]: "FLOPs" in the papers."""
     from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
 
     # On the CPU, where no kernels of our own hide them.
@@ -75,7 +75,7 @@ class Resources:
     """Budgets of a search: a penalty for its α, and a genotype that meets them.
 
     Candidates are measured in the search network, on inputs of their own size, and a genotype as the network
-    that ``make_network`` makes of it, on ``pictures`` [B, C, H, W]. A candidate counts for all cells of its
+    that ``make_network`` makes of it, on ``inputs`` [B, …]. A candidate counts for all cells of its
     type, and where 8 of 14 edges are chosen for 8/14. The penalty's costs are estimates therefore, the
     genotype's are its own.
 
@@ -87,13 +87,14 @@ class Resources:
         self,
         limits: Mapping[str, float],
         supernet: Supernet,
-        pictures: Tensor,
+        inputs: Tensor,
         derive: Callable[[Weights], AnyGenotype],
         make_network: Callable[[AnyGenotype], nn.Module],
     ) -> None:
-        self._pictures, self._derive, self._make_network = pictures, derive, make_network
+        self._inputs, self._derive, self._make_network = inputs, derive, make_network
         self._known: dict[tuple[str, str], float] = {}
-        shapes = _shapes_of_inputs(supernet, pictures)
+        self._weight = next(supernet.parameters())
+        shapes = _shapes_of_inputs(supernet, inputs)
         self._budgets = [self._budget(*limit, supernet, shapes) for limit in limits.items()]
 
     def penalty(self, weights: Weights) -> Tensor:
@@ -137,8 +138,8 @@ class Resources:
         if key not in self._known:
             with torch.random.fork_rng(devices=[]):  # its weights matter to nothing
                 network = self._make_network(genotype)
-            network = network.to(self._pictures.device).eval()
-            self._known[key] = MEASURES[setting](network, self._pictures)
+            network = network.to(self._inputs.device).eval()
+            self._known[key] = MEASURES[setting](network, self._inputs)
         return self._known[key]
 
     def _budget(
@@ -155,13 +156,13 @@ class Resources:
         for cell, chosen in cheapest.cells.items():
             costs[cell] *= len(chosen.edges) / len(costs[cell])
         chosen_cost = sum(cost.min(dim=1).values.sum().item() for cost in costs.values())
-        shares = {cell: (cost / limit).to(self._pictures) for cell, cost in costs.items()}
+        shares = {cell: (cost / limit).to(self._weight) for cell, cost in costs.items()}
         return Budget(setting, limit, shares, (least - chosen_cost) / limit)
 
 
 @torch.no_grad()
-def _shapes_of_inputs(supernet: Supernet, pictures: Tensor) -> dict[MixedOp, torch.Size]:
-    """What the edges of ``supernet`` get when it sees ``pictures``."""
+def _shapes_of_inputs(supernet: Supernet, inputs: Tensor) -> dict[MixedOp, torch.Size]:
+    """What the edges of ``supernet`` get when it sees ``inputs``."""
     shapes: dict[MixedOp, torch.Size] = {}
 
     def note(edge: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -171,7 +172,7 @@ def _shapes_of_inputs(supernet: Supernet, pictures: Tensor) -> dict[MixedOp, tor
     edges = [module for module in supernet.modules() if isinstance(module, MixedOp)]
     hooks = [edge.register_forward_pre_hook(note) for edge in edges]
     training = supernet.training
-    supernet.eval()(pictures)
+    supernet.eval()(inputs)
     supernet.train(training)
     for hook in hooks:
         hook.remove()

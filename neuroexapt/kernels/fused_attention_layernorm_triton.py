@@ -6,9 +6,10 @@ program owns BM rows.
 Why it is built this way:
 
 - Projection, dropout, residual and LayerNorm are one kernel: a row's D sums stay in registers until they are
-  normalised. Forward reads attended rows and x, writes y and ``z = x + Drop(W_o a + b_o)``; backward reads z
-  and dy and writes dx, the gradient of the projection and, through ``W_o``, that of the attended rows. Mean
-  and deviation are cheaper to take again from z, which is read anyway, than to keep.
+  normalised (rows too wide for that are projected by PyTorch). Forward reads attended rows and x, writes y
+  and ``z = x + Drop(W_o a + b_o)``; backward reads z and dy and writes dx, the projection's gradient and,
+  through ``W_o``, that of the attended rows. Mean and deviation are cheaper to take again from z, which is
+  read anyway, than to keep.
 - The dropout mask is never stored: forward and backward draw it from a Philox generator. Its seed is a tensor
   on the device, drawn by PyTorch's generator, so that a CUDA graph draws a new one each replay; the place in
   its stream is the element's place.
@@ -28,10 +29,15 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.causal_attention_triton import causal_attention
+from neuroexapt.kernels.partial_sums_triton import add_up
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_WIDTH = 256
+_MAX_WIDTH = 2048
+# Up to this width the projection is done in the kernels, whose rows' sums then fit in registers.
+_NARROW = 256
+# Of which wide rows' gradients of biases and norm are summed up in registers.
+_ROWS_OF_A_SHARE = 64
 _MAX_HEAD = 256
 # From this length on PyTorch's attention is the faster one.
 _LONG = 512
@@ -74,19 +80,22 @@ def project_add_norm_fwd_kernel(
     x_ptr, attended_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, z_ptr,
     seed_ptr, lengths, count, max_length, dropout, eps,
     D: tl.constexpr, DP: tl.constexpr, INNER: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    NARROW: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y and, with KEEP, z [R, D]."""
+    """y and, with KEEP, z [R, D]. Unless NARROW, the attended rows [R, D] come projected."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     valid = _valid_rows(rows, count, lengths, max_length)
     columns = tl.arange(0, DP)
-    z = tl.zeros([BM, DP], tl.float32)
-    for chunk in range(0, INNER, BK):
-        inner = chunk + tl.arange(0, BK)
-        attended = _tile(attended_ptr, rows, inner, INNER, valid)  # [BM, BK]
-        weight = _tile(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
-        z = tl.dot(attended, tl.trans(weight), z, input_precision=PRECISION)
-    z += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    if NARROW:
+        z = tl.zeros([BM, DP], tl.float32)
+        for chunk in range(0, INNER, BK):
+            inner = chunk + tl.arange(0, BK)
+            attended = _tile(attended_ptr, rows, inner, INNER, valid)  # [BM, BK]
+            weight = _tile(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
+            z = tl.dot(attended, tl.trans(weight), z, input_precision=PRECISION)
+        z += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    else:
+        z = _tile(attended_ptr, rows, columns, D, valid).to(tl.float32)
     if seed_ptr is not None:
         z = _drop(z, seed_ptr, rows, columns, dropout, D)
     z += _tile(x_ptr, rows, columns, D, valid).to(tl.float32)
@@ -105,51 +114,64 @@ def project_add_norm_fwd_kernel(
 def project_add_norm_bwd_kernel(
     dy_ptr, z_ptr, weight_ptr, norm_weight_ptr, dx_ptr, dprojected_ptr, dattended_ptr, partial_ptr,
     seed_ptr, lengths, count, max_length, dropout, eps,
-    D: tl.constexpr, DP: tl.constexpr, INNER: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, INNER: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx, dprojected [R, D] (dx itself without dropout) and dattended [R, INNER].
+    """dx, dprojected [R, D] (dx itself without dropout) and, if NARROW, dattended [R, INNER].
 
-    ``partial``: [programs, 3, D], shares of the gradients of norm weight, norm bias and bias.
+    ``partial``: [programs, 3, D], the share of a program's TILE rows in the gradients of norm weight, norm
+    bias and bias.
     """
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    valid = _valid_rows(rows, count, lengths, max_length)
     columns = tl.arange(0, DP)
-    dy = _tile(dy_ptr, rows, columns, D, valid).to(tl.float32)
-    z, rstd = _normalised(_tile(z_ptr, rows, columns, D, valid).to(tl.float32), D, DP, eps)
-    partial_ptr += tl.program_id(0) * 3 * D + columns
-    tl.store(partial_ptr, tl.sum(dy * z, axis=0), mask=columns < D)
-    tl.store(partial_ptr + D, tl.sum(dy, axis=0), mask=columns < D)
-    dz = dy * tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    dz -= (tl.sum(dz, axis=1) / D)[:, None] + z * (tl.sum(dz * z, axis=1) / D)[:, None]
-    dz = tl.where((columns < D)[None, :], dz * rstd[:, None], 0.0)
-    places = rows[:, None] * D + columns[None, :]
-    mask = (rows < count)[:, None] & (columns < D)[None, :]
-    tl.store(dx_ptr + places, dz.to(dtype), mask=mask)
-    if seed_ptr is not None:
-        dz = _drop(dz, seed_ptr, rows, columns, dropout, D)
-        tl.store(dprojected_ptr + places, dz.to(dtype), mask=mask)
-    tl.store(partial_ptr + 2 * D, tl.sum(dz, axis=0), mask=columns < D)
-    dprojected = dz.to(dtype)
-    for chunk in range(0, INNER, BK):
-        inner = chunk + tl.arange(0, BK)
-        weight = _tile(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
-        dattended = tl.dot(dprojected, weight, input_precision=PRECISION).to(dtype)
-        inner_mask = (rows < count)[:, None] & (inner < INNER)[None, :]
-        tl.store(dattended_ptr + rows[:, None] * INNER + inner[None, :], dattended, mask=inner_mask)
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    dnorm_weight = tl.zeros([DP], tl.float32)
+    dnorm_bias = tl.zeros([DP], tl.float32)
+    dbias = tl.zeros([DP], tl.float32)
+    for block in range(0, TILE, BM):
+        rows = tl.program_id(0).to(tl.int64) * TILE + block + tl.arange(0, BM)
+        valid = _valid_rows(rows, count, lengths, max_length)
+        dy = _tile(dy_ptr, rows, columns, D, valid).to(tl.float32)
+        z, rstd = _normalised(_tile(z_ptr, rows, columns, D, valid).to(tl.float32), D, DP, eps)
+        dnorm_weight += tl.sum(dy * z, axis=0)
+        dnorm_bias += tl.sum(dy, axis=0)
+        dz = dy * norm_weight[None, :]
+        dz -= (tl.sum(dz, axis=1) / D)[:, None] + z * (tl.sum(dz * z, axis=1) / D)[:, None]
+        dz = tl.where((columns < D)[None, :], dz * rstd[:, None], 0.0)
+        places = rows[:, None] * D + columns[None, :]
+        mask = (rows < count)[:, None] & (columns < D)[None, :]
+        tl.store(dx_ptr + places, dz.to(dtype), mask=mask)
+        if seed_ptr is not None:
+            dz = _drop(dz, seed_ptr, rows, columns, dropout, D)
+            tl.store(dprojected_ptr + places, dz.to(dtype), mask=mask)
+        dbias += tl.sum(dz, axis=0)
+        if NARROW:
+            dprojected = dz.to(dtype)
+            for chunk in range(0, INNER, BK):
+                inner = chunk + tl.arange(0, BK)
+                weight = _tile(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
+                dattended = tl.dot(dprojected, weight, input_precision=PRECISION).to(dtype)
+                inner_mask = (rows < count)[:, None] & (inner < INNER)[None, :]
+                tl.store(dattended_ptr + rows[:, None] * INNER + inner[None, :], dattended, mask=inner_mask)
+    partial_ptr += tl.program_id(0).to(tl.int64) * 3 * D + columns
+    tl.store(partial_ptr, dnorm_weight, mask=columns < D)
+    tl.store(partial_ptr + D, dnorm_bias, mask=columns < D)
+    tl.store(partial_ptr + 2 * D, dbias, mask=columns < D)
 
 
 @functools.cache
 def _blocks(width: int, inner: int, itemsize: int) -> dict[str, int]:
+    """Rows and inner features a tile, warps and stages."""
     padded = max(16, triton.next_power_of_2(width))
-    is_fp32 = itemsize == 4
+    is_narrow, is_fp32 = width <= _NARROW, itemsize == 4
+    rows = (16 if padded > 128 else 32) if is_fp32 else (32 if padded <= 64 else 64)
     return {
         "D": width,
         "DP": padded,
         "INNER": inner,
-        "BM": (16 if padded > 128 else 32) if is_fp32 else (32 if padded <= 64 else 64),
+        "BM": rows if is_narrow else 4096 // padded,
         "BK": min(max(16, triton.next_power_of_2(inner)), 32 if is_fp32 else 64),
+        "NARROW": is_narrow,
         "num_warps": 8 if padded > 64 else 4,
         "num_stages": 2,
     }
@@ -181,6 +203,8 @@ def _forward(
     rows = x.shape[:-1].numel()
     if rows:
         blocks = _blocks(*weight.shape, x.itemsize)
+        if not blocks["NARROW"]:
+            attended = F.linear(attended, weight, bias)
         inputs = x, attended, weight, bias, norm_weight, norm_bias
         with torch.cuda.device_of(x):
             project_add_norm_fwd_kernel[_ceil_div(rows, blocks["BM"]),](
@@ -195,7 +219,7 @@ def _empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dattended = z.new_empty(z.shape), z.new_empty(*z.shape[:-1], weight.shape[1])
     dprojected = z.new_empty(0 if seed is None else z.shape)
-    return dx, dprojected, dattended, z.new_empty(3, z.shape[-1], dtype=torch.float32)
+    return dx, dprojected, dattended, z.new_empty(3, z.shape[-1])
 
 
 def _backward(
@@ -214,14 +238,20 @@ def _backward(
     if not rows:
         return dx, dprojected, dattended, sums.zero_()
     blocks = _blocks(*weight.shape, z.itemsize)
-    programs = _ceil_div(rows, blocks["BM"])
-    partials = sums.new_empty(programs, *sums.shape)
+    tile = blocks["BM"] if blocks["NARROW"] else _ROWS_OF_A_SHARE
+    programs = _ceil_div(rows, tile)
+    partials = sums.new_empty(programs, *sums.shape, dtype=torch.float32)
     with torch.cuda.device_of(z):
         project_add_norm_bwd_kernel[programs,](
             dy.contiguous(), z, weight.contiguous(), norm_weight.contiguous(), dx, dprojected, dattended,
-            partials, seed, lengths, rows, z.shape[-2], dropout, eps, PRECISION=_precision(), **blocks,
+            partials, seed, lengths, rows, z.shape[-2], dropout, eps, TILE=tile, PRECISION=_precision(),
+            **blocks,
         )  # fmt: skip
-    return dx, dprojected, dattended, partials.sum(0)
+        add_up(partials, sums)
+        if not blocks["NARROW"]:
+            projected = dx if seed is None else dprojected
+            torch.mm(projected.flatten(0, -2), weight, out=dattended.view(rows, -1))
+    return dx, dprojected, dattended, sums
 
 
 def _save(ctx, arguments: tuple, results: tuple[Tensor, Tensor]) -> None:
@@ -235,7 +265,7 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dprojected, dattended, sums = _backward_op(dy, z, weight, norm_weight, seed, lengths, *ctx.options)
     dprojected = dx if seed is None else dprojected
     dweight = dprojected.flatten(0, -2).T @ attended.flatten(0, -2)
-    dnorm_weight, dnorm_bias, dbias = sums.to(z.dtype)
+    dnorm_weight, dnorm_bias, dbias = sums
     return dx, dattended, dweight, dbias, dnorm_weight, dnorm_bias, *[None] * 5
 
 

@@ -11,8 +11,11 @@ Why it is built this way:
   so the K means never exist, each x is read once however wide the windows are, and the sums run on the
   tensor cores. Backward is the transposed band, ``dx = Cᵀ·df``, and the gradient of a share is a sum over its
   band of ``df·xᵀ``.
-- Forward reads x and the weights and writes y; for a backward pass it also keeps f, the gate and ``W_o f``.
-  They cost 12.9 GFLOP to recompute at R = 32,768, D = 256: more time than writing and reading them takes.
+- Narrow rows go through the products too without leaving the kernel: one forward, two backward. Wider ones
+  would leave no registers, or read the weights from L2 once for every few rows; between their kernels stand
+  PyTorch's products.
+- For a backward pass f and the branches are kept: they cost 12.9 GFLOP to recompute at R = 32,768, D = 256,
+  more time than writing and reading them takes.
 - Backward first goes through LayerNorm, gate and products (rows alone), then through the band, which needs
   the next rows' df. Weight gradients are one product over all rows, ``[dg | do]ᵀ·[x | f]``; every other
   parameter's are one partial sum a program, added up in a fixed order.
@@ -28,13 +31,16 @@ import triton.language as tl
 from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
+from neuroexapt.kernels.partial_sums_triton import add_up
 from neuroexapt.kernels.ragged_triton import rows_to_write, sequence_span, sequences_of
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WINDOW = 129
 _MAX_WINDOWS = 16
-_MAX_WIDTH = 256
+_MAX_WIDTH = 2048
+# Up to this width the products are done in the kernels, whose rows' sums then fit in registers.
+_NARROW = 128
 
 
 @triton.jit
@@ -78,13 +84,26 @@ def _normalised(z, D: tl.constexpr, DP: tl.constexpr, eps):
 
 
 @triton.jit
+def _gated(x, gate, out, norm_weight_ptr, norm_bias_ptr, eps, D: tl.constexpr, DP: tl.constexpr):
+    """LayerNorm(x + σ(gate) ⊙ out): [BM, DP] in fp32."""
+    columns = tl.arange(0, DP)
+    z, _ = _normalised(x.to(tl.float32) + tl.sigmoid(gate.to(tl.float32)) * out.to(tl.float32), D, DP, eps)
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    return z * norm_weight[None, :] + norm_bias[None, :]
+
+
+@triton.jit
 def hierarchical_sequence_fusion_fwd_kernel(
     x_ptr, scale_ptr, gate_weight_ptr, gate_bias_ptr, out_weight_ptr, norm_weight_ptr, norm_bias_ptr,
-    y_ptr, inputs_ptr, branches_ptr, shares_ptr, lengths, offsets, max_length, temperature, eps,
+    y_ptr, inputs_ptr, branches_ptr, plane, shares_ptr, lengths, offsets, max_length, temperature, eps,
     D: tl.constexpr, DP: tl.constexpr, WINDOWS: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, HALO: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, HALO: tl.constexpr, NARROW: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y and, with KEEP, inputs [R, 2D] = [x | f], branches [R, 2D] = [gate | W_o f] and shares [R, KP]."""
+    """With KEEP, inputs [R, 2D] = [x | f] and shares [R, KP]; if NARROW, y and, with KEEP, the branches.
+
+    ``branches``: [2, R, D], the gate before its sigmoid and W_o f, ``plane`` elements apart.
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     K: tl.constexpr = len(WINDOWS)
     start, length = sequence_span(tl.program_id(1), lengths, offsets, max_length)
@@ -108,8 +127,9 @@ def hierarchical_sequence_fusion_fwd_kernel(
     band = _band(shares, t, t, WINDOWS, KP).to(dtype)  # [BM, BM]
     band_before = _band(shares, t, before, WINDOWS, KP).to(dtype)  # [BM, HALO]
 
-    gate = tl.zeros([BM, DP], tl.float32)
-    out = tl.zeros([BM, DP], tl.float32)
+    if NARROW:
+        gate = tl.zeros([BM, DP], tl.float32)
+        out = tl.zeros([BM, DP], tl.float32)
     for chunk in range(0, D, BK):
         features = chunk + tl.arange(0, BK)
         x = _rows(x_ptr, start + t, features, D, valid)
@@ -121,108 +141,123 @@ def hierarchical_sequence_fusion_fwd_kernel(
             mask = written[:, None] & (features < D)[None, :]
             tl.store(kept, x, mask=mask)
             tl.store(kept + D, tl.where(valid[:, None], f, 0.0).to(dtype), mask=mask)
-        mask = (columns < D)[:, None] & (features < D)[None, :]
-        gate_weight = gate_weight_ptr + columns[:, None] * (2 * D) + features[None, :]
-        weight = tl.load(gate_weight, mask=mask, other=0.0)  # [DP, BK]
-        gate = tl.dot(x, tl.trans(weight), gate, input_precision=PRECISION)
-        weight = tl.load(gate_weight + D, mask=mask, other=0.0)
-        gate = tl.dot(f, tl.trans(weight), gate, input_precision=PRECISION)
-        weight = tl.load(out_weight_ptr + columns[:, None] * D + features[None, :], mask=mask, other=0.0)
-        out = tl.dot(f, tl.trans(weight), out, input_precision=PRECISION)
+        if NARROW:
+            mask = (columns < D)[:, None] & (features < D)[None, :]
+            gate_weight = gate_weight_ptr + columns[:, None] * (2 * D) + features[None, :]
+            weight = tl.load(gate_weight, mask=mask, other=0.0)  # [DP, BK]
+            gate = tl.dot(x, tl.trans(weight), gate, input_precision=PRECISION)
+            weight = tl.load(gate_weight + D, mask=mask, other=0.0)
+            gate = tl.dot(f, tl.trans(weight), gate, input_precision=PRECISION)
+            weight = tl.load(out_weight_ptr + columns[:, None] * D + features[None, :], mask=mask, other=0.0)
+            out = tl.dot(f, tl.trans(weight), out, input_precision=PRECISION)
 
-    gate += tl.load(gate_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    gate = tl.sigmoid(gate).to(dtype)
-    out = out.to(dtype)
-    mask = written[:, None] & (columns < D)[None, :]
+    rows = start + t
     if KEEP:
-        kept = branches_ptr + (start + t)[:, None] * (2 * D) + columns[None, :]
-        tl.store(kept, gate, mask=mask)
-        tl.store(kept + D, out, mask=mask)
-        tl.store(
-            shares_ptr + (start + t)[:, None] * KP + scales[None, :],
-            tl.where(valid[:, None], shares, 0.0),
-            mask=written[:, None],
-        )
-    z = _rows(x_ptr, start + t, columns, D, valid).to(tl.float32) + gate.to(tl.float32) * out.to(tl.float32)
-    z, _ = _normalised(z, D, DP, eps)
-    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    norm_bias = tl.load(norm_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    y = tl.where(valid[:, None], z * norm_weight[None, :] + norm_bias[None, :], 0.0)
-    tl.store(y_ptr + (start + t)[:, None] * D + columns[None, :], y.to(dtype), mask=mask)
+        kept = tl.where(valid[:, None], shares, 0.0)
+        tl.store(shares_ptr + rows[:, None] * KP + scales[None, :], kept, mask=written[:, None])
+    if NARROW:
+        gate += tl.load(gate_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+        gate, out = gate.to(dtype), out.to(dtype)
+        mask = written[:, None] & (columns < D)[None, :]
+        if KEEP:
+            branches = branches_ptr + rows[:, None] * D + columns[None, :]
+            tl.store(branches, gate, mask=mask)
+            tl.store(branches + plane, out, mask=mask)
+        x = _rows(x_ptr, rows, columns, D, valid)
+        y = _gated(x, gate, out, norm_weight_ptr, norm_bias_ptr, eps, D, DP)
+        y = tl.where(valid[:, None], y, 0.0).to(dtype)
+        tl.store(y_ptr + rows[:, None] * D + columns[None, :], y, mask=mask)
 
 
 @triton.jit
-def _store_sum(partial_ptr, row, values, columns, D: tl.constexpr):
-    tl.store(partial_ptr + row * D + columns, tl.sum(values, axis=0), mask=columns < D)
-
-
-@triton.jit
-def hierarchical_sequence_fusion_bwd_gate_kernel(
-    dy_ptr, x_ptr, branches_ptr, gate_weight_ptr, out_weight_ptr, norm_weight_ptr,
-    dx_ptr, df_ptr, dbranches_ptr, partial_ptr, lengths, offsets, max_length, eps,
-    D: tl.constexpr, DP: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+def hierarchical_sequence_fusion_fwd_gate_kernel(
+    x_ptr, branches_ptr, plane, norm_weight_ptr, norm_bias_ptr, y_ptr, lengths, offsets, max_length, eps,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Through LayerNorm, gate and products: df [R, D], what reaches x on these ways, and
-    dbranches [R, 2D] = [dg | do], the gradients before the sigmoid and behind W_o.
-
-    ``partial``: [programs, 3 + K, D]; its first rows are this program's shares of the gradients of the
-    norm's weight and bias and of the gate's bias.
-    """
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    """y from x and the branches."""
     start, length = sequence_span(tl.program_id(1), lengths, offsets, max_length)
     first = tl.program_id(0) * BM
     if first >= rows_to_write(length, offsets, max_length):
         return
     t = first + tl.arange(0, BM)
     valid = t < length
-    written = t < rows_to_write(length, offsets, max_length)
     rows = start + t
     columns = tl.arange(0, DP)
-    partial_ptr += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (3 + K) * D
+    x = _rows(x_ptr, rows, columns, D, valid)
+    gate = _rows(branches_ptr, rows, columns, D, valid)
+    out = _rows(branches_ptr + plane, rows, columns, D, valid)
+    y = tl.where(valid[:, None], _gated(x, gate, out, norm_weight_ptr, norm_bias_ptr, eps, D, DP), 0.0)
+    mask = (t < rows_to_write(length, offsets, max_length))[:, None] & (columns < D)[None, :]
+    tl.store(y_ptr + rows[:, None] * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
-    dy = _rows(dy_ptr, rows, columns, D, valid).to(tl.float32)
-    x = _rows(x_ptr, rows, columns, D, valid).to(tl.float32)
-    branches = branches_ptr + rows[:, None] * (2 * D) + columns[None, :]
-    mask = valid[:, None] & (columns < D)[None, :]
-    gate = tl.load(branches, mask=mask, other=0.0).to(tl.float32)
-    out = tl.load(branches + D, mask=mask, other=0.0).to(tl.float32)
-    z, rstd = _normalised(x + gate * out, D, DP, eps)
-    _store_sum(partial_ptr, 0, dy * z, columns, D)
-    _store_sum(partial_ptr, 1, dy, columns, D)
-    dz = dy * tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    dz = tl.where(
-        mask, dz - (tl.sum(dz, axis=1) / D)[:, None] - z * (tl.sum(dz * z, axis=1) / D)[:, None], 0.0
-    )
-    dz *= rstd[:, None]
-    dgate = dz * out * gate * (1 - gate)
-    _store_sum(partial_ptr, 2, dgate, columns, D)
-    written_mask = written[:, None] & (columns < D)[None, :]
-    dbranches = dbranches_ptr + rows[:, None] * (2 * D) + columns[None, :]
-    tl.store(dbranches, dgate.to(dtype), mask=written_mask)
-    tl.store(dbranches + D, (dz * gate).to(dtype), mask=written_mask)
-    tl.debug_barrier()  # other threads of the program read these back below
 
-    dx = dz
-    df = tl.zeros([BM, DP], tl.float32)
-    for chunk in range(0, D, BK):
-        features = chunk + tl.arange(0, BK)
-        chunk_mask = valid[:, None] & (features < D)[None, :]
-        read_back = dbranches_ptr + rows[:, None] * (2 * D) + features[None, :]
-        gate_chunk = tl.load(read_back, mask=chunk_mask, other=0.0)  # [BM, BK]
-        out_chunk = tl.load(read_back + D, mask=chunk_mask, other=0.0)
-        weight_mask = (features < D)[:, None] & (columns < D)[None, :]
-        gate_weight = gate_weight_ptr + features[:, None] * (2 * D) + columns[None, :]
-        weight = tl.load(gate_weight, mask=weight_mask, other=0.0)  # [BK, DP]
-        dx = tl.dot(gate_chunk, weight, dx, input_precision=PRECISION)
-        weight = tl.load(gate_weight + D, mask=weight_mask, other=0.0)
-        df = tl.dot(gate_chunk, weight, df, input_precision=PRECISION)
-        weight = tl.load(
-            out_weight_ptr + features[:, None] * D + columns[None, :], mask=weight_mask, other=0.0
-        )
-        df = tl.dot(out_chunk, weight, df, input_precision=PRECISION)
-    tl.store(dx_ptr + rows[:, None] * D + columns[None, :], dx.to(dtype), mask=written_mask)
-    tl.store(df_ptr + rows[:, None] * D + columns[None, :], df.to(dtype), mask=written_mask)
+@triton.jit
+def hierarchical_sequence_fusion_bwd_gate_kernel(
+    dy_ptr, x_ptr, branches_ptr, plane, gate_weight_ptr, out_weight_ptr, norm_weight_ptr,
+    dx_ptr, df_ptr, dbranches_ptr, partial_ptr, lengths, offsets, max_length, eps,
+    D: tl.constexpr, DP: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Through LayerNorm and gate: dbranches [R, 2D] = [dg | do], and what reaches x past the branches.
+
+    If NARROW, also through the branches: dx holds what reaches x on every way but f's, and df [R, D] that.
+    ``partial``: [programs, 3 + K, D]; its first rows are the share of a program's TILE rows in the gradients
+    of the norm's weight and bias and of the gate's bias.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    start, length = sequence_span(tl.program_id(1), lengths, offsets, max_length)
+    if tl.program_id(0) * TILE >= rows_to_write(length, offsets, max_length):
+        return
+    columns = tl.arange(0, DP)
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    dnorm_weight = tl.zeros([DP], tl.float32)
+    dnorm_bias = tl.zeros([DP], tl.float32)
+    dgate_bias = tl.zeros([DP], tl.float32)
+    for first in range(tl.program_id(0) * TILE, (tl.program_id(0) + 1) * TILE, BM):
+        t = first + tl.arange(0, BM)
+        rows, valid = start + t, t < length
+        mask = (t < rows_to_write(length, offsets, max_length))[:, None] & (columns < D)[None, :]
+        dy = _rows(dy_ptr, rows, columns, D, valid).to(tl.float32)
+        x = _rows(x_ptr, rows, columns, D, valid).to(tl.float32)
+        gate = tl.sigmoid(_rows(branches_ptr, rows, columns, D, valid).to(tl.float32))
+        out = _rows(branches_ptr + plane, rows, columns, D, valid).to(tl.float32)
+        z, rstd = _normalised(x + gate * out, D, DP, eps)
+        dnorm_weight += tl.sum(dy * z, axis=0)
+        dnorm_bias += tl.sum(dy, axis=0)
+        dz = dy * norm_weight[None, :]
+        dz -= (tl.sum(dz, axis=1) / D)[:, None] + z * (tl.sum(dz * z, axis=1) / D)[:, None]
+        dz = tl.where(valid[:, None] & (columns < D)[None, :], dz * rstd[:, None], 0.0)
+        dgate = dz * out * gate * (1 - gate)
+        dgate_bias += tl.sum(dgate, axis=0)
+        dbranches = dbranches_ptr + rows[:, None] * (2 * D) + columns[None, :]
+        tl.store(dbranches, dgate.to(dtype), mask=mask)
+        tl.store(dbranches + D, (dz * gate).to(dtype), mask=mask)
+        dx = dz
+        if NARROW:
+            tl.debug_barrier()  # other threads of the program read these back
+            df = tl.zeros([BM, DP], tl.float32)
+            for chunk in range(0, D, BK):
+                features = chunk + tl.arange(0, BK)
+                chunk_mask = valid[:, None] & (features < D)[None, :]
+                read_back = dbranches_ptr + rows[:, None] * (2 * D) + features[None, :]
+                gate_chunk = tl.load(read_back, mask=chunk_mask, other=0.0)  # [BM, BK]
+                out_chunk = tl.load(read_back + D, mask=chunk_mask, other=0.0)
+                weight_mask = (features < D)[:, None] & (columns < D)[None, :]
+                gate_weight = gate_weight_ptr + features[:, None] * (2 * D) + columns[None, :]
+                weight = tl.load(gate_weight, mask=weight_mask, other=0.0)  # [BK, DP]
+                dx = tl.dot(gate_chunk, weight, dx, input_precision=PRECISION)
+                weight = tl.load(gate_weight + D, mask=weight_mask, other=0.0)
+                df = tl.dot(gate_chunk, weight, df, input_precision=PRECISION)
+                out_weight = out_weight_ptr + features[:, None] * D + columns[None, :]
+                weight = tl.load(out_weight, mask=weight_mask, other=0.0)
+                df = tl.dot(out_chunk, weight, df, input_precision=PRECISION)
+            tl.store(df_ptr + rows[:, None] * D + columns[None, :], df.to(dtype), mask=mask)
+        tl.store(dx_ptr + rows[:, None] * D + columns[None, :], dx.to(dtype), mask=mask)
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    partial_ptr += program * (3 + K) * D + columns
+    tl.store(partial_ptr, dnorm_weight, mask=columns < D)
+    tl.store(partial_ptr + D, dnorm_bias, mask=columns < D)
+    tl.store(partial_ptr + 2 * D, dgate_bias, mask=columns < D)
 
 
 @triton.jit
@@ -291,22 +326,31 @@ def hierarchical_sequence_fusion_bwd_band_kernel(
 
 @functools.cache
 def _blocks(width: int, itemsize: int) -> dict[str, int]:
-    """Tiles and warps: two [BM, DP] accumulators in fp32 fill half of the registers at 256 features."""
-    padded = max(16, triton.next_power_of_2(width))
-    is_wide, is_fp32 = padded > 128, itemsize == 4
+    """Of the kernels with products in them: rows and features a tile, warps and stages."""
+    padded = _padded(width)
     return {
         "D": width,
-        "DP": padded,
-        "BM": (16 if is_wide else 32) if is_fp32 else 64,
-        "BK": min(padded, 32 if is_wide or is_fp32 else 64),
-        "num_warps": 8 if padded > 64 else 4,
+        "BM": 32 if itemsize == 4 else 64,
+        "BK": min(padded, 32 if itemsize == 4 else 64),
+        "num_warps": 8 if 64 < padded <= _NARROW else 4,
         "num_stages": 2,
     }
 
 
 @functools.cache
+def _row_blocks(width: int) -> dict[str, int]:
+    """Of the kernels that only see whole rows, in registers: 16 elements of each tensor a thread."""
+    padded = _padded(width)
+    return {"D": width, "DP": padded, "BM": min(16, 4096 // padded), "num_warps": 8}
+
+
+@functools.cache
 def _halo(windows: tuple[int, ...]) -> int:
     return max(16, triton.next_power_of_2(max(windows) - 1))
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
 
 
 def _padded_count(windows: Sequence[int]) -> int:
@@ -320,7 +364,7 @@ def _precision() -> str:
 def _empty_results(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, windows, _, _, keep = arguments
     rows, width = x.shape[:-1].numel() if keep else 0, x.shape[-1]
-    inputs, branches = (x.new_empty(rows, 2 * width) for _ in range(2))
+    inputs, branches = x.new_empty(rows, 2 * width), x.new_empty(2, rows, width)
     shares = x.new_empty(rows, _padded_count(windows), dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), inputs, branches, shares
 
@@ -341,20 +385,31 @@ def _forward(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results = _empty_results(x, windows, temperature, eps, keep)
-    sequences, max_length = sequences_of(x, offsets, max_length)
+    results = y, inputs, branches, shares = _empty_results(x, windows, temperature, eps, keep)
     if not x.numel():
         return results
-    blocks = _blocks(x.shape[-1], x.itemsize)
-    grid = _ceil_div(max_length, blocks["BM"]), sequences
+    width = x.shape[-1]
+    is_narrow = width <= _NARROW
+    if not is_narrow and not keep:
+        _, inputs, branches, shares = _empty_results(x, windows, temperature, eps, True)
+    sequences, max_length = sequences_of(x, offsets, max_length)
+    x, place, plane = x.contiguous(), (lengths, offsets, max_length), branches[0].numel()
     weights = scale_weight, gate_weight, gate_bias, out_weight, norm_weight, norm_bias
+    blocks, row_blocks = _blocks(width, x.itemsize), _row_blocks(width)
     with torch.cuda.device_of(x):
-        hierarchical_sequence_fusion_fwd_kernel[grid](
-            x.contiguous(), *(weight.contiguous() for weight in weights), *results,
-            lengths, offsets, max_length, temperature, eps, WINDOWS=tuple(windows),
-            KP=_padded_count(windows), HALO=_halo(tuple(windows)), KEEP=keep, PRECISION=_precision(),
-            **blocks,
+        hierarchical_sequence_fusion_fwd_kernel[_ceil_div(max_length, blocks["BM"]), sequences](
+            x, *(weight.contiguous() for weight in weights), y, inputs, branches, plane, shares, *place,
+            temperature, eps, DP=_padded(width), WINDOWS=tuple(windows), KP=_padded_count(windows),
+            HALO=_halo(tuple(windows)), NARROW=is_narrow, KEEP=keep or not is_narrow,
+            PRECISION=_precision(), **blocks,
         )  # fmt: skip
+        if not is_narrow:
+            torch.addmm(gate_bias, inputs, gate_weight.T, out=branches[0])
+            torch.mm(inputs[:, width:], out_weight.T, out=branches[1])
+            hierarchical_sequence_fusion_fwd_gate_kernel[_ceil_div(max_length, row_blocks["BM"]), sequences](
+                x, branches, plane, norm_weight.contiguous(), norm_bias.contiguous(), y, *place, eps,
+                **row_blocks,
+            )  # fmt: skip
     return results
 
 
@@ -362,7 +417,7 @@ def _empty_gradients(dy: Tensor, x: Tensor, *arguments) -> tuple[Tensor, Tensor,
     *_, windows, _, _ = arguments
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, x.new_empty(rows, 2 * width), x.new_empty(3 + len(windows), width, dtype=torch.float32)
+    return dx, x.new_empty(rows, 2 * width), x.new_empty(3 + len(windows), width)
 
 
 def _backward(
@@ -383,27 +438,35 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, [dg | do] [R, 2D], and the gradients of norm weight and bias, gate bias and scales [3 + K, D]."""
     dx, dbranches, sums = _empty_gradients(dy, x, windows, temperature, eps)
-    sequences, max_length = sequences_of(x, offsets, max_length)
     if not x.numel():
         return dx, dbranches, sums.zero_()
-    blocks = _blocks(x.shape[-1], x.itemsize)
-    tiles = _ceil_div(max_length, blocks["BM"])
-    grid = tiles, sequences
-    df, x = torch.empty_like(dx), x.contiguous()
-    partials = sums.new_zeros(tiles * sequences, *sums.shape)
-    place = lengths, offsets, max_length
+    width = x.shape[-1]
+    is_narrow = width <= _NARROW
+    sequences, max_length = sequences_of(x, offsets, max_length)
+    blocks = _blocks(width, x.itemsize)
+    row_blocks = blocks | ({"DP": _padded(width)} if is_narrow else _row_blocks(width))
+    grid = _ceil_div(max_length, blocks["BM"]), sequences
+    x, df, place = x.contiguous(), torch.empty_like(dx), (lengths, offsets, max_length)
+    partials = sums.new_empty(grid[0] * grid[1], *sums.shape, dtype=torch.float32)
+    if lengths is not None or offsets is not None:
+        partials.zero_()  # programs behind the end of a sequence write none
     with torch.cuda.device_of(x):
         hierarchical_sequence_fusion_bwd_gate_kernel[grid](
-            dy.contiguous(), x, branches, gate_weight.contiguous(), out_weight.contiguous(), norm_weight,
-            dx, df, dbranches, partials, *place, eps, K=len(windows), PRECISION=_precision(), **blocks,
+            dy.contiguous(), x, branches, branches[0].numel(), gate_weight.contiguous(),
+            out_weight.contiguous(), norm_weight.contiguous(), dx, df, dbranches, partials, *place, eps,
+            K=len(windows), TILE=blocks["BM"], NARROW=is_narrow, PRECISION=_precision(), **row_blocks,
         )  # fmt: skip
-        blocks = {name: value for name, value in blocks.items() if name != "DP"}
+        if not is_narrow:
+            of_f = torch.cat([gate_weight[:, width:], out_weight])
+            torch.mm(dbranches, of_f, out=df.view(-1, width))
+            dx.view(-1, width).addmm_(dbranches[:, :width], gate_weight[:, :width])
         hierarchical_sequence_fusion_bwd_band_kernel[grid](
             x, df, shares, scale_weight.contiguous(), dx, partials, *place, temperature,
             WINDOWS=tuple(windows), KP=_padded_count(windows), HALO=_halo(tuple(windows)),
             PRECISION=_precision(), **blocks,
         )  # fmt: skip
-    return dx, dbranches, partials.sum(0)
+        add_up(partials, sums)
+    return dx, dbranches, sums
 
 
 def _save(ctx, arguments: tuple, results: tuple[Tensor, ...]) -> None:
@@ -419,16 +482,9 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     # Its first D rows concern the gate; of the others, those of x are no gradient.
     products = dbranches.T @ inputs  # [2D, 2D]
     width = x.shape[-1]
-    norm_weight, norm_bias, gate_bias, *_ = sums.to(x.dtype)
-    gradients = (
-        dx,
-        sums[3:].to(x.dtype),
-        products[:width],
-        gate_bias,
-        products[width:, width:],
-        norm_weight,
-        norm_bias,
-    )
+    dgate_weight, dout_weight = products[:width], products[width:, width:]
+    dnorm_weight, dnorm_bias, dgate_bias = sums[:3]
+    gradients = dx, sums[3:], dgate_weight, dgate_bias, dout_weight, dnorm_weight, dnorm_bias
     return *gradients, *[None] * 7
 
 

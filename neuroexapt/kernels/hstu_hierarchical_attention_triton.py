@@ -88,43 +88,70 @@ def _times(timestamps_ptr, start, position, length):
 
 
 @triton.jit
-def _look_up(table_ptr, index):
-    """``table_ptr[index]``, read by the threads that need it.
+def _look_up(pointers, WIDE: tl.constexpr = False):
+    """The fp32 numbers or, WIDE, int64 numbers at ``pointers``, read by the threads that need them.
 
     ``tl.load`` would choose threads of its own, and every value pass through shared memory.
     """
     if _INTERPRETED:
-        values = tl.load(table_ptr + index)
-    elif table_ptr.dtype.element_ty == tl.int64:
-        pointers = (table_ptr + index).to(tl.int64)
+        values = tl.load(pointers)
+    elif WIDE:
         values = tl.inline_asm_elementwise(
-            "ld.global.nc.s64 $0, [$1];", "=l,l", [pointers], tl.int64, True, 1
+            "ld.global.nc.s64 $0, [$1];", "=l,l", [pointers.to(tl.int64)], tl.int64, True, 1
         )
     else:
-        pointers = (table_ptr + index).to(tl.int64)
         values = tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers], tl.float32, True, 1
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], tl.float32, True, 1
         )
     return values
+
+
+@triton.jit
+def _place(first, max_length, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """The position in its block of what looks up the position table; of what is behind the last, the last's.
+
+    Where blocks fill ``max_length``, EVEN, it is known when compiling, and with it where a tile's entries are
+    from the first of a row: otherwise their addresses cost as much as all else.
+    """
+    offset = tl.arange(0, BLOCK)
+    if not EVEN:
+        offset = tl.minimum(offset, max_length - 1 - first)
+    return offset
+
+
+@triton.jit
+def _log2(x):
+    """To 2⁻²², in one instruction instead of fifteen."""
+    if _INTERPRETED:
+        result = tl.log2(x)
+    else:
+        result = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return result
 
 
 @triton.jit
 def _bucket(gap, bucket_starts_ptr, BUCKETS: tl.constexpr):
     """The bucket of each difference of timestamps."""
     gap = tl.maximum(tl.abs(gap), 1)
-    guess = (tl.log2(gap.to(tl.float32)) * _BUCKETS_PER_LOG2 + _BUCKET_MARGIN).to(tl.int32)
+    guess = (_log2(gap.to(tl.float32)) * _BUCKETS_PER_LOG2 + _BUCKET_MARGIN).to(tl.int32)
     guess = tl.minimum(guess, BUCKETS - 1)  # the bucket or the next
-    return guess - (gap < _look_up(bucket_starts_ptr, guess)).to(tl.int32)
+    return guess - (gap < _look_up(bucket_starts_ptr + guess, WIDE=True)).to(tl.int32)
 
 
 @triton.jit
-def _with_biases(scores, place, gap, position_ptr, time_ptr, bucket_starts_ptr, BUCKETS: tl.constexpr):
-    """A tile of scores plus what the position table has at ``place`` and the time table for ``gap``."""
-    if position_ptr is not None:
-        scores += _look_up(position_ptr, place)
+def _with_biases(scores, row_ptr, place, gap, time_ptr, bucket_starts_ptr, BUCKETS: tl.constexpr):
+    """A tile of scores and what the tables have at ``place`` of each row of the tile, and for ``gap``."""
+    if row_ptr is not None:
+        scores += _look_up(row_ptr + place)
     if time_ptr is not None:
-        scores += _look_up(time_ptr, _bucket(gap, bucket_starts_ptr, BUCKETS))
+        scores += _look_up(time_ptr + _bucket(gap, bucket_starts_ptr, BUCKETS))
     return scores
+
+
+@triton.jit
+def _row_of_table(position_ptr, lag, place):
+    """Where in the position table the entries of a tile's rows start, if there is one."""
+    return position_ptr + lag + place if position_ptr is not None else None
 
 
 @triton.jit
@@ -151,13 +178,25 @@ def _silu_and_slope(scores, FAST: tl.constexpr):
 
 
 @triton.jit
-def _sees(i, j, window):
-    return (j <= i) & (i - j < window)
+def _sees(age, window):
+    """Whether 0 ≤ i − j < window, in one comparison: as an unsigned number what is negative is large."""
+    return age.to(tl.uint32) < tl.cast(window, tl.uint32)
 
 
 @triton.jit
-def _key_bounds(first, length, window, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where the keys of a block of queries begin, are all seen by all, are cut by j ≤ i again, and end."""
+def _key_bounds(
+    first,
+    length,
+    window,
+    PHASED: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Where the keys of a block of queries begin, are all seen by all, are cut by j ≤ i again, and end.
+
+    Where the work on them is not PHASED, all are treated as cut.
+    """
     end = tl.where(first < length, tl.minimum(first + BLOCK_M, length), 0)
     diagonal = tl.minimum(first // BLOCK_N * BLOCK_N, end)
     begin, whole = 0, 0
@@ -165,11 +204,21 @@ def _key_bounds(first, length, window, LOCAL: tl.constexpr, BLOCK_M: tl.constexp
         begin = tl.minimum(tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N, diagonal)
         whole = tl.cdiv(tl.maximum(first + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
         whole = tl.minimum(whole, diagonal)
+    if not PHASED:
+        whole, diagonal = begin, begin
     return begin, whole, diagonal, end
 
 
 @triton.jit
-def _query_bounds(first, length, window, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _query_bounds(
+    first,
+    length,
+    window,
+    PHASED: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Where the queries of a block of keys begin, all see all, are cut by the window, and end."""
     begin = first // BLOCK_M * BLOCK_M
     end = tl.where(first < length, tl.minimum(length, first + BLOCK_N - 1 + window), begin)
@@ -177,6 +226,8 @@ def _query_bounds(first, length, window, LOCAL: tl.constexpr, BLOCK_M: tl.conste
     whole = end
     if LOCAL:
         whole = tl.minimum(tl.maximum((first + window) // BLOCK_M * BLOCK_M, diagonal), end)
+    if not PHASED:
+        diagonal, whole = begin, begin
     return begin, diagonal, whole, end
 
 
@@ -186,7 +237,9 @@ def hstu_fwd_kernel(
     output_ptr,
     position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
     scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
-    WINDOWS: tl.constexpr, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWS: tl.constexpr, LOCAL: tl.constexpr, PHASED: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of y at one head. Grid: (B · H, blocks of queries, those with the longest history first)."""
@@ -203,26 +256,26 @@ def hstu_fwd_kernel(
     query = _load_rows(
         query_ptr + start * query_row + head * query_head, i, query_row, length, D, BLOCK_D, False
     )
-    row = tl.minimum(i, max_length - 1)  # of the position table, also where there is no query
+    row = _place(first, max_length, BLOCK_M, EVEN_M)
     time_i = _times(timestamps_ptr, start, i, length)
     total = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    bounds = _key_bounds(first, length, window, LOCAL, BLOCK_M, BLOCK_N)
+    bounds = _key_bounds(first, length, window, PHASED, LOCAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(3):
-        if LOCAL or phase > 0:
+        if phase == 2 or (PHASED and (phase == 1 or LOCAL)):
             for first_key in range(bounds[phase], bounds[phase + 1], BLOCK_N):
                 j = first_key + tl.arange(0, BLOCK_N)
                 key = _load_rows(key_base, j, key_row, length, D, BLOCK_D, phase == 1)
                 value = _load_rows(value_base, j, value_row, length, DV, BLOCK_DV, phase == 1)
                 time_j = _times(timestamps_ptr, start, j, length)
-                column = j if phase == 1 else tl.minimum(j, max_length - 1)
+                column = _place(first_key, max_length, BLOCK_N, EVEN_N)
                 scores = _with_biases(
                     tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale,
-                    column[None, :] - row[:, None] + centre, time_i[:, None] - time_j[None, :],
-                    position_ptr, time_ptr, bucket_starts_ptr, BUCKETS,
+                    _row_of_table(position_ptr, centre + first_key - first, -row[:, None]), column[None, :],
+                    time_i[:, None] - time_j[None, :], time_ptr, bucket_starts_ptr, BUCKETS,
                 )  # fmt: skip
                 weights = _silu(scores, FAST)  # [BLOCK_M, BLOCK_N]
                 if phase != 1:
-                    weights = tl.where(_sees(i[:, None], j[None, :], window), weights, 0.0)
+                    weights = tl.where(_sees(i[:, None] - j[None, :], window), weights, 0.0)
                 total = tl.dot(weights.to(value.dtype), value, total, input_precision=PRECISION)
     output_base = output_ptr + (start * HEADS + head) * DV
     total = tl.where((i < length)[:, None], total / max_length, 0.0)
@@ -235,7 +288,9 @@ def hstu_bwd_query_kernel(
     dy_ptr, dy_row, dy_head, dquery_ptr,
     position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
     scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
-    WINDOWS: tl.constexpr, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWS: tl.constexpr, LOCAL: tl.constexpr, PHASED: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of dq at one head. Grid: as ``hstu_fwd_kernel``."""
@@ -253,28 +308,28 @@ def hstu_bwd_query_kernel(
         query_ptr + start * query_row + head * query_head, i, query_row, length, D, BLOCK_D, False
     )
     dy = _load_rows(dy_ptr + start * dy_row + head * dy_head, i, dy_row, length, DV, BLOCK_DV, False)
-    row = tl.minimum(i, max_length - 1)
+    row = _place(first, max_length, BLOCK_M, EVEN_M)
     time_i = _times(timestamps_ptr, start, i, length)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    bounds = _key_bounds(first, length, window, LOCAL, BLOCK_M, BLOCK_N)
+    bounds = _key_bounds(first, length, window, PHASED, LOCAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(3):
-        if LOCAL or phase > 0:
+        if phase == 2 or (PHASED and (phase == 1 or LOCAL)):
             for first_key in range(bounds[phase], bounds[phase + 1], BLOCK_N):
                 j = first_key + tl.arange(0, BLOCK_N)
                 key = _load_rows(key_base, j, key_row, length, D, BLOCK_D, phase == 1)
                 value = _load_rows(value_base, j, value_row, length, DV, BLOCK_DV, phase == 1)
                 time_j = _times(timestamps_ptr, start, j, length)
-                column = j if phase == 1 else tl.minimum(j, max_length - 1)
+                column = _place(first_key, max_length, BLOCK_N, EVEN_N)
                 scores = _with_biases(
                     tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale,
-                    column[None, :] - row[:, None] + centre, time_i[:, None] - time_j[None, :],
-                    position_ptr, time_ptr, bucket_starts_ptr, BUCKETS,
+                    _row_of_table(position_ptr, centre + first_key - first, -row[:, None]), column[None, :],
+                    time_i[:, None] - time_j[None, :], time_ptr, bucket_starts_ptr, BUCKETS,
                 )  # fmt: skip
                 dweights = tl.dot(dy, tl.trans(value), input_precision=PRECISION)
                 _silu, slope = _silu_and_slope(scores, FAST)
                 dscores = dweights * slope  # [BLOCK_M, BLOCK_N]
                 if phase != 1:
-                    dscores = tl.where(_sees(i[:, None], j[None, :], window), dscores, 0.0)
+                    dscores = tl.where(_sees(i[:, None] - j[None, :], window), dscores, 0.0)
                 total = tl.dot(dscores.to(key.dtype), key, total, input_precision=PRECISION)
     dquery_base = dquery_ptr + (start * HEADS + head) * D
     _store_rows(dquery_base, i, limit, total * (scale / max_length), D, BLOCK_D, HEADS)
@@ -286,7 +341,9 @@ def hstu_bwd_key_value_kernel(
     dy_ptr, dy_row, dy_head, dkey_ptr, dvalue_ptr,
     position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
     scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
-    WINDOWS: tl.constexpr, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWS: tl.constexpr, LOCAL: tl.constexpr, PHASED: tl.constexpr, EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of dk and dv at one head. Grid: (B · H, blocks of keys, those seen most first)."""
@@ -304,29 +361,29 @@ def hstu_bwd_key_value_kernel(
     value = _load_rows(
         value_ptr + start * value_row + head * value_head, j, value_row, length, DV, BLOCK_DV, False
     )
-    column = tl.minimum(j, max_length - 1)
+    column = _place(first, max_length, BLOCK_N, EVEN_N)
     time_j = _times(timestamps_ptr, start, j, length)
     dkey = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    bounds = _query_bounds(first, length, window, LOCAL, BLOCK_M, BLOCK_N)
+    bounds = _query_bounds(first, length, window, PHASED, LOCAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(3):
-        if LOCAL or phase < 2:
+        if (PHASED and phase < 2) or (phase == 2 and (LOCAL or not PHASED)):
             for first_query in range(bounds[phase], bounds[phase + 1], BLOCK_M):
                 i = first_query + tl.arange(0, BLOCK_M)
                 query = _load_rows(query_base, i, query_row, length, D, BLOCK_D, False)
                 dy = _load_rows(dy_base, i, dy_row, length, DV, BLOCK_DV, False)
                 time_i = _times(timestamps_ptr, start, i, length)
-                row = tl.minimum(i, max_length - 1)
+                row = _place(first_query, max_length, BLOCK_M, EVEN_M)
                 scores = _with_biases(
                     tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale,
-                    column[:, None] - row[None, :] + centre, time_i[None, :] - time_j[:, None],
-                    position_ptr, time_ptr, bucket_starts_ptr, BUCKETS,
+                    _row_of_table(position_ptr, centre + first - first_query, column[:, None]), -row[None, :],
+                    time_i[None, :] - time_j[:, None], time_ptr, bucket_starts_ptr, BUCKETS,
                 )  # fmt: skip
                 dweights = tl.dot(value, tl.trans(dy), input_precision=PRECISION)
                 weights, slope = _silu_and_slope(scores, FAST)
                 dscores = dweights * slope  # [BLOCK_N, BLOCK_M]
                 if phase != 1:
-                    seen = _sees(i[None, :], j[:, None], window)
+                    seen = _sees(i[None, :] - j[:, None], window)
                     weights, dscores = tl.where(seen, weights, 0.0), tl.where(seen, dscores, 0.0)
                 dvalue = tl.dot(weights.to(dy.dtype), dy, dvalue, input_precision=PRECISION)
                 dkey = tl.dot(dscores.to(query.dtype), query, dkey, input_precision=PRECISION)
@@ -366,7 +423,8 @@ def hstu_bwd_bias_kernel(
     dy_ptr, dy_row, dy_head, position_partial_ptr, time_partial_ptr,
     position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
     scale, sequences, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
-    WINDOWS: tl.constexpr, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWS: tl.constexpr, LOCAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -384,7 +442,7 @@ def hstu_bwd_bias_kernel(
     bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if position_ptr is not None:
         in_table = tl.minimum(tl.maximum(age, 0), max_length - 1)
-        bias = _look_up(position_ptr, centre - in_table)
+        bias = _look_up(position_ptr + (centre - in_table))
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     histogram = tl.zeros([BLOCK_K], tl.float32)
     for pair in range(tl.program_id(0), sequences * HEADS, tl.num_programs(0)):
@@ -407,7 +465,7 @@ def hstu_bwd_bias_kernel(
                 time_i = _times(timestamps_ptr, start, i, length)
                 time_j = _times(timestamps_ptr, start, j, length)
                 bucket = _bucket(time_i[:, None] - time_j[None, :], bucket_starts_ptr, BUCKETS)
-                scores += _look_up(time_ptr, bucket)
+                scores += _look_up(time_ptr + bucket)
             dweights = tl.dot(dy, tl.trans(value), input_precision=PRECISION)
             _silu, slope = _silu_and_slope(scores, FAST)
             dscores = dweights * slope  # [BLOCK_M, BLOCK_N], 0 in rows behind the last
@@ -415,12 +473,12 @@ def hstu_bwd_bias_kernel(
                 dscores = tl.where(age < window, dscores, 0.0)
             total += dscores
             if time_ptr is not None:
-                seen = (age >= 0) & (age < window) & (i < length)[:, None]
+                seen = _sees(age, window) & (i < length)[:, None]
                 histogram += _histogram(dscores, tl.where(seen, bucket, -1), BUCKETS, BLOCK_K)
     if position_ptr is not None:
         _store_diagonals(
             position_partial_ptr + partial * (BLOCK_M + BLOCK_N),
-            tl.where((age >= 0) & (age < max_length), total, 0.0), BLOCK_M, BLOCK_N,
+            tl.where(_sees(age, max_length), total, 0.0), BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if time_ptr is not None:
         k = tl.arange(0, BLOCK_K)
@@ -524,15 +582,15 @@ _BLOCKS: dict[str, dict[int, tuple[tuple[int, Blocks], ...]]] = {
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 32, 4, 1))),
     },
     "query": {
-        2: ((64, Blocks(128, 64, 8, 3)), (128, Blocks(64, 64, 8, 2)), (256, Blocks(64, 32, 8, 1))),
+        2: ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 32, 8, 2))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 32, 4, 1))),
     },
     "key_value": {
-        2: ((64, Blocks(64, 128, 8, 2)), (128, Blocks(64, 64, 8, 2)), (256, Blocks(32, 64, 8, 1))),
+        2: ((64, Blocks(64, 128, 8, 2)), (128, Blocks(64, 128, 8, 2)), (256, Blocks(32, 64, 8, 2))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(32, 16, 4, 1))),
     },
     "bias": {
-        2: ((64, Blocks(128, 64, 8, 2)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 64, 4, 1))),
+        2: ((64, Blocks(128, 64, 8, 2)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 64, 8, 1))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 16, 4, 1))),
     },
 }
@@ -544,6 +602,8 @@ _REDUCE = {"BLOCK_S": 32, "BLOCK": 32}
 def _blocks(kernel: str, call: Call) -> Blocks:
     """The kernel's tile, no larger than the longest sequence needs."""
     width = max(call.query.shape[-1], call.value.shape[-1])
+    if call.time_bias is not None:  # which takes as many registers as a wider head
+        width = min(2 * width, _LARGEST_HEAD)
     table = _BLOCKS[kernel][call.query.element_size()]
     blocks = next(blocks for largest, blocks in table if width <= largest)
     enough = max(16, _power_of_two(call.max_length))
@@ -595,12 +655,22 @@ def _constants(call: Call, blocks: Blocks) -> dict[str, Any]:
     }
 
 
+def _loop_constants(call: Call, blocks: Blocks) -> dict[str, bool]:
+    """Of the kernels that loop along keys or queries."""
+    return {
+        # Masks are small beside the search for a bucket or fp32 products, but thrice the code to compile.
+        "PHASED": call.time_bias is None and call.query.element_size() == 2,
+        "EVEN_M": call.max_length % blocks.queries == 0,
+        "EVEN_N": call.max_length % blocks.keys == 0,
+    }
+
+
 def _forward(call: Call, y: Tensor) -> None:
     inputs = [part for x in call[:3] for part in _rows(x)]
     blocks = _blocks("forward", call)
     with torch.cuda.device_of(y):
         hstu_fwd_kernel[call.pairs, _ceil_div(call.max_length, blocks.queries)](
-            *inputs, y, *_sources(call), **_constants(call, blocks)
+            *inputs, y, *_sources(call), **_constants(call, blocks), **_loop_constants(call, blocks)
         )
 
 
@@ -615,12 +685,13 @@ def _backward(call: Call, dy: Tensor, grads: list[Tensor], needed: list[bool]) -
                 for grad, need, x in ((dkey, needed[1], call.key), (dvalue, needed[2], call.value))
             )
             hstu_bwd_key_value_kernel[call.pairs, _ceil_div(call.max_length, blocks.keys)](
-                *inputs, dkey, dvalue, *_sources(call), **_constants(call, blocks)
-            )
+                *inputs, dkey, dvalue, *_sources(call), **_constants(call, blocks),
+                **_loop_constants(call, blocks),
+            )  # fmt: skip
         if needed[0]:
             blocks = _blocks("query", call)
             hstu_bwd_query_kernel[call.pairs, _ceil_div(call.max_length, blocks.queries)](
-                *inputs, dquery, *_sources(call), **_constants(call, blocks)
+                *inputs, dquery, *_sources(call), **_constants(call, blocks), **_loop_constants(call, blocks)
             )
         if needed[3] or needed[4]:
             _backward_of_tables(call, inputs, dposition, dtime)

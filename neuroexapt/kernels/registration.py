@@ -36,14 +36,19 @@ def set_autograd(op: OpOverload, function: Callable[..., Any]) -> None:
 
 
 def differentiable_once(
-    forward: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+    forward: Callable[..., Any],
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+    differentiable: int = 1,
 ) -> Callable[..., Any]:
     """``forward`` as a function that autograd can differentiate, but not twice.
 
     Args:
-        forward: calls an operator. Of several results only the first has a gradient.
+        forward: calls an operator.
         save: ``save(ctx, arguments, results)`` keeps what ``backward`` needs.
-        backward: ``backward(ctx, gradient)`` gives the gradient of each argument or None.
+        backward: ``backward(ctx, *gradients)`` gives the gradient of each argument or None. Of several
+            results, the gradient of one that was not used is None.
+        differentiable: how many of several results have a gradient, the first ones.
     """
 
     class DifferentiableOnce(torch.autograd.Function):
@@ -52,17 +57,17 @@ def differentiable_once(
             with torch._C._AutoDispatchBelowAutograd():
                 results = forward(*arguments)
             if isinstance(results, tuple):
-                ctx.mark_non_differentiable(*results[1:])
+                ctx.mark_non_differentiable(*results[differentiable:])
                 ctx.set_materialize_grads(False)  # else autograd fills gradients of those with zeros
             save(ctx, arguments, results)
             return results
 
         @staticmethod
-        def backward(ctx, gradient: Tensor, *_none: None) -> Any:
+        def backward(ctx, *gradients: Tensor | None) -> Any:
             if torch.is_grad_enabled():  # which create_graph=True does
                 raise RuntimeError(
                     "the kernels can be differentiated once; use PyTorch (cuda:torch) for more"
                 )
-            return backward(ctx, gradient)
+            return backward(ctx, *gradients[:differentiable])
 
     return DifferentiableOnce.apply

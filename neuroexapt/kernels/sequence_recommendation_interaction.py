@@ -43,7 +43,7 @@ def sequence_recommendation_interaction(
         ],
         dim=1,
     )  # [B, 3, N]
-    similarity = _similarity(x, times, decay)
+    similarity = _similarity(x, times, decay, valid)
     if offsets is not None:
         similarity = to_jagged(similarity, layout)
     return (weights @ x).to(items.dtype), similarity.to(items.dtype)
@@ -63,7 +63,7 @@ def checked_layout(
     layout = ragged(items, lengths, offsets, max_length)
     if items.dim() != (3 if offsets is None else 2):
         raise UserError(f"items must be [B, N, D] or, with offsets, [T, D], not {[*items.shape]}")
-    expected = (len(layout.lengths), items.shape[-1])
+    expected = (layout.lengths.shape[0], items.shape[-1])  # len() would fix B where the call is exported
     if target.shape != expected:
         raise UserError(f"target must be {[*expected]}, a row a sequence, not {[*target.shape]}")
     if decay.shape != ():
@@ -110,8 +110,9 @@ def _decayed_weights(times: Tensor, decay: Tensor, valid: Tensor, layout: Ragged
     return weights / weights.sum(1, keepdim=True).clamp_min(1)
 
 
-def _similarity(x: Tensor, times: Tensor, decay: Tensor) -> Tensor:
+def _similarity(x: Tensor, times: Tensor, decay: Tensor, valid: Tensor) -> Tensor:
     """Σ_{j<t} e^{−λ(τ_t − τ_j)} ⟨ê_t, ê_j⟩: [B, N]."""
     unit = x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
-    gaps = (times[:, :, None] - times[:, None, :]).tril(-1)
-    return (unit @ unit.mT * torch.exp(-decay * gaps)).tril(-1).sum(-1)
+    is_pair = (valid[:, :, None] & valid[:, None, :]).tril(-1)
+    gaps = (times[:, :, None] - times[:, None, :]).masked_fill(~is_pair, 0)
+    return (unit @ unit.mT * torch.exp(-decay * gaps) * is_pair).sum(-1)

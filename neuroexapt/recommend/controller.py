@@ -1,7 +1,5 @@
 """Recommendations from a trained recommender, by the fastest way to execute it on this machine."""
 
-from __future__ import annotations
-
 import logging
 import math
 import threading
@@ -9,7 +7,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +18,9 @@ from neuroexapt.backend.candidates import without_kernels
 from neuroexapt.errors import UserError
 from neuroexapt.recommend.config import OPERATORS, SECTIONS, refuse_unknown, section
 from neuroexapt.recommend.manager import TritonOperatorManager
+from neuroexapt.recommend.model import SequenceRecommender
 from neuroexapt.recommend.request import Request, make_request, split_behaviors, to_tensors
 from neuroexapt.recommend.strategies import STRATEGIES, Execution, Inputs, check_names, first_line
-
-if TYPE_CHECKING:
-    from neuroexapt.recommend.model import SequenceRecommender
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +161,7 @@ class IntegratedController:
             strategy = execution.fastest(size)
         execution.require(strategy)
         start = time.perf_counter()
-        inputs = to_tensors(requests, size, self.model.max_length)
+        inputs = to_tensors(requests, size, self.model.max_length, self.model.has_times)
         with torch.inference_mode():
             scores, strategy = self._scores(execution, strategy, inputs)
             ranked = rank(scores[: len(requests)], requests, self.model.item_counts)
@@ -236,8 +232,6 @@ def _trained_model(given: Any, device: torch.device) -> SequenceRecommender | No
     if given is None:
         return None
     if isinstance(given, (str, Path)):
-        from neuroexapt.recommend.model import SequenceRecommender
-
         given = SequenceRecommender.load(Path(given))
     return given.to(device).eval().requires_grad_(False)
 

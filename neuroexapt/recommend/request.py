@@ -62,11 +62,13 @@ def split_behaviors(behaviors: Sequence[Any]) -> tuple[list[Any], list[Any] | No
     return [entry.get("item_id") for entry in records], timestamps or None
 
 
-def to_tensors(requests: Sequence[Request], rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """items [``rows``, ``length``] padded with 0 on the right, lengths [``rows``], timestamps like items.
+def to_tensors(
+    requests: Sequence[Request], rows: int, length: int, has_times: bool
+) -> tuple[Tensor, ...]:
+    """items [``rows``, ``length``] padded with 0 on the right, lengths [``rows``], and timestamps like items.
 
     The latest ``length`` items of a longer history count. Rows beyond the requests are empty sequences.
-    Unknown timestamps are 0, as if everything had happened at once.
+    Unknown timestamps are 0, as if everything had happened at once; without ``has_times`` there are none.
     """
     items = torch.zeros(rows, length, dtype=torch.int64)
     timestamps = torch.zeros(rows, length, dtype=torch.int64)
@@ -77,7 +79,7 @@ def to_tensors(requests: Sequence[Request], rows: int, length: int) -> tuple[Ten
         if request.timestamps:
             timestamps[row, : len(latest)] = torch.tensor(request.timestamps[-length:])
         lengths[row] = len(latest)
-    return items, lengths, timestamps
+    return (items, lengths, timestamps) if has_times else (items, lengths)
 
 
 def _check_timestamps(timestamps: Sequence[Any], items: int) -> None:

@@ -12,8 +12,8 @@ from neuroexapt.backend import PersistentKernel, Timing, dispatch_report
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.errors import BackendUnavailableError, UserError
 
-Inputs = tuple[Tensor, Tensor, Tensor]
-"""items [B, N], lengths [B], timestamps [B, N], all int64."""
+Inputs = tuple[Tensor, ...]
+"""items [B, N], lengths [B] and, for models that look at times, timestamps [B, N]; all int64."""
 Run = Callable[..., Tensor]
 """Scores [B, num_items + 1] of ``Inputs``."""
 
@@ -28,7 +28,7 @@ class Scorer(nn.Module):
         self.model = model
         self.train(model.training)
 
-    def forward(self, items: Tensor, lengths: Tensor, timestamps: Tensor) -> Tensor:
+    def forward(self, items: Tensor, lengths: Tensor, timestamps: Tensor | None = None) -> Tensor:
         return self.model.scores(self.model(items, lengths, timestamps))
 
 
@@ -74,7 +74,7 @@ def onnxruntime(scorer: Scorer, samples: Sequence[Inputs]) -> Run:
     names = [entry.name for entry in session.get_inputs()]
 
     def run(*inputs: Tensor) -> Tensor:
-        given = dict(zip(INPUT_NAMES, (x.numpy() for x in inputs), strict=True))
+        given = {name: x.numpy() for name, x in zip(INPUT_NAMES, inputs, strict=False)}
         (scores,) = session.run(None, {name: given[name] for name in names})
         return torch.from_numpy(scores)
 
@@ -170,8 +170,8 @@ def _export(scorer: Scorer, sample: Inputs) -> bytes:
         program = torch.onnx.export(
             scorer,
             sample,
-            input_names=INPUT_NAMES,
-            dynamic_shapes=({0: batch}, {0: batch}, {0: batch}),
+            input_names=INPUT_NAMES[: len(sample)],
+            dynamic_shapes=({0: batch},) * len(sample),
             dynamo=True,
             verbose=False,
         )
@@ -183,7 +183,8 @@ def _sample(model: Any, batch_size: int, device: torch.device) -> Inputs:
     """Full histories of made-up items, the case that takes longest."""
     ids = torch.arange(batch_size * model.max_length, device=device) % model.num_items + 1
     items = ids.reshape(batch_size, model.max_length)
-    return items, items.new_full((batch_size,), model.max_length), items.sort().values
+    lengths = items.new_full((batch_size,), model.max_length)
+    return (items, lengths, items.sort().values) if model.has_times else (items, lengths)
 
 
 def _powers_of_two(largest: int) -> list[int]:

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 from typing import TypeVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -139,8 +140,11 @@ def test_of_odd_sizes(size):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
-def test_of_one_input_and_the_last_node_alone(training, wants):
-    cell, inputs = make_cell_of_one_input(4, (3, 7, 6))
+@pytest.mark.parametrize(("width", "dense"), [(8, True), (6, False)])
+def test_of_one_input_and_the_last_node_alone(training, wants, width, dense, monkeypatch):
+    cell, inputs = make_cell_of_one_input(4, (3, 7, width))
+    convolve = Mock(side_effect=torch_kernels.convolve_dense)
+    monkeypatch.setattr(torch_kernels, "convolve_dense", convolve)
 
     def run(cell: SearchCell, x: Tensor, weights: Tensor) -> Tensor:
         return fused.run(plan_cell(cell), [x], weights, torch_kernels)
@@ -148,6 +152,7 @@ def test_of_one_input_and_the_last_node_alone(training, wants):
     expected = results(SearchCell.forward, cell.train(training), inputs, *wants)
     assert expected["y"].shape == inputs[0].shape
     assert_close(results(run, cell, inputs, *wants), expected)
+    assert convolve.called == dense
 
 
 @pytest.mark.parametrize(

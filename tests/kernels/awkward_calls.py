@@ -14,7 +14,13 @@ from neuroexapt.cuda_ops import cell as cell_ext
 from neuroexapt.cuda_ops import preprocess
 from neuroexapt.cuda_ops import sepconv as sepconv_ext
 from neuroexapt.cuda_ops import softmax_sum as softmax_sum_ext
-from neuroexapt.kernels import pool_triton, sepconv_triton, softmax_sum_triton
+from neuroexapt.kernels import (
+    interaction_operator_triton,
+    pool_triton,
+    sepconv_triton,
+    sequence_recommendation_interaction_triton,
+    softmax_sum_triton,
+)
 
 
 def tensor(*shape: int) -> torch.Tensor:
@@ -49,6 +55,21 @@ def call_sums() -> None:
             backward(op([tensor(1001) for _ in range(operands)], tensor(operands)))
 
 
+def call_interactions() -> None:
+    """Of fields and of sequences, padded and jagged, of one and several chunks of 64 items."""
+    for fields, width in ((0, 3), (5, 16), (33, 70)):
+        backward(interaction_operator_triton.interaction_operator(tensor(5, width), tensor(5, fields, width)))
+    interaction = sequence_recommendation_interaction_triton.sequence_recommendation_interaction
+    for length, width in ((7, 5), (150, 70)):
+        lengths = torch.tensor([length, 0, length // 2], device="cuda")
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        rows, times = tensor(int(offsets[-1]), width), torch.arange(int(offsets[-1]), device="cuda")
+        padded = interaction(tensor(3, length, width), tensor(3, width), tensor(), lengths=lengths)
+        place = {"timestamps": times, "offsets": offsets, "max_length": length}
+        for results in (padded, interaction(rows, tensor(3, width), tensor(), **place)):
+            torch.autograd.backward(results, [torch.randn_like(y) for y in results])
+
+
 def call_cells() -> None:
     """Whole fused cells, whose kernels take wide and narrow rows, one plane a block and several."""
     sizes = ((16, 7, 9), (32, 36, 40), (64, 5, 4))
@@ -72,4 +93,5 @@ if __name__ == "__main__":
     call_separable_convolutions()
     call_pools()
     call_sums()
+    call_interactions()
     torch.cuda.synchronize()

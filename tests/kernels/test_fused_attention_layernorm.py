@@ -108,6 +108,13 @@ def test_kernels_match_the_definition(batch, length, width, heads, head, nan_fil
 
 
 @runs_kernels
+def test_kernels_of_wide_rows_match_the_definition(nan_filled_empty):
+    sequences, weights = inputs(1, 9, 270, 2, 3)
+    error = largest_error(definition.fused_attention_layernorm, by_kernel, [*sequences, *weights])
+    assert error < 2e-5
+
+
+@runs_kernels
 def test_kernels_match_the_definition_at_one_position(nan_filled_empty):
     sequences, weights = inputs(3, 1, 5, 2, 4)
     tensors = [*sequences, *weights]

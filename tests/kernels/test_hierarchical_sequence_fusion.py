@@ -108,6 +108,22 @@ def test_what_does_not_fit_is_refused(options, message):
 
 
 @runs_kernels
+def test_kernels_of_wide_rows_match_the_definition(nan_filled_empty):
+    sequences, weights = inputs(2, 70, 140, (1, 3, 7, 15))
+    error = largest_error(definition.hierarchical_sequence_fusion, by_kernel, [*sequences, *weights])
+    assert error < 2e-5
+
+
+@runs_kernels
+def test_kernels_give_the_same_without_gradients(nan_filled_empty):
+    for width in (6, 140):
+        sequences, weights = inputs(1, 9, width, (1, 3, 7, 15))
+        y = by_kernel(*sequences, *(weight.requires_grad_() for weight in weights))
+        with torch.no_grad():
+            assert torch.equal(y, by_kernel(*sequences, *weights))
+
+
+@runs_kernels
 @pytest.mark.parametrize(("batch", "length", "width", "windows"), CASES)
 def test_kernels_match_the_definition(batch, length, width, windows, nan_filled_empty):
     sequences, weights = inputs(batch, length, width, windows)
@@ -121,9 +137,13 @@ def test_kernels_match_the_definition(batch, length, width, windows, nan_filled_
 
 
 @runs_kernels
+@pytest.mark.parametrize("widest_in_one_kernel", [16, 128])
 @pytest.mark.parametrize("lengths", [LENGTHS, [0, 0, 0]])
-def test_kernels_ignore_padding(lengths, nan_filled_empty):
-    sequences, weights = inputs(3, 70, 6, (1, 3, 7, 15))
+def test_kernels_ignore_padding(lengths, widest_in_one_kernel, nan_filled_empty, monkeypatch):
+    from neuroexapt.kernels import hierarchical_sequence_fusion_triton as kernels
+
+    monkeypatch.setattr(kernels, "_NARROW", widest_in_one_kernel)
+    sequences, weights = inputs(3, 70, 20, (1, 3, 7, 15))
     assert_padding_is_ignored(by_kernel, sequences, weights, lengths, tolerance=2e-6)
 
 

@@ -19,7 +19,7 @@ def by_hand(dense: Tensor, fields: Tensor) -> Tensor:
     for x, e in zip(dense, fields, strict=True):
         vectors = [x, *e]
         pairs = [vectors[i] @ vectors[j] for i in range(len(vectors)) for j in range(i)]
-        rows.append(torch.cat([x, torch.tensor(pairs, dtype=x.dtype)]))
+        rows.append(torch.cat([x, torch.stack(pairs)]))
     return torch.stack(rows)
 
 

@@ -1,4 +1,4 @@
-"""On the CPU all operators run in plain PyTorch; kernels that fail, or give wrong results, are made up here."""
+"""On the CPU all operators run in plain PyTorch; kernels that fail or give wrong results are made up."""
 
 import pytest
 import torch
@@ -201,7 +201,7 @@ def test_benchmark_times_every_operator_and_leaves_the_statistics_alone(x):
         assert row["reference_median_ms"] > 0
     assert manager.training
     assert all(stats["calls"] == 0 for stats in manager.get_operator_stats().values())
-    with pytest.raises(UserError, match="test_data has no key 'hidden_state'; did you mean 'hidden_states'?"):
+    with pytest.raises(UserError, match="test_data has no key 'hidden_state'; did you mean 'hidden_states'"):
         manager.benchmark_all_operators({"hidden_state": x})
 
 

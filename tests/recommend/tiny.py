@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class TinyRecommender(nn.Module):
     def __init__(self, num_items: int = 30, max_length: int = 6, width: int = 8) -> None:
         super().__init__()
-        self.num_items, self.max_length = num_items, max_length
+        self.num_items, self.max_length, self.has_times = num_items, max_length, False
         torch.manual_seed(0)
         self.items = nn.Embedding(num_items + 1, width)
         self.register_buffer("item_counts", torch.arange(num_items + 1).flip(0))

@@ -74,7 +74,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cell_strided_backward_parts", &cell_strided::backward_parts);
   m.def("cell_strided_backward", &cell_strided::backward);
 
-  pybind11::class_<dense_conv::Shape>(m, "DenseShape").def(pybind11::init<int, int, int, int, bool>());
+  pybind11::class_<dense_conv::Shape>(m, "DenseShape").def(pybind11::init<int, int, int, int, bool, bool>());
   pybind11::class_<dense_conv::Input>(m, "DenseInput").def(pybind11::init<Address, std::int64_t>());
   pybind11::class_<dense_conv::Job>(m, "DenseJob").def(pybind11::init<Address, Address, Address, int>());
   pybind11::class_<dense_conv::GradJob>(m, "DenseGradJob")

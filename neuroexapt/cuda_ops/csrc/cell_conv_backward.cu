@@ -565,6 +565,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
 template <int C, bool kWeights, typename T, bool kExact>
 __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeights>::kMinBlocks)
     backward_second_kernel(const __grid_constant__ BackwardLaunch launch) {
+  launching::let_next_begin();
   using B = Block<C, kWeights>;
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
@@ -601,6 +602,7 @@ struct CoefLaunch {
 
 // Grid: (channels, jobs). A warp adds up the parts of one channel.
 __global__ void first_coefficients_kernel(const __grid_constant__ CoefLaunch launch) {
+  launching::await_kernel_before();
   const CoefJob& job = launch.jobs[blockIdx.y];
   const int channel = blockIdx.x, C = launch.channels;
   const float2* sums = reinterpret_cast<const float2*>(job.sums);
@@ -700,7 +702,7 @@ void first_coefficients(const Shape& shape, bool training, const std::vector<Coe
     const size_t size = std::min(jobs.size() - first, size_t(kMaxGradJobs));
     CoefLaunch parameters{shape.channels, backward_parts(shape), training ? 1.f / count : 0.f, {}};
     std::copy_n(jobs.begin() + first, size, parameters.jobs);
-    launch(first_coefficients_kernel, dim3(shape.channels, size), 32, 0, stream, parameters);
+    launch_early(first_coefficients_kernel, dim3(shape.channels, size), 32, stream, parameters);
   }
 }
 

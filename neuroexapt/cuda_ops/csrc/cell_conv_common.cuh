@@ -14,6 +14,7 @@ namespace {
 
 using launching::check;
 using launching::launch;
+using launching::launch_early;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::multiply_strip;

@@ -103,24 +103,37 @@ __device__ void convolve_rows(float (&depthwise)[2][N][Unit<C>::kStrip], const f
   }
 }
 
-// sums = W_pw · (W_dw ⋆ tile) of a unit for N convolutions of a group.
+// What a warp does of a unit: all of it, or one of kShares shares, with as many input channels each. The sums of the
+// output channels from the share's own on come first: those that it will store.
+struct Share {
+  int number, count;
+
+  template <int C>
+  __device__ int first_channel() const {
+    return number * (C / count);
+  }
+};
+
+// sums = W_pw · (W_dw ⋆ tile) of a unit for N convolutions of a group, over the share's input channels.
 template <int C, int N, bool kExact>
 __device__ void convolve(Sums<C> (&sums)[N], const float* tile, const float* taps, const Group& group, int first,
-                         int unit, const Place<C>& at, const Geometry<C>& geometry) {
+                         int unit, Share share, const Place<C>& at, const Geometry<C>& geometry) {
   constexpr int kStrip = Unit<C>::kStrip;
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
   const int number = unit * 8 + Unit<C>::strip(g / 2, g % 2);
   const Strip strip{number % Unit<C>::kStripsPerRow * kStrip, at.y0 + number / Unit<C>::kStripsPerRow};
 #pragma unroll 1
-  for (int step = 0; step < C / 8; ++step) {  // eight channels: 16 · (step / 2) + 4q + 2 · (step % 2) + {0, 1}
+  for (int i = 0; i < C / 8 / share.count; ++i) {
+    const int step = share.first_channel<C>() / 8 + i;  // channels 16 · (step / 2) + 4q + 2 · (step % 2) + {0, 1}
     float2 weights[N][C / 16][2];  // asked for long before they are needed
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const float* at_step = group.convs[first + n].pointwise + step / 2 * 16 + 4 * q + step % 2 * 2;
 #pragma unroll
       for (int m = 0; m < C / 16; ++m) {
-        weights[n][m][0] = __ldg(reinterpret_cast<const float2*>(at_step + (m * 16 + g) * C));
-        weights[n][m][1] = __ldg(reinterpret_cast<const float2*>(at_step + (m * 16 + g + 8) * C));
+        const float* row = at_step + ((m * 16 + share.first_channel<C>()) % C + g) * C;
+        weights[n][m][0] = __ldg(reinterpret_cast<const float2*>(row));
+        weights[n][m][1] = __ldg(reinterpret_cast<const float2*>(row + 8 * C));
       }
     }
     float depthwise[2][N][kStrip] = {};
@@ -131,6 +144,34 @@ __device__ void convolve(Sums<C> (&sums)[N], const float* tile, const float* tap
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       multiply_strip<kExact>(sums[n].values, weights[n], depthwise[0][n], depthwise[1][n]);
+    }
+  }
+}
+
+// Adds up the sums of the two warps that share a unit, each those that it will store. `shared` has room for the other
+// half of every warp's sums.
+template <int C>
+__device__ void swap_halves(Sums<C>& sums, float4* shared, int partner) {
+  constexpr int kHalf = C / 32, kStrip = Unit<C>::kStrip;
+  const auto place = [&](int warp, int m, int t) -> float4& {
+    return shared[((warp * kHalf + m) * kStrip + t) * 32 + threadIdx.x % 32];
+  };
+#pragma unroll
+  for (int m = 0; m < kHalf; ++m) {
+#pragma unroll
+    for (int t = 0; t < kStrip; ++t) {
+      const float(&v)[4] = sums.values[kHalf + m][t];
+      place(threadIdx.x / 32, m, t) = make_float4(v[0], v[1], v[2], v[3]);
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < kHalf; ++m) {
+#pragma unroll
+    for (int t = 0; t < kStrip; ++t) {
+      const float4 v = place(partner, m, t);
+      float(&own)[4] = sums.values[m][t];
+      own[0] += v.x, own[1] += v.y, own[2] += v.z, own[3] += v.w;
     }
   }
 }
@@ -185,11 +226,11 @@ __device__ void store_run(storage::bf16* plane, const float (&v)[8], int run, co
   }
 }
 
-// Stores a unit's sums of one convolution, and their moments a channel into shared memory [unit][C]. kFull:
-// all pixels of the unit lie inside the picture, and its rows are aligned.
-template <int C, bool kFull, typename T>
+// Stores a unit's sums of one convolution, and their moments a channel into shared memory [unit][C]: of M · 16
+// channels. kFull: all pixels of the unit lie inside the picture, and its rows are aligned.
+template <int C, int M, bool kFull, typename T>
 __device__ void store_unit(const Sums<C>& sums, T* z, float2* moments, float* count, int unit,
-                           const Place<C>& at, const Shape& shape) {
+                           int first_channel, const Place<C>& at, const Shape& shape) {
   constexpr int kStrip = Unit<C>::kStrip, kLaneRuns = kStrip / 4;
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, plane = shape.height * shape.width;
   const bool aligned = shape.width % 4 == 0;
@@ -204,10 +245,10 @@ __device__ void store_unit(const Sums<C>& sums, T* z, float2* moments, float* co
   const float unit_count = sum_over_quad(float(total)), scale = 1.f / fmaxf(unit_count, 1.f);
   if (lane == 0) count[unit] = unit_count;
 #pragma unroll
-  for (int m = 0; m < C / 16; ++m) {
+  for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int channel = m * 16 + h * 8 + g;
+      const int channel = first_channel + m * 16 + h * 8 + g;
       float v[kLaneRuns][8], sum = 0.f, squares = 0.f;
 #pragma unroll
       for (int i = 0; i < kLaneRuns; ++i) {
@@ -233,10 +274,10 @@ __device__ void store_unit(const Sums<C>& sums, T* z, float2* moments, float* co
 }
 
 // The rare case, out of the way of the instruction cache.
-template <int C, typename T>
+template <int C, int M, typename T>
 __noinline__ __device__ void store_unit_at_border(Sums<C> sums, T* z, float2* moments, float* count, int unit,
-                                                  const Place<C>& at, const Shape& shape) {
-  store_unit<C, false>(sums, z, moments, count, unit, at, shape);
+                                                  int first_channel, const Place<C>& at, const Shape& shape) {
+  store_unit<C, M, false>(sums, z, moments, count, unit, first_channel, at, shape);
 }
 
 // The tile's moments from those of its units, merged as Chan, Golub and LeVeque do.
@@ -275,6 +316,7 @@ constexpr int blocks_at_a_time() {
 template <int C, int kGroupSize, typename T, bool kExact>
 __global__ void __launch_bounds__(kForwardThreads, (blocks_at_a_time<C, kGroupSize>()))
     forward_kernel(const __grid_constant__ ForwardLaunch launch) {
+  launching::let_next_begin();
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
   const Group& group = launch.groups[blockIdx.y];
@@ -303,31 +345,43 @@ __global__ void __launch_bounds__(kForwardThreads, (blocks_at_a_time<C, kGroupSi
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
   const bool full = at.y0 + Tile<C>::kRows <= shape.height && at.x0 + Tile<C>::kWidth <= shape.width &&
                     shape.width % (16 / sizeof(T)) == 0;
-  const auto run = [&](auto& sums, int first, int unit) {
-    constexpr int N = sizeof(sums) / sizeof(sums[0]);
-    convolve<C, N, kExact>(sums, tile, taps + first * C * kTapsPitch, group, first, unit, at, geometry);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      T* z = reinterpret_cast<T*>(group.convs[first + n].z) + picture;
-      float2* unit_moments = moments + (first + n) * Unit<C>::kCount * C;
-      float* unit_count = count + (first + n) * Unit<C>::kCount;
-      if (full) store_unit<C, true>(sums[n], z, unit_moments, unit_count, unit, at, shape);
-      else store_unit_at_border<C>(sums[n], z, unit_moments, unit_count, unit, at, shape);
-    }
-  };
   constexpr int kWarps = kForwardThreads / 32, kUnits = Unit<C>::kCount;
   const int warp = threadIdx.x / 32;
-  int single = 0;  // the first convolution that is not one of a pair
-  if constexpr (C == 16 && kGroupSize > 1) {
-    single = group.count & ~1;
-    for (int task = warp; task < single / 2 * kUnits; task += kWarps) {
-      Sums<C> sums[2];
-      run(sums, task / kUnits * 2, task % kUnits);
-    }
-  }
-  for (int task = single * kUnits + warp; task < group.count * kUnits; task += kWarps) {
+  const auto store = [&](const Sums<C>& sums, int n, int unit, auto row_blocks, int first_channel) {
+    constexpr int M = decltype(row_blocks)::value;
+    T* z = reinterpret_cast<T*>(group.convs[n].z) + picture;
+    float2* unit_moments = moments + n * kUnits * C;
+    float* unit_count = count + n * kUnits;
+    if (full) store_unit<C, M, true>(sums, z, unit_moments, unit_count, unit, first_channel, at, shape);
+    else store_unit_at_border<C, M>(sums, z, unit_moments, unit_count, unit, first_channel, at, shape);
+  };
+  const auto run = [&](auto& sums, int first, int unit) {
+    constexpr int N = sizeof(sums) / sizeof(sums[0]);
+    convolve<C, N, kExact>(sums, tile, taps + first * C * kTapsPitch, group, first, unit, {0, 1}, at, geometry);
+#pragma unroll
+    for (int n = 0; n < N; ++n) store(sums[n], first + n, unit, std::integral_constant<int, C / 16>(), 0);
+  };
+  if constexpr (kGroupSize * kUnits * 2 == kWarps) {
+    const Share share{warp / kUnits, 2};
+    const int unit = warp % kUnits;
     Sums<C> sums[1];
-    run(sums, task / kUnits, task % kUnits);
+    convolve<C, 1, kExact>(sums, tile, taps, group, 0, unit, share, at, geometry);
+    __syncthreads();  // nobody reads the tile and the taps any more
+    swap_halves<C>(sums[0], reinterpret_cast<float4*>(shared), warp ^ kUnits);
+    store(sums[0], 0, unit, std::integral_constant<int, C / 32>(), share.first_channel<C>());
+  } else {
+    int single = 0;  // the first convolution that is not one of a pair
+    if constexpr (C == 16 && kGroupSize > 1) {
+      single = group.count & ~1;
+      for (int task = warp; task < single / 2 * kUnits; task += kWarps) {
+        Sums<C> sums[2];
+        run(sums, task / kUnits * 2, task % kUnits);
+      }
+    }
+    for (int task = single * kUnits + warp; task < group.count * kUnits; task += kWarps) {
+      Sums<C> sums[1];
+      run(sums, task / kUnits, task % kUnits);
+    }
   }
   __syncthreads();
   for (int n = 0; n < group.count; ++n) {

@@ -16,6 +16,7 @@
 
 #include "async_copy.cuh"
 #include "launch.cuh"
+#include "storage.cuh"
 #include "tensor_core.cuh"
 #include "tiles.cuh"
 
@@ -28,15 +29,24 @@ using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::sum_over_quad;
-using tiles::load4;
+using storage::load2;
+using storage::load4;
+using storage::store2;
 using tiles::pad_to_bank;
 
 constexpr int kMultiprocessors = 132;  // that launches are cut for
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-__device__ const float* input(Address address) { return reinterpret_cast<const float*>(address); }
-__device__ float* output(Address address) { return reinterpret_cast<float*>(address); }
+template <typename T = float>
+__device__ const T* input(Address address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+template <typename T = float>
+__device__ T* output(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 __device__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
 
@@ -74,11 +84,12 @@ struct Place {
 };
 
 // Four pixels of relu(x), of which a block has channels from `first_channel` on.
+template <typename T>
 struct Active {
-  const float* picture;
+  const T* picture;
 
   __device__ Active(const Input& from, int batch_index, int first_channel, int plane)
-      : picture(input(from.x) + batch_index * from.batch_stride + int64_t(first_channel) * plane) {}
+      : picture(input<T>(from.x) + batch_index * from.batch_stride + int64_t(first_channel) * plane) {}
 
   static constexpr int kInFlight = 8;
   struct Loaded {
@@ -91,12 +102,14 @@ struct Active {
 };
 
 // Four pixels of dz.
+template <typename T>
 struct Gradient {
-  const float *g, *z, *coef;
+  const T *g, *z;
+  const float* coef;
 
   __device__ Gradient(const GradJob& job, int batch_index, int channels, int plane)
-      : g(input(job.g) + batch_index * job.g_batch_stride),
-        z(input(job.z) + int64_t(batch_index) * channels * plane),
+      : g(input<T>(job.g) + batch_index * job.g_batch_stride),
+        z(input<T>(job.z) + int64_t(batch_index) * channels * plane),
         coef(input(job.coef)) {}
 
   static constexpr int kInFlight = 4;
@@ -287,7 +300,7 @@ __device__ void store_moments(float* target, float* shared, const Sums<C>& sums,
 }
 
 // Shared memory: relu(x) [C, kPlane], W [kOut, kWeightPitch], sums of warps. Grid: (parts, slices of jobs).
-template <int C, bool kExact>
+template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(Block<C>::kThreads) fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
   using F = Forward<C>;
   const Shape& shape = launch.shape;
@@ -304,7 +317,7 @@ __global__ void __launch_bounds__(Block<C>::kThreads) fwd_kernel(const __grid_co
     constexpr int K = decltype(size)::value, kTaps = K * K, kPitch = F::weight_pitch(K);
     const float* source = input(job.weight) + first_out * C * kTaps;
     copy_rows_async<F::kOut, C * kTaps, kPitch, F::kThreads>(weights, source, C * kTaps);
-    const Active x(launch.input, place.picture, 0, plane);
+    const Active<T> x(launch.input, place.picture, 0, plane);
     fill_tile<C, C, F::kPlane, K / 2, F::kThreads>(tile, x, shape, place);
     wait_for_copies();
     __syncthreads();
@@ -315,7 +328,7 @@ __global__ void __launch_bounds__(Block<C>::kThreads) fwd_kernel(const __grid_co
     });
   });
 
-  float* z = output(job.z) + (int64_t(place.picture) * C + first_out + g) * plane;
+  T* z = output<T>(job.z) + (int64_t(place.picture) * C + first_out + g) * plane;
   bool inside[F::N];
 #pragma unroll
   for (int n = 0; n < F::N; ++n) {
@@ -326,8 +339,8 @@ __global__ void __launch_bounds__(Block<C>::kThreads) fwd_kernel(const __grid_co
     for (int m = 0; m < F::M; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float* target = z + int64_t(m * 16 + h * 8) * plane + y * shape.width + x;
-        *reinterpret_cast<float2*>(target) = make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]);
+        T* target = z + int64_t(m * 16 + h * 8) * plane + y * shape.width + x;
+        store2(target, make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]));
       }
     }
   }
@@ -354,7 +367,7 @@ struct GradientLaunch {
 };
 
 // Shared memory: dz [C, kPlane], W [C, kWeightPitch]. Grid: (tiles, slices of input channels, splits of the jobs).
-template <int C, bool kExact>
+template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(Block<C>::kThreads, 4) dx_kernel(const __grid_constant__ GradientLaunch launch) {
   using G = InputGradient<C>;
   const Shape& shape = launch.shape;
@@ -374,7 +387,7 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4) dx_kernel(const __grid_
       constexpr int K = decltype(size)::value, kTaps = K * K, kPitch = G::weight_pitch(K);
       const float* source = input(job.weight) + first_in * kTaps;
       copy_rows_async<C, G::kOut * kTaps, kPitch, G::kThreads>(weights, source, C * kTaps);
-      const Gradient dz(job, place.picture, C, plane);
+      const Gradient<T> dz(job, place.picture, C, plane);
       fill_tile<C, C, G::kPlane, K / 2, G::kThreads>(tile, dz, shape, place);
       wait_for_copies();
       __syncthreads();
@@ -387,8 +400,8 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4) dx_kernel(const __grid_
   }
 
   const int64_t first_plane = first_in + g;
-  const float* x = input(launch.input.x) + place.picture * launch.input.batch_stride + first_plane * plane;
-  float* dx = output(launch.dx) + ((int64_t(blockIdx.z) * shape.batch + place.picture) * C + first_plane) * plane;
+  const T* x = input<T>(launch.input.x) + place.picture * launch.input.batch_stride + first_plane * plane;
+  T* dx = output<T>(launch.dx) + ((int64_t(blockIdx.z) * shape.batch + place.picture) * C + first_plane) * plane;
 #pragma unroll
   for (int n = 0; n < G::N; ++n) {
     const int row = place.y + G::row(n), column = place.x + G::column(n) + 2 * q;
@@ -398,10 +411,10 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4) dx_kernel(const __grid_
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int64_t offset = int64_t(m * 16 + h * 8) * plane + row * shape.width + column;
-        const float2 at = __ldg(reinterpret_cast<const float2*>(x + offset));
+        const float2 at = load2(x + offset);
         // NaN lets gradients pass, as in PyTorch.
         const float2 v = make_float2(at.x <= 0.f ? 0.f : sums[m][n][2 * h], at.y <= 0.f ? 0.f : sums[m][n][2 * h + 1]);
-        *reinterpret_cast<float2*>(dx + offset) = v;
+        store2(dx + offset, v);
       }
     }
   }
@@ -446,7 +459,7 @@ __device__ void add_tile(float (&sums)[C / 16][K][4], const float* dz, const flo
 }
 
 // Shared memory: dz [C, kPlane], relu(x) [kIn, kPlane]. Grid: (parts, slices of input channels, jobs).
-template <int C, bool kExact>
+template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 2)
     dw_kernel(const __grid_constant__ GradientLaunch launch) {
   using G = WeightGradient<C>;
@@ -467,9 +480,9 @@ __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 2)
     for (int i = first; i < end; ++i) {
       const Place<C> place(shape, i);
       if (i > first) __syncthreads();  // the tiles before have been read
-      const Gradient dz(job, place.picture, C, plane);
+      const Gradient<T> dz(job, place.picture, C, plane);
       fill_tile<C, C, G::kPlane, 0, G::kThreads>(dz_tile, dz, shape, place);
-      const Active x(launch.input, place.picture, first_in, plane);
+      const Active<T> x(launch.input, place.picture, first_in, plane);
       fill_tile<C, G::kIn, G::kPlane, K / 2, G::kThreads>(x_tile, x, shape, place);
       __syncthreads();
       if (ky >= K) continue;
@@ -490,11 +503,11 @@ __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 2)
   });
 }
 
-// Calls f with the number of channels and the precision as compile-time constants.
+// Calls f with the number of channels, the Type of pictures and the precision of products.
 template <typename F>
 auto specialise(const Shape& shape, F f) {
   const auto with_precision = [&](auto C) {
-    return shape.exact ? f(C, std::true_type()) : f(C, std::false_type());
+    return storage::with_precision(shape.bf16, shape.exact, [&](auto type, auto exact) { return f(C, type, exact); });
   };
   switch (shape.channels) {
     case 16: return with_precision(std::integral_constant<int, 16>());
@@ -519,15 +532,15 @@ void put_jobs(Launch& parameters, const std::vector<J>& jobs) {
 }  // namespace
 
 int forward_parts(const Shape& shape) {
-  return specialise(shape, [&](auto C, auto) { return tiles_of<C()>(shape); });
+  return specialise(shape, [&](auto C, auto, auto) { return tiles_of<C()>(shape); });
 }
 
 int backward_parts(const Shape& shape) {
-  return specialise(shape, [&](auto C, auto) { return ceil_div(tiles_of<C()>(shape), tiles_of_block<C()>(shape)); });
+  return specialise(shape, [&](auto C, auto, auto) { return ceil_div(tiles_of<C()>(shape), tiles_of_block<C()>(shape)); });
 }
 
 int dx_splits(const Shape& shape, int jobs) {
-  return specialise(shape, [&](auto C, auto) {
+  return specialise(shape, [&](auto C, auto, auto) {
     const int blocks = tiles_of<C()>(shape) * Block<C()>::kSlices;
     return std::min(jobs, ceil_div(2 * kMultiprocessors, blocks));
   });
@@ -536,9 +549,9 @@ int dx_splits(const Shape& shape, int jobs) {
 void forward(const Shape& shape, const Input& input, const std::vector<Job>& jobs, Address stream) {
   ForwardLaunch parameters{shape, input, {}};
   put_jobs(parameters, jobs);
-  specialise(shape, [&](auto C, auto exact) {
+  specialise(shape, [&](auto C, auto type, auto exact) {
     using F = Forward<C()>;
-    launch(fwd_kernel<C(), exact()>, dim3(tiles_of<C()>(shape), jobs.size() * F::kSlices), F::kThreads,
+    launch(fwd_kernel<C(), typename decltype(type)::type, exact()>, dim3(tiles_of<C()>(shape), jobs.size() * F::kSlices), F::kThreads,
            F::kFloats * sizeof(float), stream, parameters);
   });
 }
@@ -547,19 +560,19 @@ void input_gradient(const Shape& shape, const Input& input, const std::vector<Gr
                     Address stream) {
   GradientLaunch parameters{shape, input, int(jobs.size()), splits, dx, 0, {}};
   put_jobs(parameters, jobs);
-  specialise(shape, [&](auto C, auto exact) {
+  specialise(shape, [&](auto C, auto type, auto exact) {
     using G = InputGradient<C()>;
-    launch(dx_kernel<C(), exact()>, dim3(tiles_of<C()>(shape), G::kSlices, splits), G::kThreads,
+    launch(dx_kernel<C(), typename decltype(type)::type, exact()>, dim3(tiles_of<C()>(shape), G::kSlices, splits), G::kThreads,
            G::kFloats * sizeof(float), stream, parameters);
   });
 }
 
 void weight_gradients(const Shape& shape, const Input& input, const std::vector<GradJob>& jobs, Address stream) {
-  specialise(shape, [&](auto C, auto exact) {
+  specialise(shape, [&](auto C, auto type, auto exact) {
     using G = WeightGradient<C()>;
     GradientLaunch parameters{shape, input, tiles_of<C()>(shape), 1, 0, tiles_of_block<C()>(shape), {}};
     put_jobs(parameters, jobs);
-    launch(dw_kernel<C(), exact()>, dim3(backward_parts(shape), G::kSlices, jobs.size()), G::kThreads,
+    launch(dw_kernel<C(), typename decltype(type)::type, exact()>, dim3(backward_parts(shape), G::kSlices, jobs.size()), G::kThreads,
            G::kFloats * sizeof(float), stream, parameters);
   });
 }

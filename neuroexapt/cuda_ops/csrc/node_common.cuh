@@ -16,6 +16,7 @@
 namespace node {
 
 using launching::launch;
+using launching::launch_early;
 using storage::with_storage;
 
 constexpr int kWarp = 32;

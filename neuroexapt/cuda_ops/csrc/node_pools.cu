@@ -19,6 +19,7 @@ struct PoolLaunch {
 // Grid: (parts / kWarps, channels, jobs).
 template <typename T, int K, int S, int V>
 __global__ void __launch_bounds__(kThreads, 5) pool_kernel(const __grid_constant__ PoolLaunch launch) {
+  launching::let_next_begin();
   const PoolShape& shape = launch.shape;
   const PoolJob& job = launch.jobs[blockIdx.z];
   const Shape out = output_shape(shape);
@@ -179,6 +180,7 @@ __device__ void gather_row(Values<V>& dx, const WindowGradients& windows, int ro
 // in shared memory; phase two gathers for every pixel of x, V of them a thread, those of the windows that hold it.
 template <typename T, int K, int S, int W, int V>
 __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_constant__ StateLaunch launch) {
+  launching::let_next_begin();
   extern __shared__ __align__(16) float shared[];
   constexpr int kRadius = K / 2;
   const PoolShape& shape = launch.shape;

@@ -13,6 +13,7 @@ struct MomentsLaunch {
 // Grid: (parts / kWarps, channels, jobs).
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) moments_kernel(const __grid_constant__ MomentsLaunch launch) {
+  launching::let_next_begin();
   const Shape& shape = launch.shape;
   const MomentsJob& job = launch.jobs[blockIdx.z];
   const int part = blockIdx.x * kWarps + threadIdx.x / kWarp, channel = blockIdx.y;
@@ -86,6 +87,7 @@ __device__ float2 stats_from(float mean, float variance, float eps) {
 // Grid: (blocks of channels, jobs).
 __global__ void __launch_bounds__(kMergeChannels* kMergeSplits)
     finalize_kernel(const __grid_constant__ StatsLaunch launch) {
+  launching::await_kernel_before();
   __shared__ Moments by_warp[kMergeWarps][kMergeChannels + 1];  // one more against bank conflicts
   const StatsJob& job = launch.jobs[blockIdx.y];
   const int first_channel = blockIdx.x * kMergeChannels;
@@ -148,8 +150,8 @@ void finalize(int channels, float eps, float momentum, const std::vector<StatsJo
   StatsLaunch parameters{channels, eps, momentum, {}};
   in_batches(jobs, std::size(parameters.jobs), [&](size_t first, size_t count) {
     std::copy_n(jobs.begin() + first, count, parameters.jobs);
-    launch(finalize_kernel, dim3(ceil_div(channels, kMergeChannels), count), kMergeChannels * kMergeSplits, 0,
-           stream, parameters);
+    launch_early(finalize_kernel, dim3(ceil_div(channels, kMergeChannels), count), kMergeChannels * kMergeSplits,
+                 stream, parameters);
   });
 }
 

@@ -96,6 +96,7 @@ __device__ float2 pooled_dots(const DotsLaunch& launch, const PooledTerms& pool,
 // Grid: (parts, channels, splits); the warps of all splits take turns.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, V == 4 ? 6 : 3) dots_kernel(const __grid_constant__ DotsLaunch launch) {
+  launching::let_next_begin();
   constexpr int kSlots = Share<V>::kSlots;
   const Shape& shape = launch.shape;
   const int part = blockIdx.x, channel = blockIdx.y, step = gridDim.z * kWarps;
@@ -172,6 +173,7 @@ int coefficient_lanes(int channels) {
 // Grid: terms.
 __global__ void __launch_bounds__(kCoefficientThreads)
     coefficients_kernel(const __grid_constant__ CoefficientsLaunch launch) {
+  launching::await_kernel_before();
   __shared__ float by_warp[kCoefficientWarps];
   const TermGradient& term = launch.terms[blockIdx.x];
   const int lanes = launch.lanes, lane = threadIdx.x % lanes;
@@ -274,7 +276,7 @@ void coefficients(const Shape& shape, bool training, const std::vector<TermGradi
   CoefficientsLaunch parameters{shape.channels, parts(shape), coefficient_lanes(shape.channels),
                                 training ? 1.f / count : 0.f, reinterpret_cast<const float*>(dots), {}};
   copy_into(parameters.terms, terms, "too many terms in one node");
-  launch(coefficients_kernel, dim3(terms.size()), kCoefficientThreads, 0, stream, parameters);
+  launch_early(coefficients_kernel, dim3(terms.size()), kCoefficientThreads, stream, parameters);
 }
 
 void affine_gradient(const Shape& shape, const std::vector<AffineJob>& jobs, Address stream) {

@@ -58,6 +58,7 @@ __host__ __device__ int columns_of_block(const Job& job) {
 // Grid: (blocks of columns, jobs).
 template <int V>
 __global__ void __launch_bounds__(kThreads, 4) sum_kernel(const __grid_constant__ Launch launch) {
+  launching::await_kernel_before();
   __shared__ Columns<V> by_thread[kThreads];
   const Job& job = launch.jobs[blockIdx.y];
   const int splits = splits_of(job), across = kThreads / splits;
@@ -109,7 +110,7 @@ void add_up(const std::vector<Job>& jobs, Address stream) {
         const int columns = columns_of_block<V()>(job);
         blocks = std::max(blocks, (job.size + columns - 1) / columns);
       }
-      launching::launch(sum_kernel<V()>, dim3(blocks, count), kThreads, 0, stream, parameters);
+      launching::launch_early(sum_kernel<V()>, dim3(blocks, count), kThreads, stream, parameters);
     }
   };
   if (std::all_of(jobs.begin(), jobs.end(), is_wide)) run(std::integral_constant<int, 4>());

@@ -295,6 +295,7 @@ __device__ void store_moments(float* target, const float2* moments, const Shape&
 // Grid: (parts, jobs).
 template <int M, int Stride, typename T, bool kExact>
 __global__ void __launch_bounds__(Block<M>::kThreads) fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
+  launching::let_next_begin();
   constexpr int kSummands = 2 * M * 64;  // of a warp
   const Shape& shape = launch.shape;
   const Job& job = launch.jobs[blockIdx.y];
@@ -545,6 +546,7 @@ __device__ void weight_gradient(float* partial, const float* x, const float* dz,
 // Grid: (parts, blocks of channels, targets).
 template <int M, int Stride, typename T, bool kExact>
 __global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_constant__ BackwardLaunch launch) {
+  launching::let_next_begin();
   const Shape& shape = launch.shape;
   const Tile& tile = launch.tile;
   const TargetOfLaunch& target = launch.targets[blockIdx.z];
