@@ -559,6 +559,12 @@ def test_an_edge_by_itself(monkeypatch, count, stride, training, channels, size)
     assert_as_good_as_eager(edge, inputs, reference=run_edge_reference, run=run_edge)
 
 
+def of_kind(kind: str, found: dict[str, Tensor]) -> Tensor:
+    """All that is named so, in a row."""
+    named = (tensor for name, tensor in found.items() if name.startswith(kind) and tensor is not None)
+    return torch.cat([tensor.double().flatten() for tensor in named])
+
+
 def under_autocast(run):
     def inside(module: nn.Module, *arguments: Tensor) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
@@ -581,13 +587,8 @@ def test_in_bf16_is_as_good_as_autocast(channels, size, reduction, training, wan
     actual = results(under_autocast(run_fused), cell, inputs, *wants)
     assert actual["y"].dtype == torch.bfloat16
     for kind in ("y", "grad of input", "grad of ", "buffer"):
-
-        def of_kind(found: dict[str, Tensor]) -> Tensor:
-            names = [name for name in found if name.startswith(kind) and found[name] is not None]
-            return torch.cat([found[name].flatten() for name in names])
-
-        wanted = of_kind(expected)
-        assert error(of_kind(actual), wanted) <= max(5e-3, 1.25 * error(of_kind(eager), wanted)), kind
+        got, found, wanted = (of_kind(kind, found) for found in (actual, eager, expected))
+        assert error(got, wanted) <= max(5e-3, 1.25 * error(found, wanted)), kind
 
 
 @gpu

@@ -26,12 +26,12 @@ namespace {
 using async_copies::copy_async;
 using async_copies::wait_for_copies;
 using launching::launch;
-using tensor_core::Fragment;
-using tensor_core::multiply;
-using tensor_core::sum_over_quad;
 using storage::load2;
 using storage::load4;
 using storage::store2;
+using tensor_core::Fragment;
+using tensor_core::multiply;
+using tensor_core::sum_over_quad;
 using tiles::pad_to_bank;
 
 constexpr int kMultiprocessors = 132;  // that launches are cut for
