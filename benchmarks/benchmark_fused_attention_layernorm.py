@@ -8,12 +8,13 @@ the repository's root: ``python benchmarks/benchmark_fused_attention_layernorm.p
 import functools
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import Results, Spread, copy_gbps
-from _sequences import Op, Sequences, compare, start, time_op
+from _harness import Spread, copy_gbps
+from _sequences import Comparison, Op, Sequences, compare, compile_in_parallel, run_once, start, time_op
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -96,61 +97,79 @@ def by_flex(sequences: Sequences) -> Op:
     return torch.compile(run, dynamic=False)
 
 
-def compare_case(
-    results: Results, batch: int, length: int, width: int, heads: int, quick: bool
-) -> Iterator[bool]:
+def comparisons(batch: int, length: int, width: int, heads: int, quick: bool) -> list[Comparison]:
     """Padded, all sequences full; then jagged, half as long in the mean."""
-    torch.compiler.reset()
     case = f"b{batch}-n{length}-d{width}-h{heads}"
-    plain = definition.fused_attention_layernorm
-    kernels = triton.fused_attention_layernorm
-    full = torch.full((batch,), length, device="cuda")
-    implementations: dict[str, Op] = {
+    plain, kernels = definition.fused_attention_layernorm, triton.fused_attention_layernorm
+    sequences = Sequences(batch, length)
+    by_padding = sequences.padded(plain, SEQUENCES)
+    padded: dict[str, Op] = {
         "eager": plain,
         **{name: functools.partial(by_kind_of_sdpa, kind) for name, kind in KINDS.items()},
         "sdpa-compile": torch.compile(by_sdpa, dynamic=False),
         "fused": kernels,
-        # The same without PyTorch's attention.
-        "fused-lengths": functools.partial(kernels, lengths=full),
+        # Without PyTorch's attention, which is not asked for sequences that may be short.
+        "fused-lengths": functools.partial(kernels, lengths=torch.full((batch,), length, device="cuda")),
     }
-    if quick:
-        implementations = {name: op for name, op in implementations.items() if name != "sdpa-efficient"}
-    make = functools.partial(make_inputs, batch, length, width=width, heads=heads)
-    yield compare(results, f"{case}/padded", implementations, plain, make)
-
-    sequences = Sequences(batch, length)
-    of_padded = sequences.padded(plain, SEQUENCES)
-    implementations = {
-        "eager": of_padded,
+    jagged: dict[str, Op] = {
+        "eager": by_padding,
         "sdpa": sequences.padded(by_sdpa, SEQUENCES),
-        "flex-compile": by_flex(sequences),
         "fused": functools.partial(kernels, **sequences.jagged),
     }
     if quick:
-        del implementations["flex-compile"]
-    make = functools.partial(make_inputs, sequences.rows, width=width, heads=heads)
-    yield compare(results, f"{case}/jagged", implementations, of_padded, make)
+        del padded["sdpa-efficient"]
+    else:
+        jagged["flex-compile"] = by_flex(sequences)
+    make_padded = functools.partial(make_inputs, batch, length, width=width, heads=heads)
+    make_jagged = functools.partial(make_inputs, sequences.rows, width=width, heads=heads)
+    return [
+        Comparison(f"{case}/padded", padded, plain, make_padded),
+        Comparison(f"{case}/jagged", jagged, by_padding, make_jagged),
+    ]
+
+
+def compile_one(case: tuple[int, int, int, int], is_jagged: bool, name: str) -> None:
+    """Fill the caches with what one implementation needs."""
+    comparison = comparisons(*case, quick=name != "flex-compile")[is_jagged]
+    run_once(comparison.implementations[name], comparison.make_inputs())
+
+
+def run_with_blocks(
+    case: tuple[int, int, int, int], kernel: str, sizes: tuple, run: Callable[..., Any]
+) -> Any:
+    """``run`` attention alone at ``case`` with other block sizes for one of its kernels."""
+    batch, length, width, heads = case
+    own, other, warps, stages = sizes
+    rows = {"BM": other, "BN": own} if kernel == "bwd_kv" else {"BM": own, "BN": other}
+    changed = rows | {"num_warps": warps, "num_stages": stages}
+    standard = causal_attention_triton._blocks
+    causal_attention_triton._blocks = lambda name, *key: (  # type: ignore[assignment]
+        standard(name, *key) | (changed if name == kernel else {})
+    )
+    try:
+        make = functools.partial(make_heads, batch, length, heads, width // heads)
+        return run(causal_attention_triton.causal_attention, make)
+    finally:
+        causal_attention_triton._blocks = standard
+
+
+def compile_blocks(case: tuple[int, int, int, int], kernel: str, sizes: tuple) -> None:
+    """Fill the caches with one kernel of these block sizes."""
+    run_with_blocks(case, kernel, sizes, lambda op, make: run_once(op, make()))
 
 
 def sweep() -> None:
     """Print the time of attention alone, forward and backward, with each kernel's block sizes in turn."""
-    standard = causal_attention_triton._blocks
-    for (batch, length, width, heads), kernel, sizes in itertools.product(CASES, KERNELS, BLOCKS):
-        own, other, warps, stages = sizes
-        rows = {"BM": other, "BN": own} if kernel == "bwd_kv" else {"BM": own, "BN": other}
-        changed = rows | {"num_warps": warps, "num_stages": stages}
-        causal_attention_triton._blocks = lambda name, *key, kernel=kernel, changed=changed: (  # type: ignore
-            standard(name, *key) | (changed if name == kernel else {})
-        )
-        case = f"n{length} d{width // heads} {kernel:6} {own}x{other}, {warps} warps, {stages} stages"
-        make = functools.partial(make_heads, batch, length, heads, width // heads)
+    combinations = list(itertools.product(CASES, KERNELS, BLOCKS))
+    compile_in_parallel(compile_blocks, combinations)
+    for case, kernel, sizes in combinations:
+        name = f"{case} {kernel:6} {sizes}"
         try:
-            spread = time_op(causal_attention_triton.causal_attention, make)
+            spread = run_with_blocks(case, kernel, sizes, time_op)
         except Exception as error:  # what does not fit the chip fails in many ways
-            print(f"{case}: {str(error).splitlines()[0][:80]}")
+            print(f"{name}: {str(error).splitlines()[0][:80]}")
             continue
-        print(f"{case}: {spread.median:.4f} ms", flush=True)
-    causal_attention_triton._blocks = standard
+        print(f"{name}: {spread.median:.4f} ms", flush=True)
 
 
 def main() -> int:
@@ -159,13 +178,24 @@ def main() -> int:
         if arguments.sweep:
             sweep()
             return 0
+        compared = {case: comparisons(*case, arguments.quick) for case in CASES}
+        compile_in_parallel(
+            compile_one,
+            [
+                (case, is_jagged, name)
+                for case, pair in compared.items()
+                for is_jagged, comparison in enumerate(pair)
+                for name in comparison.implementations
+                if "fused" in name or "compile" in name
+            ],
+        )
         bandwidth = copy_gbps().median
         for batch, length, width, heads in CASES:
             # Forward reads x, Q, K, V and writes y; backward reads Q, K, V, z, dy and writes four gradients.
             floor = Spread.exactly(14 * batch * length * width * 2 / bandwidth / 1e6)
-            case = f"b{batch}-n{length}-d{width}-h{heads}/padded"
-            results.add(case, "floor", "bfloat16", "device_ms", "ms", floor)
-        rights = [right for case in CASES for right in compare_case(results, *case, arguments.quick)]
+            case_name = f"b{batch}-n{length}-d{width}-h{heads}/padded"
+            results.add(case_name, "floor", "bfloat16", "device_ms", "ms", floor)
+        rights = [compare(results, comparison) for pair in compared.values() for comparison in pair]
         return int(not all(rights))
 
 

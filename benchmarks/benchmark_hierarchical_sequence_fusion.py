@@ -7,11 +7,13 @@ repository's root: ``python benchmarks/benchmark_hierarchical_sequence_fusion.py
 import functools
 import itertools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import Results, Spread, copy_gbps
-from _sequences import Sequences, compare, start, time_op
+from _harness import Spread, copy_gbps
+from _sequences import Comparison, Op, Sequences, compare, compile_in_parallel, run_once, start, time_op
 from torch import Tensor
 
 from neuroexapt.kernels import hierarchical_sequence_fusion as definition
@@ -55,55 +57,77 @@ def by_cumulative_sums(x: Tensor, *weights: Tensor) -> Tensor:
     return F.layer_norm(x + gate * F.linear(fused, out_weight), x.shape[-1:], norm_weight, norm_bias)
 
 
-def sweep() -> None:
-    """Print the time of each size of blocks."""
-    standard, standard_narrow = triton._blocks, triton._NARROW
-    for case, narrow, (rows, chunk, warps, stages) in itertools.product(CASES, (0, 256), BLOCKS):
-        changed = {"BM": rows, "BK": chunk, "num_warps": warps, "num_stages": stages}
-        triton._blocks = lambda *sizes, changed=changed: standard(*sizes) | changed  # type: ignore[assignment]
-        triton._NARROW = narrow
-        name = f"{case} {'one kernel' if narrow else 'products between'} {changed}"
-        try:
-            spread = time_op(triton.hierarchical_sequence_fusion, functools.partial(make_inputs, *case))
-        except Exception as error:  # what does not fit the chip fails in many ways
-            print(f"{name}: {str(error).splitlines()[0][:80]}")
-            continue
-        print(f"{name}: {spread.median:.4f} ms", flush=True)
-    triton._blocks, triton._NARROW = standard, standard_narrow
+def jagged_inputs(rows: int, width: int) -> list[Tensor]:
+    """x [T, D] and the weights."""
+    x, *weights = make_inputs(1, rows, width)
+    return [x[0].detach().requires_grad_(), *weights]
 
 
-def compare_case(results: Results, batch: int, length: int, width: int, quick: bool) -> bool:
+def comparisons(batch: int, length: int, width: int, quick: bool) -> list[Comparison]:
     """Padded, all sequences full; then jagged, half as long in the mean."""
-    torch.compiler.reset()
     case = f"b{batch}-n{length}-d{width}"
     plain, kernels = definition.hierarchical_sequence_fusion, triton.hierarchical_sequence_fusion
-    implementations = {
+    sequences = Sequences(batch, length)
+    by_padding = sequences.padded(plain, 1)
+    padded: dict[str, Op] = {
         "eager": plain,
         "cumsum": by_cumulative_sums,
         "compile": torch.compile(plain, dynamic=False),
         "cumsum-compile": torch.compile(by_cumulative_sums, dynamic=False),
         "fused": kernels,
     }
-    if quick:
-        implementations = {name: implementations[name] for name in ("eager", "compile", "fused")}
-    make_padded = functools.partial(make_inputs, batch, length, width)
-    all_right = compare(results, f"{case}/padded", implementations, plain, make_padded)
-
-    sequences = Sequences(batch, length)
-
-    def make_jagged() -> list[Tensor]:
-        x, *weights = make_inputs(1, sequences.rows, width)
-        return [x[0].detach().requires_grad_(), *weights]
-
-    implementations = {
-        "eager": sequences.padded(plain, 1),
-        "compile": torch.compile(sequences.padded(plain, 1), dynamic=False),
+    jagged: dict[str, Op] = {
+        "eager": by_padding,
+        "compile": torch.compile(by_padding, dynamic=False),
         "fused": functools.partial(kernels, **sequences.jagged),
     }
-    return (
-        compare(results, f"{case}/jagged", implementations, sequences.padded(plain, 1), make_jagged)
-        & all_right
-    )
+    if quick:
+        padded = {name: padded[name] for name in ("eager", "compile", "fused")}
+        jagged = {name: jagged[name] for name in ("eager", "fused")}
+    make_padded = functools.partial(make_inputs, batch, length, width)
+    make_jagged = functools.partial(jagged_inputs, sequences.rows, width)
+    return [
+        Comparison(f"{case}/padded", padded, plain, make_padded),
+        Comparison(f"{case}/jagged", jagged, by_padding, make_jagged),
+    ]
+
+
+def compile_one(case: tuple[int, int, int], is_jagged: bool, name: str) -> None:
+    """Fill the caches with what one implementation needs."""
+    comparison = comparisons(*case, quick=False)[is_jagged]
+    run_once(comparison.implementations[name], comparison.make_inputs())
+
+
+def run_with_blocks(case: tuple[int, int, int], narrow: int, changed: dict, run: Callable[..., Any]) -> Any:
+    """``run`` the kernels at ``case`` with other block sizes."""
+    standard, standard_narrow = triton._blocks, triton._NARROW
+    triton._blocks = lambda *sizes: standard(*sizes) | changed  # type: ignore[assignment]
+    triton._NARROW = narrow
+    try:
+        return run(triton.hierarchical_sequence_fusion, functools.partial(make_inputs, *case))
+    finally:
+        triton._blocks, triton._NARROW = standard, standard_narrow
+
+
+def compile_blocks(case: tuple[int, int, int], narrow: int, changed: dict) -> None:
+    """Fill the caches with the kernels of these block sizes."""
+    run_with_blocks(case, narrow, changed, lambda op, make: run_once(op, make()))
+
+
+def sweep() -> None:
+    """Print the time of each size of blocks."""
+    names = "BM", "BK", "num_warps", "num_stages"
+    sizes = [dict(zip(names, blocks, strict=True)) for blocks in BLOCKS]
+    combinations = list(itertools.product(CASES, (0, 256), sizes))
+    compile_in_parallel(compile_blocks, combinations)
+    for case, narrow, changed in combinations:
+        name = f"{case} {'one kernel' if narrow else 'products between'} {[*changed.values()]}"
+        try:
+            spread = run_with_blocks(case, narrow, changed, time_op)
+        except Exception as error:  # what does not fit the chip fails in many ways
+            print(f"{name}: {str(error).splitlines()[0][:80]}")
+            continue
+        print(f"{name}: {spread.median:.4f} ms", flush=True)
 
 
 def main() -> int:
@@ -112,12 +136,23 @@ def main() -> int:
         if arguments.sweep:
             sweep()
             return 0
+        compared = {case: comparisons(*case, arguments.quick) for case in CASES}
+        compile_in_parallel(
+            compile_one,
+            [
+                (case, is_jagged, name)
+                for case, pair in compared.items()
+                for is_jagged, comparison in enumerate(pair)
+                for name in comparison.implementations
+                if "fused" in name or "compile" in name
+            ],
+        )
         bandwidth = copy_gbps().median
         for batch, length, width in CASES:
             # Forward reads x and writes y, backward reads x and dy and writes dx.
             floor = Spread.exactly(5 * batch * length * width * 2 / bandwidth / 1e6)
             results.add(f"b{batch}-n{length}-d{width}/padded", "floor", "bfloat16", "device_ms", "ms", floor)
-        rights = [compare_case(results, *case, arguments.quick) for case in CASES]
+        rights = [compare(results, comparison) for pair in compared.values() for comparison in pair]
         return int(not all(rights))
 
 

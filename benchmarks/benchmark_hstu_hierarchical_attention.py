@@ -1,11 +1,11 @@
 """HSTU's attention with its position table against the ways to write it in PyTorch, forward and backward.
 
-``python benchmarks/benchmark_hstu_hierarchical_attention.py [--quick] [--sweep] [--out FILE]`` takes about
-four minutes on one GPU, with ``--quick`` (kernels and eager alone) one. Each implementation is held to the
-definition in fp64, its result and every gradient, on two of the sequences before it is timed; one that fails
-is reported, not timed, and makes the exit code 1. Where sequences are jagged their lengths spread evenly from
-half to all of N; what is not ours then runs on padded input. ``--sweep`` times each kernel for itself with
-other tiles than its table's.
+``python benchmarks/benchmark_hstu_hierarchical_attention.py [--length N] [--quick] [--sweep KERNEL …]`` takes
+about three minutes on one GPU, most of it for compiling; ``--quick`` leaves out what torch.compile compiles.
+Each implementation is held to the definition in fp64, its result and every gradient, before it is timed; one
+that fails is reported, not timed, and makes the exit code 1. Lengths of jagged sequences spread evenly from
+half to all of N. What takes padded input alone is not timed again there: it would do the same work.
+``--sweep`` times kernels by themselves with other tiles than their table's.
 
 FlexAttention has a softmax, which log(SiLU(s) + c) as score and the log-sum-exp undo: they give
 Σ (SiLU(s) + c) v, from which c Σ v is taken. ``public`` is the Triton kernel of meta-recsys's
@@ -15,10 +15,10 @@ package is installed, from N = 1,024 on, since it tunes itself for minutes.
 
 import functools
 import importlib.util
-import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,7 +34,7 @@ from _harness import (
     wall_ms,
 )
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from neuroexapt.kernels import hstu_hierarchical_attention_triton as kernels
 from neuroexapt.kernels.hstu_hierarchical_attention import hstu_hierarchical_attention as definition
@@ -79,6 +79,10 @@ class Case:
         leaves.append(torch.randn(2 * self.length - 1, device="cuda"))
         return leaves, dy * self.valid[..., None, None]
 
+    def layout(self) -> dict[str, Any]:
+        """What tells the kernels where the rows of jagged sequences are."""
+        return {"offsets": self.offsets, "max_length": self.length}
+
     def bytes(self) -> int:
         """Of q, k, v and the gradient of y."""
         return 4 * self.batch * self.length * self.width * DTYPE.itemsize
@@ -89,7 +93,7 @@ CASES = [
     for shape in ((128, 50, 64, 2), (128, 200, 64, 2), (32, 1024, 256, 4), (8, 4096, 256, 4))
     for is_jagged in (False, True)
 ]
-QUICK = ("triton", "eager")
+WIDE = Case(16, 1024, 512, 4)  # heads of 128, swept over too
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,9 @@ def flex(length: int) -> Implementation:
             return torch.log(s * torch.sigmoid(s) + _SHIFT)
 
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        y, logsumexp = compiled(query, key, value, score_mod=score, block_mask=mask, return_lse=True)
-        total = y.float() * torch.exp(logsumexp)[..., None] - _SHIFT * value.float().cumsum(2)
+        with_lse = AuxRequest(lse=True)
+        y, sums = compiled(query, key, value, score_mod=score, block_mask=mask, return_aux=with_lse)
+        total = y.float() * torch.exp(sums.lse)[..., None] - _SHIFT * value.float().cumsum(2)
         return (total / length).to(query.dtype).transpose(1, 2)
 
     return Implementation(attend)
@@ -145,7 +150,7 @@ def flex(length: int) -> Implementation:
 
 def triton(case: Case, has_bias: bool = True) -> Implementation:
     """This package's kernels."""
-    layout = {"offsets": case.offsets, "max_length": case.length} if case.is_jagged else {}
+    layout = case.layout() if case.is_jagged else {}
 
     def attend(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
         bias = table if has_bias else None
@@ -166,34 +171,37 @@ def public(case: Case) -> Implementation:
     return Implementation(attend, takes_rows=True, has_bias=False)
 
 
-def implementations(case: Case) -> dict[str, Callable[[Case], Implementation]]:
-    """What makes each for a case, by name; torch.compile anew, so that it specialises on the shape."""
-    torch.compiler.reset()
-    makers: dict[str, Callable[[Case], Implementation]] = {
-        "triton": triton,
-        "eager": lambda _case: Implementation(eager),
-        "compile": lambda _case: Implementation(torch.compile(eager, fullgraph=True, dynamic=False)),
-        "flex": lambda case: flex(case.length),
-        "triton-no-bias": functools.partial(triton, has_bias=False),
+def implementations(case: Case, quick: bool) -> dict[str, Callable[[], Implementation]]:
+    """What makes each, by name; torch.compile anew, so that it specialises on the shape."""
+    makers = {
+        "triton": lambda: triton(case),
+        "triton-no-bias": lambda: triton(case, has_bias=False),
     }
-    if case.length >= 1024 and importlib.util.find_spec("generative_recommenders"):
-        makers["public"] = public
+    if not case.is_jagged:
+        makers["eager"] = lambda: Implementation(eager)
+    if not case.is_jagged and not quick:
+        torch.compiler.reset()
+        makers["compile"] = lambda: Implementation(torch.compile(eager, fullgraph=True, dynamic=False))
+        makers["flex"] = lambda: flex(case.length)
+    if not quick and case.length >= 1024 and importlib.util.find_spec("generative_recommenders"):
+        makers["public"] = lambda: public(case)
     return makers
 
 
-def largest_error(make: Callable[[Case], Implementation], case: Case) -> float:
-    """Of y and every gradient on two sequences, relative to the largest value of the definition in fp64."""
-    case = replace(case, batch=2)
-    implementation = make(case)
+def largest_error(implementation: Implementation, case: Case) -> float:
+    """Of y and every gradient, relative to the largest value of the definition in fp64."""
+    torch.manual_seed(0)
     leaves, dy = implementation.inputs(case)
-    layout = {"offsets": case.offsets, "max_length": case.length} if implementation.takes_rows else {}
-    exact = Implementation(lambda q, k, v, t: definition(q, k, v, position_bias=t, **layout))
-    expected = exact.gradients([leaf.detach().double().requires_grad_() for leaf in leaves], dy.double())
     results = implementation.gradients(leaves, dy)
-    return max(
-        ((result.double() - wanted).abs().max() / wanted.abs().max()).item()
-        for result, wanted in zip(results, expected, strict=False)
-    )
+    rows = [x.detach() if implementation.takes_rows else x.detach()[case.valid] for x in (*leaves[:3], dy)]
+    *exact_leaves, exact_dy = (x.double().requires_grad_() for x in (*rows[:3], leaves[3].detach(), rows[3]))
+    exact = Implementation(lambda q, k, v, t: definition(q, k, v, position_bias=t, **case.layout()))
+    largest = 0.0
+    for result, wanted in zip(results, exact.gradients(exact_leaves, exact_dy), strict=False):
+        if result.shape != wanted.shape:
+            result = result[case.valid]
+        largest = max(largest, ((result.double() - wanted).abs().max() / wanted.abs().max()).item())
+    return largest
 
 
 def measure(implementation: Implementation, case: Case) -> dict[tuple[str, str], Spread]:
@@ -208,34 +216,37 @@ def measure(implementation: Implementation, case: Case) -> dict[tuple[str, str],
     }
 
 
-# What --sweep varies: the kernel's name, which gradients make a backward pass run it alone, and tiles as
-# queries, keys, warps, stages and registers a thread (0: as many as the compiler likes).
+# What --sweep tries by kernel and width of a head: queries, keys, warps, stages, registers a thread (0: any).
 SWEEP = {
-    "forward": ((), [(128, 64, 4, 3, 0), (128, 64, 8, 3, 128), (64, 64, 4, 3, 168), (64, 64, 4, 3, 128),
-                     (128, 128, 8, 2, 0), (64, 128, 4, 2, 0)]),
-    "query": ((0,), [(128, 64, 8, 3, 0), (128, 64, 8, 2, 128), (64, 64, 4, 3, 0), (64, 64, 4, 3, 168),
-                     (64, 128, 4, 2, 0), (64, 32, 4, 3, 128)]),
-    "key_value": ((1, 2), [(64, 128, 8, 2, 0), (64, 128, 8, 2, 128), (64, 64, 4, 2, 0), (64, 64, 4, 3, 168),
-                           (32, 128, 8, 3, 128), (32, 64, 4, 3, 168), (128, 64, 4, 2, 0)]),
-    "bias": ((3,), [(128, 64, 8, 2, 0), (128, 64, 8, 2, 128), (64, 64, 4, 2, 0), (64, 64, 4, 3, 168),
-                    (128, 128, 8, 2, 0), (64, 64, 8, 3, 0)]),
+    "forward": {
+        64: [(64, 64, 4, 3, 128), (64, 64, 4, 2, 128), (64, 32, 4, 3, 96), (64, 64, 4, 3, 168)],
+        128: [(128, 64, 8, 2, 0), (64, 64, 4, 2, 0), (64, 32, 4, 3, 168), (64, 32, 4, 2, 0)],
+    },
+    "query": {
+        64: [(64, 32, 4, 3, 128), (64, 64, 4, 2, 168), (64, 32, 4, 4, 128), (64, 64, 4, 3, 168)],
+        128: [(128, 64, 8, 2, 0), (64, 64, 4, 2, 0), (64, 32, 4, 2, 0), (64, 32, 4, 3, 168)],
+    },
+    "key_value": {
+        64: [(32, 64, 4, 3, 168), (32, 64, 4, 2, 168), (32, 64, 4, 3, 128), (64, 64, 4, 3, 168)],
+        128: [(64, 128, 8, 2, 0), (32, 64, 4, 2, 0), (64, 64, 4, 2, 0), (64, 64, 8, 2, 0)],
+    },
+    "bias": {
+        64: [(64, 64, 4, 2, 0), (64, 64, 4, 2, 168), (64, 64, 4, 3, 168), (64, 32, 4, 3, 168)],
+        128: [(64, 64, 4, 2, 0), (64, 64, 8, 2, 0), (64, 32, 4, 2, 0), (32, 32, 4, 3, 0)],
+    },
 }  # fmt: skip
+# Which leaves' gradients make a backward pass run a kernel by itself.
+GRADIENTS_OF = {"forward": (), "query": (0,), "key_value": (1, 2), "bias": (3,)}
 
 
-def sweep(results: Results) -> None:
-    """Time each kernel alone with several tiles."""
-    for case, (kernel, (wanted, tiles)) in itertools.product(CASES, SWEEP.items()):
-        if case.is_jagged or case.length < 1024:
-            continue
-        for tile in tiles:
-            rows = {DTYPE.itemsize: ((case.width, kernels.Blocks(*tile)),)}
-            with mock.patch.dict(kernels._BLOCKS, {kernel: rows}):
-                try:
-                    spread = time_alone(case, wanted)
-                except Exception as error:  # such as a tile too large for shared memory
-                    results.add_status(f"{case.name}/{kernel}", str(tile), "bfloat16", repr(error)[:80])
-                    continue
-            results.add(f"{case.name}/{kernel}", str(tile), "bfloat16", "device_ms", "ms", spread)
+def sweep(results: Results, kernel: str, case: Case) -> None:
+    """Time a kernel by itself with several tiles."""
+    width = case.width // case.heads
+    for tile in SWEEP[kernel][64 if width <= 64 else 128]:
+        table = {DTYPE.itemsize: ((width, kernels.Blocks(*tile)),)}
+        with mock.patch.dict(kernels._BLOCKS, {kernel: table}):
+            spread = time_alone(case, GRADIENTS_OF[kernel])
+        results.add(f"{case.name}/{kernel}", "x".join(map(str, tile)), "bfloat16", "device_ms", "ms", spread)
 
 
 def time_alone(case: Case, wanted: tuple[int, ...]) -> Spread:
@@ -254,31 +265,39 @@ def time_alone(case: Case, wanted: tuple[int, ...]) -> Spread:
     return device_ms(calls)
 
 
+def compare(results: Results, case: Case, quick: bool) -> bool:
+    """Time every implementation that is right; whether all are."""
+    are_right = True
+    for name, make in implementations(case, quick).items():
+        implementation = make()
+        error = largest_error(implementation, case)
+        if not error <= TOLERANCE:
+            results.add_status(case.name, name, "bfloat16", f"error {error:.1e}, so it is not timed")
+            are_right = False
+            continue
+        for (metric, unit), spread in measure(implementation, case).items():
+            results.add(case.name, name, "bfloat16", metric, unit, spread, error)
+    return are_right
+
+
 def main() -> int:
     parser = results_parser(BENCHMARK, __doc__ or "")
-    parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK)}")
-    parser.add_argument("--sweep", action="store_true", help="time each kernel with several tiles instead")
+    parser.add_argument("--length", type=int, help="only sequences of this length")
+    parser.add_argument("--quick", action="store_true", help="leave out what torch.compile compiles")
+    parser.add_argument("--sweep", nargs="+", choices=SWEEP, help="time these kernels with several tiles")
     arguments = parser.parse_args()
     results = open_results(BENCHMARK, arguments)
-    torch.manual_seed(0)
-    failed = False
+    cases = [case for case in CASES if arguments.length in (None, case.length)]
     # One stream for forward, backward and capture: autograd runs a backward where its forward ran.
     with torch.cuda.stream(torch.cuda.Stream()):
         if arguments.sweep:
-            sweep(results)
+            padded = [case for case in cases if not case.is_jagged]
+            for kernel in arguments.sweep:
+                for case in (*padded, WIDE):
+                    sweep(results, kernel, case)
             return 0
-        for case in CASES:
-            for name, make in implementations(case).items():
-                if arguments.quick and name not in QUICK:
-                    continue
-                error = largest_error(make, case)
-                if not error <= TOLERANCE:
-                    results.add_status(case.name, name, "bfloat16", f"error {error:.1e}, so it is not timed")
-                    failed = True
-                    continue
-                for (metric, unit), spread in measure(make(case), case).items():
-                    results.add(case.name, name, "bfloat16", metric, unit, spread, error)
-    return int(failed)
+        are_right = [compare(results, case, arguments.quick) for case in cases]
+    return int(not all(are_right))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,32 @@
 """Recommenders of the space ``seqrec`` on Amazon Beauty and MovieLens-100K: how well and how fast.
 
-``python benchmarks/sequence_recommenders.py --beauty beauty.txt.gz`` trains the hand-built SASRec and HSTU
-and random genotypes over ``--seeds``, searches for a network of no more parameters than the better one's, and
-trains what was found alike, on full-catalogue HR@10 and NDCG@10 (leave one out; the network of the epoch that
-validates best is tested). ``--movielens ml-100k.inter`` trains HSTU with and without its bias by time.
-``--parts`` chooses among them, ``--sweep`` instead compares settings, a seed each. ``--jobs`` trainings share
-the GPU; times are then not recorded. Products are in TF32.
+``python benchmarks/sequence_recommenders.py --beauty beauty.txt.gz --movielens ml-100k.inter`` does in turn,
+or what ``--parts`` names of it:
 
-``--quick`` makes up a small data set, for a look at the script on a CPU.
+tune        trains the hand-built SASRec and HSTU with each of a few settings, a seed each; what validates
+            best in the mean of both is used from there on
+controls    trains SASRec, HSTU and a random genotype from every one of ``--seeds``
+search      searches from several seeds by several strategies, for networks of no more parameters than the
+            better hand-built one has; trains each found genotype from one seed; trains the one that validates
+            best from all seeds
+movielens   trains HSTU with and without its bias by time
+
+Figures are HR@10 and NDCG@10 over the whole catalogue, leaving one out; what is tested is the network of the
+epoch that validated best, and the test decides nothing. ``--jobs`` trainings share the GPUs: seconds are of
+shared ones then. Products are in TF32. ``--quick`` makes up a small data set, to try the script on a CPU.
 """
 
 import argparse
 import itertools
 import multiprocessing
+import os
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,85 +43,172 @@ from neuroexapt.recommend.metrics import gains, hits, target_ranks
 from neuroexapt.spaces import SPACES
 from neuroexapt.spaces.seqrec import SEQREC
 
-PARTS = ("controls", "search", "movielens")
-LENGTHS = {"beauty": 50, "movielens": 200}
+PARTS = ("tune", "controls", "search", "movielens")
+MOVIELENS_LENGTH = 200
+HAND_BUILT = ("SASRec", "HSTU")
+FIGURES = {
+    "hr@10": ("test_accuracy", "share"),
+    "ndcg@10": ("test_ndcg", "share"),
+    "valid_ndcg@10": ("valid_ndcg", "share"),
+    "parameters": ("parameters", ""),
+    "best_epoch": ("best_epoch", ""),
+    "train_s": ("training_seconds", "s"),
+}
+"""Metrics by their names in the results of ``train``."""
 QUICK = {"init_channels": 16, "epochs": 3, "batch_size": 32, "backend": "cpu"}
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Settings of a run, and fields of the space, that differ from the usual ones."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, Any] = field(default_factory=dict)
+
+    def register(self) -> str:
+        """The name of the space."""
+        name = "-".join(["seqrec", *(f"{key}={value}" for key, value in sorted(self.space.items()))])
+        SPACES[name] = replace(SEQREC, name=name, **self.space)
+        return name
+
+    def __or__(self, other: "Variant") -> "Variant":
+        return Variant(self.settings | other.settings, self.space | other.space)
+
+
+VARIANTS = [
+    Variant(space={"dropout": 0.2}),
+    Variant(space={"dropout": 0.5}),
+    Variant({"learning_rate": 3e-3, "batch_size": 256}, {"dropout": 0.5}),
+    Variant(space={"dropout": 0.3, "cosine": True, "negatives": 128}),
+    Variant(space={"dropout": 0.5, "cosine": True}),
+]
+
+
+@dataclass(frozen=True)
 class Training:
-    """``genotype``: name or text, or "random"; ``space``: fields of the space that differ from ``seqrec``."""
+    """``genotype``: name or text, or "random"."""
 
     name: str
     genotype: str
     dataset: str
     seed: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    space: dict[str, Any] = field(default_factory=dict)
+    variant: Variant
 
 
-def register(changes: dict[str, Any]) -> str:
-    """The name of the space with these changes."""
-    name = "-".join(["seqrec", *(f"{key}={value}" for key, value in sorted(changes.items()))])
-    SPACES[name] = replace(SEQREC, name=name, **changes)
-    return name
+@dataclass(frozen=True)
+class Search:
+    strategy: str
+    dataset: str
+    seed: int
+    epochs: int
+    max_params: int
+    variant: Variant
 
 
 def train(training: Training) -> dict[str, Any]:
     """What ``neuroexapt.evaluate`` makes of it, in a folder that is thrown away."""
     torch.set_float32_matmul_precision("high")
+    space, genotype = training.variant.register(), training.genotype
+    settings = {"quiet": True, "seed": training.seed, **training.variant.settings}
+    if genotype == "random":
+        generator = torch.Generator().manual_seed(training.seed)
+        genotype = str(SPACES[space].random_genotype(generator, layers=2))
     with tempfile.TemporaryDirectory() as folder:
-        space = register(training.space)
-        genotype = training.genotype
-        if genotype == "random":
-            generator = torch.Generator().manual_seed(training.seed)
-            genotype = str(SPACES[space].random_genotype(generator, layers=2))
-        settings = {"quiet": True, "out": Path(folder) / "run", "seed": training.seed, **training.settings}
-        found = evaluate(dataset=training.dataset, space=space, genotype=genotype, **settings)
-        return found.result | {"genotype": genotype, "best_epoch": best_epoch(found.curves["evaluate"])}
+        found = evaluate(
+            dataset=training.dataset, space=space, genotype=genotype, out=Path(folder) / "run", **settings
+        )
+    valid = found.curves["evaluate"]["valid_ndcg"]
+    best = {"best_epoch": valid.index(max(valid)), "valid_ndcg": max(valid)}
+    return found.result | best | {"genotype": genotype}
 
 
-def best_epoch(curves: dict[str, list[float]]) -> int:
-    return max(range(len(curves["valid_ndcg"])), key=curves["valid_ndcg"].__getitem__)
+def run_search(wanted: Search) -> dict[str, Any]:
+    """Genotype, α and seconds of ``neuroexapt.search``; what it found is not trained."""
+    torch.set_float32_matmul_precision("high")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found = search(
+            dataset=wanted.dataset,
+            space=wanted.variant.register(),
+            strategy=wanted.strategy,
+            seed=wanted.seed,
+            max_params=wanted.max_params,
+            train_epochs=0,
+            out=Path(folder) / "run",
+            quiet=True,
+            **(wanted.variant.settings | {"epochs": wanted.epochs}),
+        )
+    seconds = time.perf_counter() - start
+    alpha = found.curves["search"]["alpha"][-1]
+    return {**found.result, "genotype": str(found.genotype), "alpha": alpha, "seconds": seconds}
 
 
-def run_all(
-    trainings: Iterable[Training], jobs: int, each: Callable[[Training, dict[str, Any]], None]
-) -> None:
-    if jobs == 1:
-        for training in trainings:
-            each(training, train(training))
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        trainings = list(trainings)
-        for training, result in zip(trainings, pool.map(train, trainings), strict=True):
-            each(training, result)
+class Pool:
+    """Runs trainings and searches, several at a time, spread over the GPUs that are visible."""
+
+    def __init__(self, jobs: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        gpus = context.Queue()
+        visible = visible_gpus()
+        for job in range(jobs):
+            gpus.put(visible[job % len(visible)])
+        self._executor = (
+            ProcessPoolExecutor(jobs, context, initializer=_use_gpu, initargs=(gpus,)) if jobs > 1 else None
+        )
+
+    def train(self, trainings: Sequence[Training]) -> dict[str, list[dict[str, Any]]]:
+        """Results by name, in order."""
+        found = defaultdict(list)
+        for training, result in zip(trainings, self._map(train, trainings), strict=True):
+            found[training.name].append(result)
+            figures = f"{result['test_accuracy']:.4f} {result['test_ndcg']:.4f}"
+            best = f"valid {result['valid_ndcg']:.4f} in epoch {result['best_epoch']} of {result['epochs']}"
+            seconds = f"{result['training_seconds']:.0f} s, {result['parameters']:,} parameters"
+            print(f"{training.name} seed {training.seed}: {figures}, {best}, {seconds}", flush=True)
+        return dict(found)
+
+    def search(self, searches: Sequence[Search]) -> list[dict[str, Any]]:
+        found = []
+        for wanted, result in zip(searches, self._map(run_search, searches), strict=True):
+            found.append(result)
+            shown = f"{result['seconds']:.0f} s, valid {result['valid_accuracy']:.4f}: {result['genotype']}"
+            print(f"{wanted.strategy} seed {wanted.seed}: {shown}", flush=True)
+        return found
+
+    def _map(self, run: Any, tasks: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        return self._executor.map(run, tasks) if self._executor else map(run, tasks)
 
 
-def record(results: Results, case: str, found: dict[str, list[dict[str, Any]]], timed: bool) -> None:
+def visible_gpus() -> list[str]:
+    """Their names for CUDA; one where there are none. Not to be asked in a process that uses but one."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return chosen.split(",") if chosen else [str(n) for n in range(max(1, torch.cuda.device_count()))]
+
+
+def _use_gpu(gpus: Any) -> None:
+    """Each process has one of its own, before CUDA starts in it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+
+
+def record(results: Results, case: str, found: dict[str, list[dict[str, Any]]], jobs: int) -> None:
     """Of each network, figures of all its seeds."""
     for name, runs in found.items():
-        for metric, key, unit in (
-            ("hr@10", "test_accuracy", "share"),
-            ("ndcg@10", "test_ndcg", "share"),
-            ("parameters", "parameters", ""),
-            ("epochs", "epochs", ""),
-            ("train_s", "training_seconds", "s"),
-        ):
+        for metric, (key, unit) in FIGURES.items():
             values = [run[key] for run in runs]
-            if metric == "train_s" and not timed:
-                continue
-            spread = Spread.of(values) if len(values) > 1 else Spread.exactly(values[0])
-            mean = statistics.fmean(values)
-            results.record(case, name, "fp32", metric, unit=unit, mean=mean, values=values, **vars(spread))
-            print(f"{case:12} {name:14} {metric:10} {mean:10.4f} {unit}  {values}", flush=True)
-        results.record(case, name, "fp32", "genotypes", values=sorted({run["genotype"] for run in runs}))
+            spread = vars(Spread.of(values) if len(values) > 1 else Spread.exactly(values[0]))
+            figures = {"unit": unit, "mean": statistics.fmean(values), "values": values, **spread}
+            results.record(
+                case, name, "tf32", metric, **figures, trainings_per_device=jobs / len(visible_gpus())
+            )
+        genotypes = [run["genotype"] for run in runs]
+        results.record(case, name, "tf32", "genotypes", values=genotypes)
+        means = (statistics.fmean(run[key] for run in runs) for key, _ in FIGURES.values())
+        print(f"{case} {name}:", ", ".join(f"{m} {v:.5g}" for m, v in zip(FIGURES, means, strict=True)))
 
 
-def record_popularity(results: Results, case: str, dataset: str, max_length: int) -> None:
+def record_popularity(results: Results, case: str, dataset: str) -> None:
     """The same ten items for everybody: those that occur most in the training data."""
-    data = load_sequences(Path(dataset.removeprefix("seq:")), max_length)
+    data = load_sequences(Path(dataset.removeprefix("seq:")))
     counts = data.item_counts.float()[:, None]
     targets = data.test.labels.max(dim=1).values
     ranks = torch.cat([target_ranks(torch.ones(len(t), 1), counts, t) for t in targets.split(512)])
@@ -121,75 +216,51 @@ def record_popularity(results: Results, case: str, dataset: str, max_length: int
         results.add(case, "popularity", "fp32", metric, "share", Spread.exactly(values.mean().item()))
 
 
-def controls(dataset: str, seeds: int, settings: dict[str, Any]) -> list[Training]:
-    names = ("SASRec", "HSTU", "random")
-    return [
-        Training(name, name, dataset, seed, settings) for seed, name in itertools.product(range(seeds), names)
-    ]
-
-
-def time_biases(dataset: str, seeds: int, settings: dict[str, Any]) -> list[Training]:
-    return [
-        Training(name, "HSTU", dataset, seed, settings, {"times": times})
-        for seed in range(seeds)
-        for name, times in (("HSTU, time bias", True), ("HSTU, no time bias", False))
-    ]
-
-
-def count_parameters_of(genotype: str, dataset: str, channels: int) -> int:
-    facts = load_sequences(Path(dataset.removeprefix("seq:"))).facts
-    chosen: Any = load_genotype(genotype)
-    return count_parameters(SEQREC.network(chosen, **facts, channels=channels, layers=2))
-
-
-def run_search(results: Results, case: str, dataset: str, arguments: argparse.Namespace, limit: int) -> str:
-    """The genotype that is found, whose network is no larger than that of ``--no-more-than``."""
-    torch.set_float32_matmul_precision("high")
-    settings = arguments.settings | {"epochs": arguments.search_epochs}
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        found = search(
-            dataset=dataset,
-            space=register({}),
-            strategy=arguments.strategy,
-            train_epochs=0,
-            max_params=limit,
-            out=Path(folder) / "run",
-            quiet=True,
-            **settings,
-        )
-        seconds = time.perf_counter() - start
-    results.add(case, "search", "fp32", "wall_s", "s", Spread.exactly(seconds))
-    results.record(case, "search", "fp32", "alpha", values=found.curves["search"]["alpha"][-1])
-    print(found.genotype, found.result["valid_accuracy"], flush=True)
-    return str(found.genotype)
-
-
-SWEEP: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {"dropout": 0.3}),
-    ({}, {"dropout": 0.5}),
-    ({"batch_size": 512, "learning_rate": 2e-3}, {"dropout": 0.5}),
-    ({}, {"dropout": 0.3, "cosine": True}),
-    ({}, {"dropout": 0.3, "cosine": True, "negatives": 128}),
-    ({"init_channels": 128}, {"dropout": 0.5}),
-]
-"""Settings of the run, and of the space."""
-
-
-def sweep(results: Results, arguments: argparse.Namespace, dataset: str) -> None:
+def tuned(results: Results, pool: Pool, dataset: str, variant: Variant) -> Variant:
+    """Of ``VARIANTS`` the one with which both hand-built networks validate best."""
     trainings = [
-        Training(f"{genotype} {settings | space}", genotype, dataset, 0, arguments.settings | settings, space)
-        for settings, space in SWEEP
-        for genotype in ("SASRec", "HSTU")
+        Training(f"{number}", name, dataset, 0, variant | change)
+        for number, change in enumerate(VARIANTS)
+        for name in HAND_BUILT
     ]
+    found = pool.train(trainings)
+    for training, result in zip(trainings, itertools.chain(*found.values()), strict=True):
+        figures = {metric: result[key] for metric, (key, _) in FIGURES.items()}
+        results.record("tune", f"{training.genotype} {training.variant}", "tf32", "figures", **figures)
+    means = [statistics.fmean(run["valid_ndcg"] for run in runs) for runs in found.values()]
+    best = VARIANTS[means.index(max(means))]
+    print("tuned:", best, flush=True)
+    return variant | best
 
-    def show(training: Training, result: dict[str, Any]) -> None:
-        figures = {name: result[name] for name in ("test_accuracy", "test_ndcg", "epochs", "best_epoch")}
-        results.record("sweep", training.name, "fp32", "figures", **figures)
-        shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        print(f"{training.name:75} {shown} {result['training_seconds']:.0f} s", flush=True)
 
-    run_all(trainings, arguments.jobs, show)
+def count_parameters_of(genotype: str, dataset: str, variant: Variant) -> int:
+    facts = load_sequences(Path(dataset.removeprefix("seq:"))).facts
+    sizes = {**SEQREC.defaults, **variant.settings}
+    chosen: Any = load_genotype(genotype)
+    network = SEQREC.network(chosen, **facts, channels=sizes["init_channels"], layers=sizes["layers"])
+    return count_parameters(network)
+
+
+def search_and_train(
+    results: Results, pool: Pool, dataset: str, limit: int, variant: Variant, arguments: argparse.Namespace
+) -> None:
+    start = time.perf_counter()
+    searches = [
+        Search(strategy, dataset, seed, arguments.search_epochs, limit, variant)
+        for seed in range(arguments.searches)
+        for strategy in arguments.strategies
+    ]
+    found = pool.search(searches)
+    for wanted, result in zip(searches, found, strict=True):
+        kept = {name: result[name] for name in ("genotype", "alpha", "seconds", "valid_accuracy")}
+        results.record("beauty", wanted.strategy, "tf32", "search", seed=wanted.seed, limit=limit, **kept)
+    genotypes = list(dict.fromkeys(result["genotype"] for result in found))
+    candidates = pool.train([Training(g, g, dataset, arguments.seeds, variant) for g in genotypes])
+    chosen = max(genotypes, key=lambda genotype: candidates[genotype][0]["valid_ndcg"])
+    results.add("beauty", "searched", "tf32", "search_s", "s", Spread.exactly(time.perf_counter() - start))
+    trainings = [Training("searched", chosen, dataset, s, variant) for s in range(arguments.seeds)]
+    record(results, "beauty", pool.train(trainings), arguments.jobs)
+    results.add("beauty", "searched", "tf32", "total_s", "s", Spread.exactly(time.perf_counter() - start))
 
 
 def write_made_up(path: Path) -> None:
@@ -205,71 +276,58 @@ def write_made_up(path: Path) -> None:
 
 
 def arguments_from_command_line() -> argparse.Namespace:
-    parser = results_parser("sequence_recommenders", __doc__)
+    parser = results_parser("sequence_recommenders", __doc__ or "")
     parser.add_argument("--beauty", type=Path, help="sequences of Amazon Beauty, a user a line")
     parser.add_argument("--movielens", type=Path, help="MovieLens-100K, as RecBole's ml-100k.inter")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
-    parser.add_argument("--epochs", type=int, default=100, help="at most, of each training")
-    parser.add_argument("--strategy", default="darts", help="of the search")
-    parser.add_argument("--search-epochs", type=int, default=30)
-    parser.add_argument("--no-more-than", help="genotype whose parameters limit the searched network's")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings and searches at a time")
+    parser.add_argument("--epochs", type=int, default=60, help="at most, of each training")
+    parser.add_argument("--strategies", nargs="+", default=["darts", "drnas"], help="of the searches")
+    parser.add_argument("--searches", type=int, default=2, help="seeds of each strategy")
+    parser.add_argument("--search-epochs", type=int, default=25)
+    parser.add_argument("--no-more-than", choices=HAND_BUILT, help="whose parameters limit the searched one")
+    parser.add_argument("--variant", type=int, help="number of the settings to use, of those that tune tries")
     parser.add_argument("--backend", default="auto", help="of all trainings, as of neuroexapt search")
-    parser.add_argument("--genotypes", nargs="*", default=[], help="further ones to train, by file or text")
-    parser.add_argument("--sweep", action="store_true", help="compare settings")
     parser.add_argument("--quick", action="store_true", help="made-up data on the CPU")
     return parser.parse_args()
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    arguments.settings = {"epochs": arguments.epochs, "backend": arguments.backend}
+    variant = Variant({"epochs": arguments.epochs, "backend": arguments.backend})
     if arguments.quick:
         write_made_up(folder / "made_up.csv")
         arguments.beauty = arguments.movielens = folder / "made_up.csv"
-        arguments.settings = QUICK
         arguments.search_epochs = 2
+        variant = Variant(QUICK)
     results = open_results("sequence_recommenders", arguments, "cpu" if arguments.quick else "cuda")
-    datasets = {name: f"seq:{getattr(arguments, name)}" for name in LENGTHS}
-    found: dict[str, list[dict[str, Any]]] = {}
-
-    def keep(training: Training, result: dict[str, Any]) -> None:
-        found.setdefault(training.name, []).append(result)
-        figures = f"{result['test_accuracy']:.4f} {result['test_ndcg']:.4f} of epoch {result['best_epoch']}"
-        seconds = result["training_seconds"]
-        print(f"{training.name} seed {training.seed}: {figures}, {seconds:.0f} s", flush=True)
-
-    def train_all(name: str, trainings: list[Training]) -> None:
-        found.clear()
-        run_all(trainings, arguments.jobs, keep)
-        record(results, name, found, timed=arguments.jobs == 1)
-
-    beauty = datasets["beauty"]
-    if arguments.sweep:
-        sweep(results, arguments, beauty)
-        return
-    better = "HSTU"
+    beauty, movielens = f"seq:{arguments.beauty}", f"seq:{arguments.movielens}"
+    pool = Pool(arguments.jobs)
+    if arguments.variant is not None:
+        variant |= VARIANTS[arguments.variant]
+    elif "tune" in arguments.parts:
+        variant = tuned(results, pool, beauty, variant)
+    better = arguments.no_more_than or "HSTU"
     if "controls" in arguments.parts:
-        record_popularity(results, "beauty", beauty, LENGTHS["beauty"])
-        train_all("beauty", controls(beauty, arguments.seeds, arguments.settings))
-        better = max("SASRec", "HSTU", key=lambda name: sum(run["test_ndcg"] for run in found[name]))
-    chosen = list(arguments.genotypes)
-    if "search" in arguments.parts:
-        width = arguments.settings.get("init_channels", SEQREC.defaults["init_channels"])
-        limit = count_parameters_of(arguments.no_more_than or better, beauty, width)
-        chosen.append(run_search(results, "beauty", beauty, arguments, limit))
-    for genotype in chosen:
-        train_all(
-            "beauty",
-            [
-                Training("searched", genotype, beauty, seed, arguments.settings)
-                for seed in range(arguments.seeds)
-            ],
+        record_popularity(results, "beauty", beauty)
+        names = itertools.product(range(arguments.seeds), (*HAND_BUILT, "random"))
+        found = pool.train([Training(name, name, beauty, seed, variant) for seed, name in names])
+        record(results, "beauty", found, arguments.jobs)
+        better = arguments.no_more_than or max(
+            HAND_BUILT, key=lambda name: sum(run["test_ndcg"] for run in found[name])
         )
+    if "search" in arguments.parts:
+        limit = count_parameters_of(better, beauty, variant)
+        search_and_train(results, pool, beauty, limit, variant, arguments)
     if "movielens" in arguments.parts:
-        settings = arguments.settings | {"max_length": LENGTHS["movielens"]}
-        record_popularity(results, "ml-100k", datasets["movielens"], LENGTHS["movielens"])
-        train_all("ml-100k", time_biases(datasets["movielens"], arguments.seeds, settings))
+        record_popularity(results, "ml-100k", movielens)
+        of_length = variant | Variant({"max_length": MOVIELENS_LENGTH})
+        trainings = [
+            Training(f"HSTU, {name}", "HSTU", movielens, seed, of_length | Variant(space={"times": times}))
+            for seed in range(arguments.seeds)
+            for name, times in (("time bias", True), ("no time bias", False))
+        ]
+        record(results, "ml-100k", pool.train(trainings), arguments.jobs)
 
 
 def main() -> int:

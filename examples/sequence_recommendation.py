@@ -59,7 +59,7 @@ def main(
     found = search(**settings) if mode is Mode.EXAPT else evaluate(**fixed_settings(config, genotype))
     recommender = SequenceRecommender(found.model, data.item_counts).cpu().eval()
     recommender.save(model)
-    print(f"saved {model}; serve it with: neuroexapt serve-recommender --model {model}")
+    print(f"saved {model}; serve it with: neuroexapt serve-recommender {model}")
     show(SequenceRecommender.load(model), data)
 
 

@@ -140,7 +140,7 @@ def hstu_hierarchical_attention(
     length. ``bucket(Δ) = min(⌊ln(max(1, |Δ|)) / 0.301⌋, K − 1)``, found by comparing integers. The kernels
     look both tables up as they go and write nothing of the size N x N; gradients are deterministic. In bf16
     they take SiLU from the hardware's tanh (error 5·10⁻⁴), in fp32 products are exact, or TF32 where
-    ``torch.backends.cuda.matmul.allow_tf32``.
+    PyTorch's own may be.
 
     Args:
         query: [B, N, H, d] or, jagged, [T, H, d].

@@ -196,7 +196,7 @@ def test_every_dtype_and_head_width(dtype: torch.dtype, width: int, nan_filled_e
 def test_tf32_where_products_may_be_rounded_to_it(monkeypatch) -> None:
     arguments = make_inputs((2, 300, 2, 64), 64)
     exact = attend(kernels.hstu_hierarchical_attention, arguments)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
     rounded = attend(kernels.hstu_hierarchical_attention, arguments)
     for name, x in exact.items():
         assert 0 < (rounded[name] - x).abs().max() / x.abs().max() < 5e-3, name

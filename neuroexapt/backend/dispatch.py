@@ -56,6 +56,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
             refusals += (f"{tier}: {support.reason}",)
         elif x.numel() < min_elements:
             refusals += (f"{tier}: would not pay off at this size",)
+        elif min_elements and op in candidates.WANT_NCHW and _is_channels_last(x):
+            refusals += (f"{tier}: PyTorch is faster in channels-last",)
         else:
             return Decision(op, tier, "pays off at this size" if min_elements else "chosen by name")
     return Decision(op, "torch", "; ".join(refusals))
@@ -83,6 +85,10 @@ def observed(observer: Callable[[Decision, Callable[..., Any], tuple, dict], Any
         yield
     finally:
         _observer = None
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _subject(args: Sequence[Any]) -> tuple[Tensor, int]:

@@ -17,7 +17,7 @@ from neuroexapt.engine.bilevel import Batch, BilevelStep
 from neuroexapt.engine.captured import capture
 from neuroexapt.engine.config import SearchConfig
 from neuroexapt.engine.curvature import largest_eigenvalue
-from neuroexapt.engine.device import get_device_name, place
+from neuroexapt.engine.device import deterministic_convolutions, get_device_name, place
 from neuroexapt.engine.execution import choose_execution, set_execution
 from neuroexapt.engine.phase import Phase
 from neuroexapt.engine.resources import MEASURES, Resources
@@ -200,7 +200,8 @@ class SearchPhase(Phase):
             yield self._take_step(*batch, *valid_batch)
 
     def _step(self, inputs: Tensor, labels: Tensor, *valid: Tensor) -> Tensor:
-        metrics = self.bilevel_step(Batch(inputs, labels), Batch(*valid) if valid else None)
+        with deterministic_convolutions():
+            metrics = self.bilevel_step(Batch(inputs, labels), Batch(*valid) if valid else None)
         return torch.stack(metrics if valid else metrics[:2])
 
     def _score_batch(self, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ class OpenRun(Generic[Config]):
     def initial_network(self, make: Callable[[], Network], phase: str) -> Network:
         """A network on this run's device, with the initial weights of ``phase``."""
         torch.manual_seed(seed_for(self.config.seed, phase))
-        return place(make(), self.device, self.config.channels_last)
+        return place(make(), self.device, self.config.channels_last, self.config.precision)
 
     def with_seed(self, seed: int) -> "OpenRun[Config]":
         """The same run, whose initial weights and batches come from another seed."""

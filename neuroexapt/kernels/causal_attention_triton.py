@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neuroexapt.kernels.ragged_triton import rows_to_write, sequence_span, sequences_of
+from neuroexapt.kernels.ragged_triton import (
+    ceil_div,
+    input_precision,
+    place_of,
+    rows_to_write,
+    sequence_count,
+    sequence_span,
+)
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _LOG2_E = 1.4426950408889634
@@ -221,10 +228,6 @@ def _blocks(kernel: str, head: int, itemsize: int, max_length: int) -> dict[str,
     return {"D": head, "DP": padded, "BM": queries, "BN": keys, "num_warps": warps, "num_stages": 2}
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-
-
 def _rows(x: Tensor, offsets: Tensor | None) -> Tensor:
     """[R, H, d], each head contiguous; a view where that is possible."""
     rows = x if offsets is not None else x.flatten(0, 1)
@@ -243,7 +246,7 @@ def _forward(
     value: Tensor,
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    max_length: int,
 ) -> tuple[Tensor, Tensor]:
     o, lse = _empty_results(query, key, value)
     place = lengths, offsets, max_length
@@ -266,7 +269,7 @@ def _backward(
     value: Tensor,
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _empty_gradients(do, o, lse)
     do, delta = do.contiguous(), torch.empty_like(lse)
@@ -284,22 +287,22 @@ def _launch(
     results: tuple[Tensor, ...],
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    max_length: int,
 ) -> None:
     """``inputs``: queries, keys and values; ``saved`` and ``results`` are contiguous."""
     query = inputs[0]
     if not query.numel():
         return
-    sequences, max_length = sequences_of(query, offsets, max_length)
+    sequences = sequence_count(query, offsets)
     heads, width = query.shape[-2:]
     blocks = _blocks(name, width, query.itemsize, max_length)
-    tiles = _ceil_div(max_length, blocks["BN" if name == "bwd_kv" else "BM"])
+    tiles = ceil_div(max_length, blocks["BN" if name == "bwd_kv" else "BM"])
     rows = [_rows(tensor, offsets) for tensor in inputs]
     with torch.cuda.device_of(query):
         kernel[tiles, sequences * heads](
             *saved, *rows, *results, lengths, offsets, max_length, _LOG2_E / width**0.5,
             *(stride for tensor in rows for stride in tensor.stride()[:2]), heads,
-            PRECISION=_precision(), **blocks,
+            PRECISION=input_precision(), **blocks,
         )  # fmt: skip
 
 
@@ -312,12 +315,7 @@ def _differentiate(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward_op(do, *ctx.saved_tensors, ctx.max_length), None, None, None
 
 
-def _ceil_div(a: int, b: int) -> int:
-    """``triton.cdiv``, which takes 5 µs outside of kernels."""
-    return -(-a // b)
-
-
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? offsets, int? max_length"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? offsets, int max_length"
 _op = define(f"causal_attention_triton({_INPUTS}) -> (Tensor, Tensor)", _forward, _empty_results)
 _backward_op = define(
     f"causal_attention_triton_backward(Tensor do, Tensor o, Tensor lse, {_INPUTS}) "
@@ -337,4 +335,4 @@ def causal_attention(
     max_length: int | None = None,
 ) -> Tensor:
     """``softmax(QKᵀ / √d + M) V`` of each head: [B, N, H, d] or, with ``offsets``, [T, H, d] each."""
-    return _op(query, key, value, lengths, offsets, max_length)[0]
+    return _op(query, key, value, *place_of(query, lengths, offsets, max_length))[0]

@@ -30,6 +30,7 @@ from torch import Tensor
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.causal_attention_triton import causal_attention
 from neuroexapt.kernels.partial_sums_triton import add_up
+from neuroexapt.kernels.ragged_triton import ceil_div, input_precision, place_of
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -177,10 +178,6 @@ def _blocks(width: int, inner: int, itemsize: int) -> dict[str, int]:
     }
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-
-
 def _empty_results(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     keep = arguments[-1]
     return x.new_empty(x.shape), x.new_empty(x.shape if keep else 0)
@@ -207,9 +204,9 @@ def _forward(
             attended = F.linear(attended, weight, bias)
         inputs = x, attended, weight, bias, norm_weight, norm_bias
         with torch.cuda.device_of(x):
-            project_add_norm_fwd_kernel[_ceil_div(rows, blocks["BM"]),](
+            project_add_norm_fwd_kernel[ceil_div(rows, blocks["BM"]),](
                 *(tensor.contiguous() for tensor in inputs), *results, seed, lengths, rows, x.shape[-2],
-                dropout, eps, KEEP=keep, PRECISION=_precision(), **blocks,
+                dropout, eps, KEEP=keep, PRECISION=input_precision(), **blocks,
             )  # fmt: skip
     return results
 
@@ -239,12 +236,12 @@ def _backward(
         return dx, dprojected, dattended, sums.zero_()
     blocks = _blocks(*weight.shape, z.itemsize)
     tile = blocks["BM"] if blocks["NARROW"] else _ROWS_OF_A_SHARE
-    programs = _ceil_div(rows, tile)
+    programs = ceil_div(rows, tile)
     partials = sums.new_empty(programs, *sums.shape, dtype=torch.float32)
     with torch.cuda.device_of(z):
         project_add_norm_bwd_kernel[programs,](
             dy.contiguous(), z, weight.contiguous(), norm_weight.contiguous(), dx, dprojected, dattended,
-            partials, seed, lengths, rows, z.shape[-2], dropout, eps, TILE=tile, PRECISION=_precision(),
+            partials, seed, lengths, rows, z.shape[-2], dropout, eps, TILE=tile, PRECISION=input_precision(),
             **blocks,
         )  # fmt: skip
         add_up(partials, sums)
@@ -267,11 +264,6 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dweight = dprojected.flatten(0, -2).T @ attended.flatten(0, -2)
     dnorm_weight, dnorm_bias, dbias = sums
     return dx, dattended, dweight, dbias, dnorm_weight, dnorm_bias, *[None] * 5
-
-
-def _ceil_div(a: int, b: int) -> int:
-    """``triton.cdiv``, which takes 5 µs outside of kernels."""
-    return -(-a // b)
 
 
 _OPTIONS = "Tensor? seed, Tensor? lengths, float dropout, float eps"
@@ -319,7 +311,8 @@ def fused_attention_layernorm(
     max_length: int | None = None,
 ) -> Tensor:
     """``neuroexapt.functional.fused_attention_layernorm``; differentiable once, deterministic."""
-    if lengths is None and offsets is None and x.shape[1] >= _LONG:
+    lengths, offsets, max_length = place_of(x, lengths, offsets, max_length)
+    if lengths is None and offsets is None and max_length >= _LONG:
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     else:

@@ -32,7 +32,14 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.partial_sums_triton import add_up
-from neuroexapt.kernels.ragged_triton import rows_to_write, sequence_span, sequences_of
+from neuroexapt.kernels.ragged_triton import (
+    ceil_div,
+    input_precision,
+    place_of,
+    rows_to_write,
+    sequence_count,
+    sequence_span,
+)
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -357,10 +364,6 @@ def _padded_count(windows: Sequence[int]) -> int:
     return max(16, triton.next_power_of_2(len(windows)))
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-
-
 def _empty_results(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, windows, _, _, keep = arguments
     rows, width = x.shape[:-1].numel() if keep else 0, x.shape[-1]
@@ -379,7 +382,7 @@ def _forward(
     norm_bias: Tensor,
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    max_length: int,
     windows: list[int],
     temperature: float,
     eps: float,
@@ -392,21 +395,21 @@ def _forward(
     is_narrow = width <= _NARROW
     if not is_narrow and not keep:
         _, inputs, branches, shares = _empty_results(x, windows, temperature, eps, True)
-    sequences, max_length = sequences_of(x, offsets, max_length)
+    sequences = sequence_count(x, offsets)
     x, place, plane = x.contiguous(), (lengths, offsets, max_length), branches[0].numel()
     weights = scale_weight, gate_weight, gate_bias, out_weight, norm_weight, norm_bias
     blocks, row_blocks = _blocks(width, x.itemsize), _row_blocks(width)
     with torch.cuda.device_of(x):
-        hierarchical_sequence_fusion_fwd_kernel[_ceil_div(max_length, blocks["BM"]), sequences](
+        hierarchical_sequence_fusion_fwd_kernel[ceil_div(max_length, blocks["BM"]), sequences](
             x, *(weight.contiguous() for weight in weights), y, inputs, branches, plane, shares, *place,
             temperature, eps, DP=_padded(width), WINDOWS=tuple(windows), KP=_padded_count(windows),
             HALO=_halo(tuple(windows)), NARROW=is_narrow, KEEP=keep or not is_narrow,
-            PRECISION=_precision(), **blocks,
+            PRECISION=input_precision(), **blocks,
         )  # fmt: skip
         if not is_narrow:
             torch.addmm(gate_bias, inputs, gate_weight.T, out=branches[0])
             torch.mm(inputs[:, width:], out_weight.T, out=branches[1])
-            hierarchical_sequence_fusion_fwd_gate_kernel[_ceil_div(max_length, row_blocks["BM"]), sequences](
+            hierarchical_sequence_fusion_fwd_gate_kernel[ceil_div(max_length, row_blocks["BM"]), sequences](
                 x, branches, plane, norm_weight.contiguous(), norm_bias.contiguous(), y, *place, eps,
                 **row_blocks,
             )  # fmt: skip
@@ -431,7 +434,7 @@ def _backward(
     shares: Tensor,
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    max_length: int,
     windows: list[int],
     temperature: float,
     eps: float,
@@ -442,10 +445,10 @@ def _backward(
         return dx, dbranches, sums.zero_()
     width = x.shape[-1]
     is_narrow = width <= _NARROW
-    sequences, max_length = sequences_of(x, offsets, max_length)
+    sequences = sequence_count(x, offsets)
     blocks = _blocks(width, x.itemsize)
     row_blocks = blocks | ({"DP": _padded(width)} if is_narrow else _row_blocks(width))
-    grid = _ceil_div(max_length, blocks["BM"]), sequences
+    grid = ceil_div(max_length, blocks["BM"]), sequences
     x, df, place = x.contiguous(), torch.empty_like(dx), (lengths, offsets, max_length)
     partials = sums.new_empty(grid[0] * grid[1], *sums.shape, dtype=torch.float32)
     if lengths is not None or offsets is not None:
@@ -454,7 +457,7 @@ def _backward(
         hierarchical_sequence_fusion_bwd_gate_kernel[grid](
             dy.contiguous(), x, branches, branches[0].numel(), gate_weight.contiguous(),
             out_weight.contiguous(), norm_weight.contiguous(), dx, df, dbranches, partials, *place, eps,
-            K=len(windows), TILE=blocks["BM"], NARROW=is_narrow, PRECISION=_precision(), **row_blocks,
+            K=len(windows), TILE=blocks["BM"], NARROW=is_narrow, PRECISION=input_precision(), **row_blocks,
         )  # fmt: skip
         if not is_narrow:
             of_f = torch.cat([gate_weight[:, width:], out_weight])
@@ -463,7 +466,7 @@ def _backward(
         hierarchical_sequence_fusion_bwd_band_kernel[grid](
             x, df, shares, scale_weight.contiguous(), dx, partials, *place, temperature,
             WINDOWS=tuple(windows), KP=_padded_count(windows), HALO=_halo(tuple(windows)),
-            PRECISION=_precision(), **blocks,
+            PRECISION=input_precision(), **blocks,
         )  # fmt: skip
         add_up(partials, sums)
     return dx, dbranches, sums
@@ -488,7 +491,7 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, *[None] * 7
 
 
-_PLACE = "Tensor? lengths, Tensor? offsets, int? max_length"
+_PLACE = "Tensor? lengths, Tensor? offsets, int max_length"
 _OPTIONS = "int[] windows, float temperature, float eps"
 _op = define(
     "hierarchical_sequence_fusion_triton(Tensor x, Tensor scale_weight, Tensor gate_weight, "
@@ -518,7 +521,8 @@ def hierarchical_sequence_fusion(
 ) -> Tensor:
     """``neuroexapt.functional.hierarchical_sequence_fusion``; differentiable once, deterministic."""
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _op(*tensors, lengths, offsets, max_length, list(windows), temperature, eps, keep)[0]
+    place = place_of(tensors[0], lengths, offsets, max_length)
+    return _op(*tensors, *place, list(windows), temperature, eps, keep)[0]
 
 
 def supports(
@@ -534,11 +538,6 @@ def supports(
     if len(windows) > _MAX_WINDOWS or max(windows) > _MAX_WINDOW:
         return Support(False, f"more than {_MAX_WINDOWS} windows, or one over {_MAX_WINDOW} positions")
     return Support(True)
-
-
-def _ceil_div(a: int, b: int) -> int:
-    """``triton.cdiv``, which takes 5 µs outside of kernels."""
-    return -(-a // b)
 
 
 register_impl("hierarchical_sequence_fusion", "triton", hierarchical_sequence_fusion, supports)

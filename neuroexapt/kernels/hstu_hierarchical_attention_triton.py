@@ -34,7 +34,7 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels import hstu_hierarchical_attention as definition
-from neuroexapt.kernels.ragged_triton import rows_to_write, sequence_span, sequences_of
+from neuroexapt.kernels.ragged_triton import ceil_div, rows_to_write, sequence_count, sequence_span
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -541,7 +541,7 @@ class Call(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        return sequences_of(self.query, self.offsets, self.max_length)[0]
+        return sequence_count(self.query, self.offsets)
 
     @property
     def pairs(self) -> int:
@@ -578,25 +578,25 @@ class Blocks(NamedTuple):
 # By kernel, for the largest head width, in 16 bits and in fp32, that the row's first number is at least.
 _BLOCKS: dict[str, dict[int, tuple[tuple[int, Blocks], ...]]] = {
     "forward": {
-        2: ((64, Blocks(128, 64, 4, 3)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 64, 8, 2))),
+        2: ((64, Blocks(64, 64, 4, 3, 128)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 64, 8, 2))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 32, 4, 1))),
     },
     "query": {
-        2: ((64, Blocks(128, 64, 8, 3)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 32, 8, 2))),
+        2: ((64, Blocks(64, 32, 4, 3, 128)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 32, 8, 2))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 32, 4, 1))),
     },
     "key_value": {
-        2: ((64, Blocks(64, 128, 8, 2)), (128, Blocks(64, 128, 8, 2)), (256, Blocks(32, 64, 8, 2))),
+        2: ((64, Blocks(32, 64, 4, 3, 168)), (128, Blocks(64, 128, 8, 2)), (256, Blocks(32, 64, 8, 2))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(32, 16, 4, 1))),
     },
     "bias": {
-        2: ((64, Blocks(128, 64, 8, 2)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 64, 8, 1))),
+        2: ((64, Blocks(64, 64, 4, 2)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 64, 8, 1))),
         4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 16, 4, 1))),
     },
 }
 # Programs of the bias kernel that share the tiles; more would only add to what is reduced.
 _BIAS_PROGRAMS = 2048
-_REDUCE = {"BLOCK_S": 32, "BLOCK": 32}
+_REDUCE = {"BLOCK_S": 128, "BLOCK": 16}
 
 
 def _blocks(kernel: str, call: Call) -> Blocks:
@@ -648,7 +648,7 @@ def _constants(call: Call, blocks: Blocks) -> dict[str, Any]:
         "BLOCK_D": max(16, _power_of_two(width)),
         "BLOCK_DV": max(16, _power_of_two(value_width)),
         "FAST": call.query.dtype == torch.bfloat16,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
         "maxnreg": blocks.registers or None,
@@ -669,7 +669,7 @@ def _forward(call: Call, y: Tensor) -> None:
     inputs = [part for x in call[:3] for part in _rows(x)]
     blocks = _blocks("forward", call)
     with torch.cuda.device_of(y):
-        hstu_fwd_kernel[call.pairs, _ceil_div(call.max_length, blocks.queries)](
+        hstu_fwd_kernel[call.pairs, ceil_div(call.max_length, blocks.queries)](
             *inputs, y, *_sources(call), **_constants(call, blocks), **_loop_constants(call, blocks)
         )
 
@@ -684,13 +684,13 @@ def _backward(call: Call, dy: Tensor, grads: list[Tensor], needed: list[bool]) -
                 grad if need else torch.empty_like(x)
                 for grad, need, x in ((dkey, needed[1], call.key), (dvalue, needed[2], call.value))
             )
-            hstu_bwd_key_value_kernel[call.pairs, _ceil_div(call.max_length, blocks.keys)](
+            hstu_bwd_key_value_kernel[call.pairs, ceil_div(call.max_length, blocks.keys)](
                 *inputs, dkey, dvalue, *_sources(call), **_constants(call, blocks),
                 **_loop_constants(call, blocks),
             )  # fmt: skip
         if needed[0]:
             blocks = _blocks("query", call)
-            hstu_bwd_query_kernel[call.pairs, _ceil_div(call.max_length, blocks.queries)](
+            hstu_bwd_query_kernel[call.pairs, ceil_div(call.max_length, blocks.queries)](
                 *inputs, dquery, *_sources(call), **_constants(call, blocks), **_loop_constants(call, blocks)
             )
         if needed[3] or needed[4]:
@@ -700,7 +700,7 @@ def _backward(call: Call, dy: Tensor, grads: list[Tensor], needed: list[bool]) -
 def _backward_of_tables(call: Call, inputs: list, dposition: Tensor, dtime: Tensor) -> None:
     """Both tables' gradients, where there is a table."""
     blocks = _blocks("bias", call)
-    diagonals = _ceil_div(call.max_length, blocks.queries) * (blocks.queries // blocks.keys)
+    diagonals = ceil_div(call.max_length, blocks.queries) * (blocks.queries // blocks.keys)
     splits = max(1, min(call.pairs, _BIAS_PROGRAMS // diagonals))
     buckets = 0 if call.time_bias is None else len(call.time_bias)
     position_partial, time_partial = (
@@ -711,7 +711,7 @@ def _backward_of_tables(call: Call, inputs: list, dposition: Tensor, dtime: Tens
         *inputs, position_partial, time_partial, *_sources(call), call.sequences,
         BLOCK_K=_power_of_two(max(buckets, 1)), **_constants(call, blocks),
     )  # fmt: skip
-    programs = sum(_ceil_div(grad.numel(), _REDUCE["BLOCK"]) for grad in (dposition, dtime))
+    programs = sum(ceil_div(grad.numel(), _REDUCE["BLOCK"]) for grad in (dposition, dtime))
     centre = dposition.numel() // 2
     hstu_bwd_bias_reduce_kernel[programs,](
         position_partial, dposition, time_partial, dtime, call.max_length, centre, diagonals, splits,
@@ -815,10 +815,6 @@ def supports(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Sup
 def _power_of_two(n: int) -> int:
     """The smallest that is at least n; ``triton.next_power_of_2`` takes microseconds outside of kernels."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 register_impl("hstu_hierarchical_attention", "triton", hstu_hierarchical_attention, supports)

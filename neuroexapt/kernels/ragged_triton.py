@@ -3,9 +3,12 @@
 Neither starts nor clamped lengths are computed beforehand: each of these small tensors would be a launch.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from neuroexapt.kernels.ragged import checked_length
 
 
 @triton.jit
@@ -30,9 +33,25 @@ def rows_to_write(length, offsets, max_length):
     return tl.cast(max_length, tl.int32)
 
 
-def sequences_of(x: Tensor, offsets: Tensor | None, max_length: int | None) -> tuple[int, int]:
-    """Number and greatest length of the sequences in x, [B, N, …] or, with ``offsets``, [T, …]."""
-    if offsets is None:
-        return x.shape[0], x.shape[1]
-    assert max_length is not None
-    return len(offsets) - 1, max_length
+def place_of(
+    x: Tensor, lengths: Tensor | None, offsets: Tensor | None, max_length: int | None
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Lengths and offsets on the device of x, and what no sequence exceeds; refuses what ``ragged`` does."""
+    longest = checked_length(x, lengths, offsets, max_length)
+    lengths, offsets = (None if tensor is None else tensor.to(x.device) for tensor in (lengths, offsets))
+    return lengths, offsets, longest
+
+
+def sequence_count(x: Tensor, offsets: Tensor | None) -> int:
+    """How many sequences x holds, [B, N, …] or, with ``offsets``, [T, …]."""
+    return len(x) if offsets is None else len(offsets) - 1
+
+
+def input_precision() -> str:
+    """Of fp32 products: one TF32 product where PyTorch's matrix products may be, else three (fp32 grade)."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``triton.cdiv``, which takes 5 µs outside of kernels."""
+    return -(-a // b)

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 _SERVING = ("strategies", "max_batch_size")
 _NO_MODEL = (
-    "there is no trained recommender; train one with `python examples/sequence_recommendation.py` and give "
-    "its file as config['model']"
+    "there is no trained recommender; train one, as `python examples/sequence_recommendation.py --data FILE` "
+    "does, and give its file as config['model']"
 )
 _KEPT_LATENCIES = 10_000
 

@@ -13,13 +13,21 @@ from neuroexapt import functional
 from neuroexapt.backend import dispatch_report, get_backend
 from neuroexapt.backend.candidates import candidates, without_kernels
 from neuroexapt.backend.measure import time_calls
+from neuroexapt.core.sequence_operations import (
+    AttentionLayerNorm,
+    HierarchicalFusion,
+    Places,
+    SequenceOperation,
+    SequenceSize,
+)
 from neuroexapt.errors import UserError
 from neuroexapt.recommend.config import OPERATORS, SECTIONS, refuse_unknown, section, switches
-from neuroexapt.recommend.operators import AttentionLayerNorm, InterestPools, SequenceFusion
 
 logger = logging.getLogger(__name__)
 
 _HSTU = ("d_model", "num_heads", "dropout")
+_WINDOWS = (1, 3, 7, 15)
+_LOG_DECAY = -3.0
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _MADE_UP_BATCH = (32, 50)
 _MADE_UP_FIELDS = 26
@@ -47,8 +55,8 @@ class TritonOperatorManager(nn.Module):
         self.num_heads: int = sizes.get("num_heads", 2)
         self.dropout: float = sizes.get("dropout", 0.0)
         self.attention_layernorm: AttentionLayerNorm | None = None
-        self.sequence_fusion: SequenceFusion | None = None
-        self.interest_pools = InterestPools()
+        self.sequence_fusion: HierarchicalFusion | None = None
+        self.log_decay = nn.Parameter(torch.tensor(_LOG_DECAY))
         self._implementations: dict[str, Counter[str]] = {operator: Counter() for operator in OPERATORS}
         self._fallbacks: dict[str, Counter[str]] = {operator: Counter() for operator in OPERATORS}
         self._check_sizes()
@@ -57,23 +65,25 @@ class TritonOperatorManager(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Causal self-attention, its projection and residual, normalised: [B, N, D] → [B, N, D]."""
-        width = self._width_of(hidden_states)
+        size = self._size_for(hidden_states)
         if self.attention_layernorm is None:
-            made = AttentionLayerNorm(width, self.num_heads, self.dropout)
-            self.attention_layernorm = made.to(hidden_states).train(self.training)
+            self.attention_layernorm = AttentionLayerNorm(size).to(hidden_states).train(self.training)
         return self._on_sequences(
-            "fused_attention_layernorm", self.attention_layernorm, attention_mask, hidden_states
+            "fused_attention_layernorm", _of_lengths(self.attention_layernorm), attention_mask, hidden_states
         )
 
     def apply_hierarchical_sequence_fusion(
         self, sequence_features: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Gated means over windows of 1, 3, 7 and 15 positions: [B, N, D] → [B, N, D]."""
-        width = self._width_of(sequence_features)
+        size = self._size_for(sequence_features)
         if self.sequence_fusion is None:
-            self.sequence_fusion = SequenceFusion(width).to(sequence_features)
+            self.sequence_fusion = HierarchicalFusion(size, _WINDOWS).to(sequence_features)
         return self._on_sequences(
-            "hierarchical_sequence_fusion", self.sequence_fusion, attention_mask, sequence_features
+            "hierarchical_sequence_fusion",
+            _of_lengths(self.sequence_fusion),
+            attention_mask,
+            sequence_features,
         )
 
     def apply_hstu_hierarchical_attention(
@@ -126,12 +136,14 @@ class TritonOperatorManager(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Pools [B, 3, D] of histories [B, N, D] in view of candidates [B, D], and similarities [B, N].
 
-        The latter are those of each item to the ones before it.
+        The latter are those of each item to the ones before it; both by a learned rate of decay with time.
         """
-        self.interest_pools.to(user_sequences.device)
+        decay = self.log_decay.exp().to(user_sequences.device)
 
         def pool(items: Tensor, *times: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-            return self.interest_pools(items, candidate_items, times[0] if times else None, lengths)
+            return functional.sequence_recommendation_interaction(
+                items, candidate_items, decay, timestamps=times[0] if times else None, lengths=lengths
+            )
 
         operator = "sequence_recommendation_interaction"
         times = () if timestamps is None else (timestamps,)
@@ -240,8 +252,8 @@ class TritonOperatorManager(nn.Module):
             return ""
         return "; ".join(refusals) or f"the backend {backend.value} has no kernels"
 
-    def _width_of(self, x: Tensor) -> int:
-        """The width of the weights, which the first input decides where the configuration does not."""
+    def _size_for(self, x: Tensor) -> SequenceSize:
+        """The size of the weights, whose width the first input decides where the configuration does not."""
         if x.dim() != 3:
             raise UserError(f"sequences are [B, N, D], not {[*x.shape]}")
         if self.d_model is None:
@@ -251,7 +263,7 @@ class TritonOperatorManager(nn.Module):
             raise UserError(
                 f"the operators have d_model {self.d_model}, the input has {x.shape[-1]} features"
             )
-        return self.d_model
+        return SequenceSize(self.d_model, x.shape[1], heads=self.num_heads, dropout=self.dropout)
 
     def _heads_of(self, x: Tensor) -> Tensor:
         if x.shape[-1] % self.num_heads:
@@ -335,6 +347,13 @@ def create_triton_operator_manager(config: Mapping[str, Any]) -> TritonOperatorM
         UserError: a key is unknown, and the message names the closest; or a value makes no sense.
     """
     return TritonOperatorManager(config)
+
+
+def _of_lengths(operation: SequenceOperation) -> Callable[..., Tensor]:
+    def run(x: Tensor, lengths: Tensor | None) -> Tensor:
+        return operation(x, None if lengths is None else Places(lengths, None))
+
+    return run
 
 
 def _valid_first(mask: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

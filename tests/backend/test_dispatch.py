@@ -83,6 +83,22 @@ def test_auto_leaves_sums_below_the_threshold_to_pytorch(choose):
         assert "ext: would not pay off at this size" in decision.reason
 
 
+@pytest.mark.parametrize("op", ["sepconv", "max_pool"])
+def test_auto_leaves_channels_last_to_pytorch(choose, op):
+    with FakeTensorMode():
+        shapes = (64, 32, 128, 128), (32, 1, 3, 3), (32, 32, 1, 1)
+        x, *weights = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)
+    nhwc, rest = x.to(memory_format=torch.channels_last), weights if op == "sepconv" else (3,)
+    choose("auto", runs=("triton",))
+    with candidates.free_launches():
+        assert backend.explain(op, x, *rest).impl == "triton"
+        decision = backend.explain(op, nhwc, *rest)
+    assert decision.impl == "torch"
+    assert "triton: PyTorch is faster in channels-last" in decision.reason
+    choose("triton")
+    assert backend.explain(op, nhwc, *rest).impl == "triton"
+
+
 def test_arguments_that_a_kernel_does_not_take_go_to_pytorch_with_the_reason(choose):
     choose("ext")
     xs, weights = gpu_sum(dtype=torch.float64)

@@ -218,6 +218,27 @@ def test_a_captured_search_resumes_from_its_state(reproducible: None) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("strategy", ["darts", "gdas"])
+def test_twenty_searches_give_the_same_bits(strategy: str) -> None:
+    """With all kernels, at the sizes that they take."""
+
+    def result() -> list[Tensor]:
+        torch.manual_seed(0)
+        supernet = DARTS.supernet(in_channels=3, num_classes=4, channels=16, layers=3).to(CUDA)
+        config = SearchConfig(epochs=2, strategy=strategy, batch_size=8)
+        phase = SearchPhase(supernet, loader(1), loader(2), config)
+        phase.prepare_execution(print)
+        for _ in phase.steps(0, 0):
+            pass
+        return phase.parameters()
+
+    with use_backend("cuda:ext"):
+        first, *others = (result() for _ in range(20))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@gpu
 def test_no_step_waits_for_the_device() -> None:
     phase = make_search_phase("fused", "darts")
     run(phase, range(2))

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from neuroexapt.engine.config import SearchConfig
-from neuroexapt.engine.training import WeightAverage, cosine, load_optimizer, make_optimizer, set_learning_rate
+from neuroexapt.engine.training import (
+    WeightAverage,
+    cosine,
+    load_optimizer,
+    make_optimizer,
+    set_learning_rate,
+)
 
 
 def test_cosine_is_the_published_schedule() -> None:

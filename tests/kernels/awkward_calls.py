@@ -15,6 +15,7 @@ from neuroexapt.cuda_ops import preprocess
 from neuroexapt.cuda_ops import sepconv as sepconv_ext
 from neuroexapt.cuda_ops import softmax_sum as softmax_sum_ext
 from neuroexapt.kernels import (
+    hstu_hierarchical_attention_triton,
     interaction_operator_triton,
     pool_triton,
     sepconv_triton,
@@ -87,6 +88,19 @@ def call_preprocessing() -> None:
         backward(preprocess.factorized_reduce(tensor(3, 48, height, width), reduction.cuda()))
 
 
+def call_hstu_attention() -> None:
+    """In fp32 and bf16, whose loops differ, padded and jagged; the longest sequence fills no block."""
+    lengths = torch.tensor([77, 0, 30], device="cuda")
+    offsets = torch.tensor([0, 77, 77, 107], device="cuda")
+    layouts = (((3, 77), {"lengths": lengths}), ((107,), {"offsets": offsets, "max_length": 77}))
+    for (rows, layout), dtype, width in itertools.product(layouts, (torch.float32, torch.bfloat16), (20, 72)):
+        query, key, value = (tensor(*rows, 2, width).to(dtype) for _ in range(3))
+        times = {"time_bias": tensor(30), "timestamps": torch.randint(10**6, rows, device="cuda")}
+        for biases in ({}, {"position_bias": tensor(153)}, {"position_bias": tensor(153)} | times):
+            attend = hstu_hierarchical_attention_triton.hstu_hierarchical_attention
+            backward(attend(query, key, value, windows=(None, 9), **biases, **layout))
+
+
 if __name__ == "__main__":
     call_cells()
     call_preprocessing()
@@ -94,4 +108,5 @@ if __name__ == "__main__":
     call_pools()
     call_sums()
     call_interactions()
+    call_hstu_attention()
     torch.cuda.synchronize()

@@ -20,7 +20,7 @@ from tests.kernels.held_to_reference import (
 from tests.kernels.sequences import assert_causal, assert_padding_is_ignored
 
 # Batch, positions, features, heads, features a head: part of a tile, several tiles, heads unlike D.
-CASES = [(2, 9, 6, 2, 3), (2, 70, 20, 1, 17), (1, 33, 3, 3, 40), (0, 5, 4, 1, 4)]
+CASES = [(2, 9, 6, 2, 3), (2, 70, 20, 1, 17), (1, 33, 20, 3, 40), (0, 5, 4, 1, 4)]
 LENGTHS = [40, 0, 33]
 
 
@@ -137,6 +137,13 @@ def test_kernels_take_heads_out_of_one_projection():
 def test_kernels_ignore_padding(lengths, nan_filled_empty):
     sequences, weights = inputs(3, 40, 6, 2, 3)
     assert_padding_is_ignored(by_kernel, sequences, weights, lengths, tolerance=2e-6)
+
+
+@runs_kernels
+def test_kernels_refuse_lengths_that_do_not_fit():
+    sequences, weights = inputs(2, 8, 6, 2, 3)
+    with pytest.raises(UserError, match="lengths must have shape"):
+        by_kernel(*sequences, *weights, lengths=torch.tensor([8]))
 
 
 @runs_kernels

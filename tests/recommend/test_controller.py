@@ -1,7 +1,14 @@
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+from neuroexapt.core.genotypes import CellGenotype, RecommenderGenotype
 from neuroexapt.errors import BackendUnavailableError, UserError
 from neuroexapt.recommend import IntegratedController, create_integrated_controller, strategies
+from neuroexapt.recommend.model import SequenceRecommender
+from neuroexapt.recommend.request import split_behaviors
+from neuroexapt.spaces.seqrec import SEQREC
 from tests.recommend.tiny import TinyRecommender
 
 
@@ -93,7 +100,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(controller, arguments, r
 def test_without_a_model_it_says_how_to_get_one():
     controller = create_integrated_controller({"device": "cpu"})
     assert controller.triton_manager.get_operator_availability()["interaction_operator"] is False
-    with pytest.raises(UserError, match="no trained recommender; train one with"):
+    with pytest.raises(UserError, match="no trained recommender; train one, as"):
         controller.infer_with_optimal_strategy("ada", [1])
 
 
@@ -185,17 +192,50 @@ def _slowed(scorer):
     return run
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A recommender that looks at times, as a file."""
+    torch.manual_seed(0)
+    genotype = RecommenderGenotype(CellGenotype.from_text("|hstu_2h~0|"), "short_long")
+    sizes = {"num_items": 30, "max_length": 6, "has_times": True, "channels": 8, "layers": 1}
+    network = SEQREC.network(genotype, **sizes)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    SequenceRecommender(network, torch.arange(31)).save(path)
+    return path
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_all_strategies_agree(name):
-    controller = make_controller("eager", name)
-    for histories in ([[1, 2, 3]], [[4], [], [5, 6, 7, 8, 9, 10, 11]]):
-        requests = [controller.make_request(history, num_recommendations=30) for history in histories]
+def test_all_strategies_agree_at_every_batch_size(saved, name):
+    # The tiny model for torch.compile, which takes its time over each operation.
+    serving = {"strategies": [name], "max_batch_size": 4}
+    model = TinyRecommender() if name == "compiled" else saved
+    controller = create_integrated_controller({"model": model, "device": "cpu", "serving": serving})
+    history = [{"item_id": item, "timestamp": 1000 * item**2} for item in range(1, 9)]
+    for histories in ([history], [history[:2], []], [history[:1], history[3:], history[:6]]):
+        requests = [controller.make_request(*split_behaviors(h), num_recommendations=30) for h in histories]
         expected = controller.infer_batch(requests, "eager")
         found = controller.infer_batch(requests, name)
         for ours, theirs in zip(found, expected, strict=True):
-            assert ours["inference_strategy"] == name
+            assert (ours["inference_strategy"], theirs["inference_strategy"]) == (name, "eager")
             assert ours["optimizations_applied"] == [name]
-            by_item = {entry["item_id"]: entry["score"] for entry in theirs["recommendations"]}
-            assert {entry["item_id"]: entry["score"] for entry in ours["recommendations"]} == pytest.approx(
-                by_item, abs=1e-5
-            )
+            assert by_item(ours) == pytest.approx(by_item(theirs), abs=1e-5)
+
+
+def test_times_make_a_difference_to_a_model_that_looks_at_them(saved):
+    serving = {"strategies": ["eager"], "max_batch_size": 1}
+    controller = create_integrated_controller({"model": str(saved), "device": "cpu", "serving": serving})
+    with torch.no_grad():
+        for name, parameter in controller.model.named_parameters():
+            if name.endswith("time_bias"):
+                parameter.copy_(torch.randn_like(parameter))
+    soon, late = (
+        controller.infer_with_optimal_strategy(
+            0, [{"item_id": 1 + i, "timestamp": gap * i} for i in range(5)], num_recommendations=30
+        )
+        for gap in (1, 10**6)
+    )
+    assert by_item(soon) != pytest.approx(by_item(late))
+
+
+def by_item(answer: dict) -> dict[int, float]:
+    return {entry["item_id"]: entry["score"] for entry in answer["recommendations"]}

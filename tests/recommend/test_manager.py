@@ -219,5 +219,5 @@ def test_weights_are_made_once_and_learn(x):
     first = manager.apply_fused_attention_layernorm(x)
     torch.testing.assert_close(manager.apply_fused_attention_layernorm(x), first)
     first.sum().backward()
-    assert manager.attention_layernorm.qkv.weight.grad is not None
+    assert manager.attention_layernorm.project_in.weight.grad is not None
     assert not torch.equal(manager.train().apply_fused_attention_layernorm(x), first)

@@ -61,21 +61,23 @@ struct DotsLaunch {
   PooledTerms pools[kMaxPooled];
 };
 
-// Σ g · (max − mean) and Σ g · (avg − mean) over a lane's share of a part, with the pools of stride S formed from x
+// Σ g · (max − mean) and Σ g · (avg − mean) over a thread's share of a part, with the pools of stride S formed from x
 // once more: they are not kept.
 template <typename T, int S, int V>
 __device__ float2 pooled_dots(const DotsLaunch& launch, const PooledTerms& pool, int part, int channel) {
   constexpr int W = V == 1 ? 1 : V / S;  // windows that are formed together
   const Shape& shape = launch.shape;
   const PoolShape plane_shape{shape.batch, shape.channels, pool.height, pool.width, 0, 0, kPoolSize, S};
-  const unsigned first = unsigned(part) * (kSpan / V) + threadIdx.x % kWarp;
+  const unsigned first = unsigned(part) * (kSpan / V) + threadIdx.x;
   const unsigned end = min(unsigned(shape.batch) * shape.pixels, unsigned(part + 1) * kSpan) / V;
   const T* x_planes = pointer<const T>(pool.x.data) + int64_t(channel) * pool.height * pool.width;
   const T* g_planes = pointer<const T>(launch.g.data) + int64_t(channel) * shape.pixels;
   const float max_mean = stats_of(pool.max_stats, channel).x, avg_mean = stats_of(pool.avg_stats, channel).x;
   float2 sums = make_float2(0.f, 0.f);
 #pragma unroll 1
-  for (unsigned i = first; i < end; i += kWarp) {
+  for (int turn = 0; turn < kSpan / V / kThreads; ++turn) {
+    const unsigned i = first + turn * kThreads;
+    if (i >= end) break;
     const unsigned row = launch.across.divide(i), picture = launch.rows.divide(row);
     const int x = (i - row * launch.across.divisor) * V, y = row - picture * launch.rows.divisor;
     const T* plane = x_planes + picture * pool.x.batch_stride;
@@ -93,34 +95,44 @@ __device__ float2 pooled_dots(const DotsLaunch& launch, const PooledTerms& pool,
   return sums;
 }
 
-// Grid: (parts, channels, splits); the warps of all splits take turns.
+// A multiprocessor's, as many as registers allow without spills: usual grids have 1,024.
+#if __CUDA_ARCH__ >= 900
+constexpr int kDotBlocks = 8;
+#else
+constexpr int kDotBlocks = 7;
+#endif
+
+// Grid: (parts, channels, splits). All warps of a block share the windows of a pool, which take as long as a dozen
+// terms; terms go to the warps of all splits in turns.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, V == 4 ? 6 : 3) dots_kernel(const __grid_constant__ DotsLaunch launch) {
+__global__ void __launch_bounds__(kThreads, V == 4 ? kDotBlocks : 3)
+    dots_kernel(const __grid_constant__ DotsLaunch launch) {
   launching::let_next_begin();
   constexpr int kSlots = Share<V>::kSlots;
   const Shape& shape = launch.shape;
-  const int part = blockIdx.x, channel = blockIdx.y, step = gridDim.z * kWarps;
+  __shared__ float2 pool_sums[kMaxPooled][kWarps];
+  const int part = blockIdx.x, channel = blockIdx.y, warp = threadIdx.x / kWarp;
+  const auto put = [&](int row, float sum) {
+    launch.dots[int64_t(row * shape.channels + channel) * gridDim.x + part] = sum;
+  };
   const auto store = [&](int row, float sum) {
     sum = warp_sum(sum);
-    if (threadIdx.x % kWarp == 0) {
-      launch.dots[(int64_t(row) * shape.channels + channel) * part_count(shape) + part] = sum;
-    }
+    if (threadIdx.x % kWarp == 0) put(row, sum);
   };
-  const int warp = blockIdx.z * kWarps + threadIdx.x / kWarp;
   const auto visit_pools = [&] {
-    for (int k = warp; k < launch.pool_count; k += step) {
+    for (int k = blockIdx.z; k < launch.pool_count; k += gridDim.z) {
       const PooledTerms& pool = launch.pools[k];
       const float2 sums = pool.stride == 1 ? pooled_dots<T, 1, V>(launch, pool, part, channel)
                                            : pooled_dots<T, 2, V>(launch, pool, part, channel);
-      if (pool.max_row != 0) store(pool.max_row, sums.x);
-      if (pool.avg_row != 0) store(pool.avg_row, sums.y);
+      const float2 of_warp = make_float2(warp_sum(sums.x), warp_sum(sums.y));
+      if (threadIdx.x % kWarp == 0) pool_sums[k][warp] = of_warp;
     }
   };
   const auto visit_terms = [&] {
     const Share<V> share(part, shape);
     Values<V> g[kSlots] = {};
     share.template load<T>(g, launch.g, channel, shape);
-    if (warp == 0) {
+    if (blockIdx.z == 0 && warp == 0) {
       float sum = 0.f;
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
@@ -129,9 +141,8 @@ __global__ void __launch_bounds__(kThreads, V == 4 ? 6 : 3) dots_kernel(const __
       }
       store(0, sum);
     }
-    const int turn = (warp + step - launch.pool_count % step) % step;  // after those that had one pool more
 #pragma unroll 2
-    for (int k = turn; k < launch.count; k += step) {
+    for (int k = blockIdx.z * kWarps + warp; k < launch.count; k += gridDim.z * kWarps) {
       const DotTerm& term = launch.terms[k];
       Values<V> z[kSlots] = {};
       share.template load<T>(z, term.z, channel, shape);
@@ -151,6 +162,14 @@ __global__ void __launch_bounds__(kThreads, V == 4 ? 6 : 3) dots_kernel(const __
     if ((part + i) % 2 == 0) visit_pools();
     else visit_terms();
   }
+  __syncthreads();
+  const int k = threadIdx.x * gridDim.z + blockIdx.z;
+  if (k >= launch.pool_count) return;
+  float2 total = pool_sums[k][0];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) total.x += pool_sums[k][i].x, total.y += pool_sums[k][i].y;
+  if (launch.pools[k].max_row != 0) put(launch.pools[k].max_row, total.x);
+  if (launch.pools[k].avg_row != 0) put(launch.pools[k].avg_row, total.y);
 }
 
 constexpr int kCoefficientThreads = 512;

@@ -1,6 +1,7 @@
 """Running the application on a socket until the process is told to stop."""
 
 import contextlib
+import gc
 import signal
 import socket
 
@@ -31,13 +32,16 @@ def serve(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
         ) from error
     controller.warm_up()
+    # What is there now stays; without it in the way, no collection holds requests up for long.
+    gc.collect()
+    gc.freeze()
     config = uvicorn.Config(
         create_app(controller, limits, patience_ms),
         access_log=False,
         log_level="warning",
         timeout_graceful_shutdown=_SECONDS_TO_FINISH,
     )
-    # uvicorn sends itself the signal again when it has finished; it is obeyed by then.
+    # uvicorn sends the signal again once it has finished, when it has been obeyed.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with listener, contextlib.suppress(KeyboardInterrupt):
         print(f"serving on http://{host}:{listener.getsockname()[1]}", flush=True)
