@@ -25,7 +25,7 @@ from torch import Tensor
 
 from neuroexapt.kernels.ragged import Ragged, is_valid, to_padded
 
-Op = Callable[..., Tensor]
+Op = Callable[..., Any]  # which gives a tensor or several
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _MOST_SETS = 32
 _COMPILING_PROCESSES = 12
@@ -33,7 +33,7 @@ _COMPILING_PROCESSES = 12
 
 @dataclass
 class Comparison:
-    """Implementations of one operator at one size; the first of their inputs is like the result."""
+    """Implementations of one operator at one size; the first of their inputs has the results' dtype."""
 
     name: str
     implementations: dict[str, Op]
@@ -82,41 +82,54 @@ def compile_in_parallel(call: Callable[..., Any], arguments: Iterable[tuple]) ->
             future.exception()  # which the measurement itself will tell of
 
 
-def gradients(op: Op, inputs: Sequence[Tensor], y_gradient: Tensor) -> tuple[Tensor, ...]:
-    """The result and the gradient of each input."""
-    y = op(*inputs)
-    return (y.detach(), *torch.autograd.grad(y, inputs, y_gradient))
+def results_of(op: Op, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One or several."""
+    results = op(*inputs)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def gradients(op: Op, inputs: Sequence[Tensor], y_gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results and the gradient of each input."""
+    results = results_of(op, inputs)
+    return (*(y.detach() for y in results), *torch.autograd.grad(results, inputs, y_gradients))
+
+
+def random_gradients(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """One for each result of ``op``."""
+    return [torch.randn_like(y) for y in results_of(op, inputs)]
 
 
 def run_once(op: Op, inputs: Sequence[Tensor]) -> None:
     """Forward and backward."""
-    gradients(op, inputs, torch.randn_like(inputs[0]))
+    results = results_of(op, inputs)
+    torch.autograd.grad(results, inputs, [torch.ones_like(y) for y in results])
 
 
-def exact_results(definition: Op, inputs: Sequence[Tensor], y_gradient: Tensor) -> list[Tensor]:
-    """Result and gradients of the definition in fp64."""
+def exact_results(definition: Op, inputs: Sequence[Tensor], y_gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Results and gradients of the definition in fp64."""
     in_fp64 = [x.detach().double().requires_grad_() for x in inputs]
-    return [x.float() for x in gradients(definition, in_fp64, y_gradient.double())]
+    return [x.float() for x in gradients(definition, in_fp64, [y.double() for y in y_gradients])]
 
 
 def largest_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Of result and gradients, each relative to the largest value of the exact one."""
+    """Of results and gradients, each relative to the largest value of the exact one."""
     pairs = zip(results, exact, strict=True)
     return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def steps(op: Op, make_inputs: Callable[[], list[Tensor]]) -> list[Callable[[], object]]:
+def steps(
+    op: Op, make_inputs: Callable[[], list[Tensor]], y_gradients: Sequence[Tensor]
+) -> list[Callable[[], object]]:
     """Forward and backward on as many sets of inputs as exceed the L2 cache."""
     first = make_inputs()
     count = min(sets_beyond_l2(sum(x.nbytes for x in first)), _MOST_SETS)
     sets = [first, *(make_inputs() for _ in range(count - 1))]
-    y_gradient = torch.randn_like(first[0])
-    return [lambda xs=xs: gradients(op, xs, y_gradient) for xs in sets]
+    return [lambda xs=xs: gradients(op, xs, y_gradients) for xs in sets]
 
 
 def time_op(op: Op, make_inputs: Callable[[], list[Tensor]]) -> Spread:
     """Forward and backward by graph replay, without a check: to compare block sizes."""
-    calls = steps(op, make_inputs)
+    calls = steps(op, make_inputs, random_gradients(op, make_inputs()))
     calls[0]()
     return device_ms(calls)
 
@@ -124,13 +137,13 @@ def time_op(op: Op, make_inputs: Callable[[], list[Tensor]]) -> Spread:
 def compare(results: Results, comparison: Comparison) -> bool:
     """Time each implementation that is right; whether all were."""
     inputs = comparison.make_inputs()
-    y_gradient = torch.randn_like(inputs[0])
-    exact = exact_results(comparison.definition, inputs, y_gradient)
+    y_gradients = random_gradients(comparison.definition, inputs)
+    exact = exact_results(comparison.definition, inputs, y_gradients)
     dtype, all_right = inputs[0].dtype, True
     name_of_dtype = str(dtype).removeprefix("torch.")
     for name, op in comparison.implementations.items():
         try:
-            error = largest_error(gradients(op, inputs, y_gradient), exact)
+            error = largest_error(gradients(op, inputs, y_gradients), exact)
         except RuntimeError as failure:
             reason = f"does not run: {str(failure).splitlines()[0]}"
             results.add_status(comparison.name, name, name_of_dtype, reason)
@@ -139,7 +152,7 @@ def compare(results: Results, comparison: Comparison) -> bool:
             print(f"{comparison.name} {name}: error {error:.1e}, so it is not timed", file=sys.stderr)
             all_right = False
             continue
-        calls = steps(op, comparison.make_inputs)
+        calls = steps(op, comparison.make_inputs, y_gradients)
         calls[0]()
         figures = {
             ("step_ms", "ms"): wall_ms(calls[0]),

@@ -2,7 +2,7 @@
 
 ``python benchmarks/benchmark_dense_conv.py [--quick] [--out FILE]`` takes less than a minute on one GPU.
 ``ext``: the kernels of the fused cell, with the moments of what leaves and with gradients formed from
-dz = A · g + B · z + D. ``torch``: relu and joined convolutions by PyTorch, moments and dz by kernels. Each
+dz = A · g + B · z + D. ``eager``: relu and joined convolutions by PyTorch, moments and dz by kernels. Each
 is held to fp64 before it is timed; one that fails is reported, not timed, and makes the exit code 1.
 """
 
@@ -121,7 +121,7 @@ class PyTorch:
         return [a * g + b * z + d for (a, b, d), g, z in zip(parts, gs, zs, strict=True)]
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"torch": PyTorch(), "ext": Extension()}
+IMPLEMENTATIONS: dict[str, Implementation] = {"eager": PyTorch(), "ext": Extension()}
 
 
 def largest_error(implementation: Implementation, case: Case, exact: bool) -> float:

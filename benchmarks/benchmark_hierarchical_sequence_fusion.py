@@ -78,12 +78,10 @@ def comparisons(batch: int, length: int, width: int, quick: bool) -> list[Compar
     }
     jagged: dict[str, Op] = {
         "eager": by_padding,
-        "compile": torch.compile(by_padding, dynamic=False),
         "fused": functools.partial(kernels, **sequences.jagged),
     }
     if quick:
         padded = {name: padded[name] for name in ("eager", "compile", "fused")}
-        jagged = {name: jagged[name] for name in ("eager", "fused")}
     make_padded = functools.partial(make_inputs, batch, length, width)
     make_jagged = functools.partial(jagged_inputs, sequences.rows, width)
     return [
@@ -152,7 +150,8 @@ def main() -> int:
             # Forward reads x and writes y, backward reads x and dy and writes dx.
             floor = Spread.exactly(5 * batch * length * width * 2 / bandwidth / 1e6)
             results.add(f"b{batch}-n{length}-d{width}/padded", "floor", "bfloat16", "device_ms", "ms", floor)
-        rights = [compare(results, comparison) for pair in compared.values() for comparison in pair]
+        pairs = reversed(compared.values())  # what is measured with most interest comes first
+        rights = [compare(results, comparison) for pair in pairs for comparison in pair]
         return int(not all(rights))
 
 

@@ -11,7 +11,7 @@ import sys
 
 import torch
 from _harness import Results, Spread, copy_gbps
-from _sequences import compare, start, time_op
+from _sequences import Comparison, Op, compare, start, time_op
 from torch import Tensor
 
 from neuroexapt.kernels import interaction_operator as definition
@@ -47,19 +47,20 @@ def sweep() -> None:
     triton._blocks = standard
 
 
-def compare_case(results: Results, case: tuple[int, int, int], dtype: torch.dtype, gbps: float) -> bool:
+def compare_case(
+    results: Results, case: tuple[int, int, int], dtype: torch.dtype, quick: bool, gbps: float
+) -> bool:
     torch.compiler.reset()
     batch, fields, width = case
     name = f"b{batch}-f{fields}-d{width}"
     floor = Spread.exactly(floor_ms(*case, dtype, gbps))
     results.add(name, "floor", str(dtype).removeprefix("torch."), "device_ms", "ms", floor)
     plain = definition.interaction_operator
-    implementations = {
-        "eager": plain,
-        "compile": torch.compile(plain, dynamic=False),
-        "fused": triton.interaction_operator,
-    }
-    return compare(results, name, implementations, plain, functools.partial(make_inputs, *case, dtype))
+    implementations: dict[str, Op] = {"fused": triton.interaction_operator, "eager": plain}
+    if not quick:
+        implementations["compile"] = torch.compile(plain, dynamic=False)
+    make = functools.partial(make_inputs, *case, dtype)
+    return compare(results, Comparison(name, implementations, plain, make))
 
 
 def main() -> int:
@@ -70,7 +71,9 @@ def main() -> int:
             sweep()
             return 0
         gbps = copy_gbps().median
-        rights = [compare_case(results, case, dtype, gbps) for dtype in dtypes for case in CASES]
+        rights = [
+            compare_case(results, case, dtype, arguments.quick, gbps) for dtype in dtypes for case in CASES
+        ]
     return int(not all(rights))
 
 

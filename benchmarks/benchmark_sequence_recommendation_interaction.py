@@ -7,12 +7,11 @@ repository's root: ``python benchmarks/benchmark_sequence_recommendation_interac
 import functools
 import itertools
 import sys
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from _harness import Results, Spread, copy_gbps
-from _sequences import compare, start, time_op
+from _sequences import Comparison, Op, compare, start, time_op
 from torch import Tensor
 
 from neuroexapt.kernels import sequence_recommendation_interaction as definition
@@ -89,22 +88,16 @@ def compare_case(results: Results, case: tuple[int, int, int], quick: bool, gbps
     make = functools.partial(make_inputs, *case)
     chunks = functools.partial(in_chunks, timestamps=times)
 
-    def implementations(arguments: dict[str, Tensor]) -> dict[str, Callable]:
+    def implementations(arguments: dict[str, Tensor]) -> dict[str, Op]:
         eager = functools.partial(plain, **arguments)
-        return {
-            "eager": eager,
-            "compile": torch.compile(eager, dynamic=False),
-            "fused": functools.partial(kernels, **arguments),
-        }
+        mine = {"fused": functools.partial(kernels, **arguments), "eager": eager}
+        return mine if quick else mine | {"compile": torch.compile(eager, dynamic=False)}
 
-    of_full = implementations(full)
+    of_full, of_ragged = implementations(full), implementations(ragged)
     if not quick:
         of_full |= {"chunks": chunks, "chunks-compile": torch.compile(chunks, dynamic=False)}
-    right = compare(results, f"{name}/full", of_full, of_full["eager"], make)
-    if not quick:
-        of_ragged = implementations(ragged)
-        right &= compare(results, f"{name}/ragged", of_ragged, of_ragged["eager"], make)
-    return right
+    right = compare(results, Comparison(f"{name}/full", of_full, of_full["eager"], make))
+    return compare(results, Comparison(f"{name}/ragged", of_ragged, of_ragged["eager"], make)) & right
 
 
 def main() -> int:

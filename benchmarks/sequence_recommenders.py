@@ -36,6 +36,7 @@ import torch
 from _harness import Results, Spread, open_results, results_parser
 
 from neuroexapt import evaluate, search
+from neuroexapt.backend.candidates import without_kernels
 from neuroexapt.core.derived import count_parameters
 from neuroexapt.core.genotypes import load_genotype
 from neuroexapt.data.sequences import load_sequences
@@ -76,12 +77,15 @@ class Variant:
 
 
 VARIANTS = [
-    Variant(space={"dropout": 0.2}),
+    Variant(space={"dropout": 0.3}),
     Variant(space={"dropout": 0.5}),
-    Variant({"learning_rate": 3e-3, "batch_size": 256}, {"dropout": 0.5}),
-    Variant(space={"dropout": 0.3, "cosine": True, "negatives": 128}),
+    Variant({"learning_rate": 2e-3}, {"dropout": 0.5}),
     Variant(space={"dropout": 0.5, "cosine": True}),
+    Variant(space={"dropout": 0.3, "cosine": True, "negatives": 128}),
 ]
+POSITIONS = {"beauty": 12, "ml-100k": None}
+"""Of a history that are trained at most, in the mean of a batch: twice what Amazon Beauty has."""
+SEARCH_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Search:
     strategy: str
     dataset: str
     seed: int
-    epochs: int
+    settings: dict[str, Any]
     max_params: int
     variant: Variant
 
@@ -136,7 +140,7 @@ def run_search(wanted: Search) -> dict[str, Any]:
             train_epochs=0,
             out=Path(folder) / "run",
             quiet=True,
-            **(wanted.variant.settings | {"epochs": wanted.epochs}),
+            **(wanted.variant.settings | wanted.settings),
         )
     seconds = time.perf_counter() - start
     alpha = found.curves["search"]["alpha"][-1]
@@ -146,21 +150,26 @@ def run_search(wanted: Search) -> dict[str, Any]:
 class Pool:
     """Runs trainings and searches, several at a time, spread over the GPUs that are visible."""
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, without: Sequence[str]) -> None:
         context = multiprocessing.get_context("spawn")
         gpus = context.Queue()
         visible = visible_gpus()
         for job in range(jobs):
             gpus.put(visible[job % len(visible)])
         self._executor = (
-            ProcessPoolExecutor(jobs, context, initializer=_use_gpu, initargs=(gpus,)) if jobs > 1 else None
+            ProcessPoolExecutor(jobs, context, initializer=_prepare, initargs=(gpus, without))
+            if jobs > 1
+            else None
         )
 
-    def train(self, trainings: Sequence[Training]) -> dict[str, list[dict[str, Any]]]:
-        """Results by name, in order."""
+    def train(self, results: Results, trainings: Sequence[Training]) -> dict[str, list[dict[str, Any]]]:
+        """Results by name, in order; each is recorded as it comes."""
         found = defaultdict(list)
         for training, result in zip(trainings, self._map(train, trainings), strict=True):
             found[training.name].append(result)
+            kept = {metric: result[key] for metric, (key, _) in FIGURES.items()}
+            what = {"seed": training.seed, "genotype": result["genotype"], **vars(training.variant)}
+            results.record("training", training.name, "tf32", "figures", **kept, **what)
             figures = f"{result['test_accuracy']:.4f} {result['test_ndcg']:.4f}"
             best = f"valid {result['valid_ndcg']:.4f} in epoch {result['best_epoch']} of {result['epochs']}"
             seconds = f"{result['training_seconds']:.0f} s, {result['parameters']:,} parameters"
@@ -185,9 +194,10 @@ def visible_gpus() -> list[str]:
     return chosen.split(",") if chosen else [str(n) for n in range(max(1, torch.cuda.device_count()))]
 
 
-def _use_gpu(gpus: Any) -> None:
-    """Each process has one of its own, before CUDA starts in it."""
+def _prepare(gpus: Any, without: Sequence[str]) -> None:
+    """Give a process a GPU of its own before CUDA starts in it, and its kernels."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    without_kernels(without).__enter__()  # for as long as the process lives
 
 
 def record(results: Results, case: str, found: dict[str, list[dict[str, Any]]], jobs: int) -> None:
@@ -216,19 +226,16 @@ def record_popularity(results: Results, case: str, dataset: str) -> None:
         results.add(case, "popularity", "fp32", metric, "share", Spread.exactly(values.mean().item()))
 
 
-def tuned(results: Results, pool: Pool, dataset: str, variant: Variant) -> Variant:
-    """Of ``VARIANTS`` the one with which both hand-built networks validate best."""
+def tuned(results: Results, pool: Pool, dataset: str, variant: Variant, numbers: Sequence[int]) -> Variant:
+    """Of some ``VARIANTS`` the one with which both hand-built networks validate best."""
     trainings = [
-        Training(f"{number}", name, dataset, 0, variant | change)
-        for number, change in enumerate(VARIANTS)
+        Training(f"variant {number}", name, dataset, 0, variant | VARIANTS[number])
+        for number in numbers
         for name in HAND_BUILT
     ]
-    found = pool.train(trainings)
-    for training, result in zip(trainings, itertools.chain(*found.values()), strict=True):
-        figures = {metric: result[key] for metric, (key, _) in FIGURES.items()}
-        results.record("tune", f"{training.genotype} {training.variant}", "tf32", "figures", **figures)
+    found = pool.train(results, trainings)
     means = [statistics.fmean(run["valid_ndcg"] for run in runs) for runs in found.values()]
-    best = VARIANTS[means.index(max(means))]
+    best = VARIANTS[numbers[means.index(max(means))]]
     print("tuned:", best, flush=True)
     return variant | best
 
@@ -245,8 +252,11 @@ def search_and_train(
     results: Results, pool: Pool, dataset: str, limit: int, variant: Variant, arguments: argparse.Namespace
 ) -> None:
     start = time.perf_counter()
+    settings = {"epochs": arguments.search_epochs}
+    if not arguments.quick:
+        settings |= {"batch_size": SEARCH_BATCH, "warmup_epochs": arguments.search_epochs // 5}
     searches = [
-        Search(strategy, dataset, seed, arguments.search_epochs, limit, variant)
+        Search(strategy, dataset, seed, settings, limit, variant)
         for seed in range(arguments.searches)
         for strategy in arguments.strategies
     ]
@@ -255,11 +265,11 @@ def search_and_train(
         kept = {name: result[name] for name in ("genotype", "alpha", "seconds", "valid_accuracy")}
         results.record("beauty", wanted.strategy, "tf32", "search", seed=wanted.seed, limit=limit, **kept)
     genotypes = list(dict.fromkeys(result["genotype"] for result in found))
-    candidates = pool.train([Training(g, g, dataset, arguments.seeds, variant) for g in genotypes])
+    candidates = pool.train(results, [Training(g, g, dataset, arguments.seeds, variant) for g in genotypes])
     chosen = max(genotypes, key=lambda genotype: candidates[genotype][0]["valid_ndcg"])
     results.add("beauty", "searched", "tf32", "search_s", "s", Spread.exactly(time.perf_counter() - start))
     trainings = [Training("searched", chosen, dataset, s, variant) for s in range(arguments.seeds)]
-    record(results, "beauty", pool.train(trainings), arguments.jobs)
+    record(results, "beauty", pool.train(results, trainings), arguments.jobs)
     results.add("beauty", "searched", "tf32", "total_s", "s", Spread.exactly(time.perf_counter() - start))
 
 
@@ -282,19 +292,30 @@ def arguments_from_command_line() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="trainings and searches at a time")
-    parser.add_argument("--epochs", type=int, default=60, help="at most, of each training")
+    parser.add_argument("--epochs", type=int, default=40, help="at most, of each training")
+    parser.add_argument("--patience", type=int, default=8, help="epochs after the one that validates best")
     parser.add_argument("--strategies", nargs="+", default=["darts", "drnas"], help="of the searches")
-    parser.add_argument("--searches", type=int, default=2, help="seeds of each strategy")
-    parser.add_argument("--search-epochs", type=int, default=25)
+    parser.add_argument("--searches", type=int, default=1, help="seeds of each strategy")
+    parser.add_argument("--search-epochs", type=int, default=15)
     parser.add_argument("--no-more-than", choices=HAND_BUILT, help="whose parameters limit the searched one")
-    parser.add_argument("--variant", type=int, help="number of the settings to use, of those that tune tries")
+    parser.add_argument(
+        "--variants",
+        type=int,
+        nargs="+",
+        default=list(range(len(VARIANTS))),
+        help="settings to tune among, by number; the first is used where they are not tuned",
+    )
+    parser.add_argument("--without", nargs="+", default=[], help="ops to run in plain PyTorch")
     parser.add_argument("--backend", default="auto", help="of all trainings, as of neuroexapt search")
     parser.add_argument("--quick", action="store_true", help="made-up data on the CPU")
     return parser.parse_args()
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    variant = Variant({"epochs": arguments.epochs, "backend": arguments.backend})
+    variant = Variant(
+        {"epochs": arguments.epochs, "patience": arguments.patience, "backend": arguments.backend},
+        {"positions": POSITIONS["beauty"]},
+    )
     if arguments.quick:
         write_made_up(folder / "made_up.csv")
         arguments.beauty = arguments.movielens = folder / "made_up.csv"
@@ -302,16 +323,16 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         variant = Variant(QUICK)
     results = open_results("sequence_recommenders", arguments, "cpu" if arguments.quick else "cuda")
     beauty, movielens = f"seq:{arguments.beauty}", f"seq:{arguments.movielens}"
-    pool = Pool(arguments.jobs)
-    if arguments.variant is not None:
-        variant |= VARIANTS[arguments.variant]
-    elif "tune" in arguments.parts:
-        variant = tuned(results, pool, beauty, variant)
+    pool = Pool(arguments.jobs, arguments.without)
+    if "tune" in arguments.parts:
+        variant = tuned(results, pool, beauty, variant, arguments.variants)
+    else:
+        variant |= VARIANTS[arguments.variants[0]]
     better = arguments.no_more_than or "HSTU"
     if "controls" in arguments.parts:
         record_popularity(results, "beauty", beauty)
         names = itertools.product(range(arguments.seeds), (*HAND_BUILT, "random"))
-        found = pool.train([Training(name, name, beauty, seed, variant) for seed, name in names])
+        found = pool.train(results, [Training(name, name, beauty, seed, variant) for seed, name in names])
         record(results, "beauty", found, arguments.jobs)
         better = arguments.no_more_than or max(
             HAND_BUILT, key=lambda name: sum(run["test_ndcg"] for run in found[name])
@@ -321,18 +342,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         search_and_train(results, pool, beauty, limit, variant, arguments)
     if "movielens" in arguments.parts:
         record_popularity(results, "ml-100k", movielens)
-        of_length = variant | Variant({"max_length": MOVIELENS_LENGTH})
+        of_length = variant | Variant({"max_length": MOVIELENS_LENGTH}, {"positions": POSITIONS["ml-100k"]})
         trainings = [
             Training(f"HSTU, {name}", "HSTU", movielens, seed, of_length | Variant(space={"times": times}))
             for seed in range(arguments.seeds)
             for name, times in (("time bias", True), ("no time bias", False))
         ]
-        record(results, "ml-100k", pool.train(trainings), arguments.jobs)
+        record(results, "ml-100k", pool.train(results, trainings), arguments.jobs)
 
 
 def main() -> int:
     arguments = arguments_from_command_line()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, without_kernels(arguments.without):
         measure(arguments, Path(folder))
     return 0
 

@@ -7,9 +7,10 @@ where there are any, else on the same.
 
 Calls are sent at a fixed rate, whether earlier ones are answered or not, and timed from the moment they were
 due. One in ten is malformed and must be refused with 4xx and a reason; every other must be answered. Rates
-are tried for some seconds each, until one misses the aim; the last that kept it is held for ``--seconds``.
-Answers are first compared with those of the controller in this process. ``resident_mib`` is the server's
-memory a tenth into that time and at its end.
+are tried for some seconds each (``trial_ms``), until one misses the aim; two thirds of the last that kept it
+are then held for ``--seconds`` (``latency_ms``), and two thirds of that where it is missed. Answers are first
+compared with those of the controller in this process. ``resident_mib`` is the server's memory a tenth into
+that time and at its end.
 """
 
 import argparse
@@ -40,8 +41,9 @@ from neuroexapt.spaces.seqrec import SEQREC
 
 AIM_MS = 20.0
 BEAUTY_ITEMS, BEAUTY_LENGTH, BEAUTY_WIDTH = 12_101, 50, 64
-RATES = (50, 100, 200, 300, 400, 500, 600, 800, 1000, 1250, 1500)
-TRIAL_SECONDS = 5.0
+RATES = (100, 200, 400, 600, 800, 1000, 1250, 1500, 2000)
+TRIAL_SECONDS = 3.0
+HELD_SHARE = 2 / 3
 MALFORMED_EVERY = 10
 MALFORMED = (
     b"{",
@@ -71,7 +73,7 @@ class Connection:
 
     async def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         """Status and body of the answer."""
-        if self._streams is None:
+        if self._streams is None or self._streams[0].at_eof():  # the server closes connections that idle
             self._streams = await asyncio.open_connection(*self._address)
         reader, writer = self._streams
         head = (
@@ -266,11 +268,15 @@ async def measure(arguments: argparse.Namespace, results: Results, port: int, pi
     if best is None:
         results.add_status(case, "server", "float32", f"p99 above {AIM_MS} ms at every rate")
         return False
-    outcome = await load(port, pid, best, arguments.seconds, requests)
-    figures = outcome.figures() | {"unit": "ms", "max_error": difference, "cpus": arguments.cpus}
-    results.record(case, "server", "float32", "latency_ms", **figures)
-    print(json.dumps(figures))
-    return outcome.kept_the_aim
+    while (best := best * HELD_SHARE) > 1:
+        outcome = await load(port, pid, best, arguments.seconds, requests)
+        figures = outcome.figures() | {"unit": "ms", "max_error": difference, "cpus": arguments.cpus}
+        metric = "latency_ms" if outcome.kept_the_aim else "trial_ms"
+        results.record(case, "server", "float32", metric, **figures)
+        print(json.dumps(figures), flush=True)
+        if outcome.kept_the_aim:
+            return True
+    return False
 
 
 def main() -> None:

@@ -139,8 +139,8 @@ def hstu_hierarchical_attention(
     over the positions j ≤ i that i's head sees, in each head. N is ``max_length``, whatever a sequence's own
     length. ``bucket(Δ) = min(⌊ln(max(1, |Δ|)) / 0.301⌋, K − 1)``, found by comparing integers. The kernels
     look both tables up as they go and write nothing of the size N x N; gradients are deterministic. In bf16
-    they take SiLU from the hardware's tanh (error 5·10⁻⁴), in fp32 products are exact, or TF32 where
-    PyTorch's own may be.
+    they take SiLU from the hardware's tanh (error 5·10⁻⁴), in fp32 products are of fp32 grade, or TF32
+    where PyTorch's own may be.
 
     Args:
         query: [B, N, H, d] or, jagged, [T, H, d].

@@ -57,6 +57,7 @@ class SequenceStem(nn.Module):
     def __init__(self, num_items: int, size: SequenceSize, cosine: bool) -> None:
         super().__init__()
         self.scale, self.dropout, self.cosine = math.sqrt(size.width), size.dropout, cosine
+        self.has_times = size.has_times
         self.items = nn.Embedding(num_items + 1, size.width, padding_idx=0)
         self.positions = nn.Embedding(size.max_length, size.width)
         for embedding in (self.items, self.positions):
@@ -64,9 +65,11 @@ class SequenceStem(nn.Module):
         nn.init.zeros_(self.items.weight[0])
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Places]:
-        """Of [B, C, N]: the first states [B, N, D], and where histories end."""
+        """Of [B, C, N]: the first states [B, N, D], and where histories end. Times count if they did in
+        training.
+        """
         items = inputs[:, 0]
-        times = inputs[:, 1] if inputs.shape[1] > 1 else None
+        times = inputs[:, 1] if self.has_times and inputs.shape[1] > 1 else None
         places = Places((items > 0).sum(dim=1), times)
         states = self.items(items) * self.scale + self.positions.weight[: items.shape[1]]
         return places.clear_rest(F.dropout(states, self.dropout, self.training)), places

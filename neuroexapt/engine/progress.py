@@ -17,6 +17,7 @@ SHOWN = {
     "arch_loss": "α loss",
     "valid_accuracy": "valid acc",
     "test_accuracy": "test acc",
+    "test_ndcg": "test ndcg",
     "table_cifar10_test": "table acc",
 }
 

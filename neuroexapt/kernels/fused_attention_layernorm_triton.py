@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.causal_attention_triton import causal_attention
@@ -40,8 +41,14 @@ _NARROW = 256
 # Of which wide rows' gradients of biases and norm are summed up in registers.
 _ROWS_OF_A_SHARE = 64
 _MAX_HEAD = 256
-# From this length on PyTorch's attention is the faster one.
+# From this length on PyTorch's attention is the faster one; its kinds, that for Hopper's tensor cores first.
 _LONG = 512
+_KINDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @triton.jit
@@ -310,11 +317,16 @@ def fused_attention_layernorm(
     offsets: Tensor | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """``neuroexapt.functional.fused_attention_layernorm``; differentiable once, deterministic."""
+    """``neuroexapt.functional.fused_attention_layernorm``, differentiable once.
+
+    The same input gives the same bits, but for gradients of long sequences without padding, whose attention
+    is PyTorch's.
+    """
     lengths, offsets, max_length = place_of(x, lengths, offsets, max_length)
     if lengths is None and offsets is None and max_length >= _LONG:
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        with sdpa_kernel(_KINDS, set_priority=True):
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     else:
         attended = causal_attention(query, key, value, lengths, offsets, max_length)
     seed = torch.randint(2**62, (), device=x.device) if dropout else None

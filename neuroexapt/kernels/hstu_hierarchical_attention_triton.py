@@ -34,7 +34,13 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels import hstu_hierarchical_attention as definition
-from neuroexapt.kernels.ragged_triton import ceil_div, rows_to_write, sequence_count, sequence_span
+from neuroexapt.kernels.ragged_triton import (
+    ceil_div,
+    input_precision,
+    rows_to_write,
+    sequence_count,
+    sequence_span,
+)
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -139,19 +145,15 @@ def _bucket(gap, bucket_starts_ptr, BUCKETS: tl.constexpr):
 
 
 @triton.jit
-def _with_biases(scores, row_ptr, place, gap, time_ptr, bucket_starts_ptr, BUCKETS: tl.constexpr):
-    """A tile of scores and what the tables have at ``place`` of each row of the tile, and for ``gap``."""
-    if row_ptr is not None:
-        scores += _look_up(row_ptr + place)
+def _with_biases(
+    scores, position_ptr, corner, row, column, gap, time_ptr, bucket_starts_ptr, BUCKETS: tl.constexpr
+):
+    """A tile of scores plus the position table from ``corner`` on and what the time table has for ``gap``."""
+    if position_ptr is not None:
+        scores += _look_up(position_ptr + corner + row + column)
     if time_ptr is not None:
         scores += _look_up(time_ptr + _bucket(gap, bucket_starts_ptr, BUCKETS))
     return scores
-
-
-@triton.jit
-def _row_of_table(position_ptr, lag, place):
-    """Where in the position table the entries of a tile's rows start, if there is one."""
-    return position_ptr + lag + place if position_ptr is not None else None
 
 
 @triton.jit
@@ -234,13 +236,12 @@ def _query_bounds(
 @triton.jit
 def hstu_fwd_kernel(
     query_ptr, query_row, query_head, key_ptr, key_row, key_head, value_ptr, value_row, value_head,
-    output_ptr,
-    position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
+    output_ptr, position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr,
+    max_length, centre,
     scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
     WINDOWS: tl.constexpr, LOCAL: tl.constexpr, PHASED: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of y at one head. Grid: (B · H, blocks of queries, those with the longest history first)."""
     sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -270,7 +271,7 @@ def hstu_fwd_kernel(
                 column = _place(first_key, max_length, BLOCK_N, EVEN_N)
                 scores = _with_biases(
                     tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale,
-                    _row_of_table(position_ptr, centre + first_key - first, -row[:, None]), column[None, :],
+                    position_ptr, centre + first_key - first, -row[:, None], column[None, :],
                     time_i[:, None] - time_j[None, :], time_ptr, bucket_starts_ptr, BUCKETS,
                 )  # fmt: skip
                 weights = _silu(scores, FAST)  # [BLOCK_M, BLOCK_N]
@@ -289,9 +290,8 @@ def hstu_bwd_query_kernel(
     position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
     scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
     WINDOWS: tl.constexpr, LOCAL: tl.constexpr, PHASED: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of dq at one head. Grid: as ``hstu_fwd_kernel``."""
     sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -322,11 +322,11 @@ def hstu_bwd_query_kernel(
                 column = _place(first_key, max_length, BLOCK_N, EVEN_N)
                 scores = _with_biases(
                     tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale,
-                    _row_of_table(position_ptr, centre + first_key - first, -row[:, None]), column[None, :],
+                    position_ptr, centre + first_key - first, -row[:, None], column[None, :],
                     time_i[:, None] - time_j[None, :], time_ptr, bucket_starts_ptr, BUCKETS,
                 )  # fmt: skip
                 dweights = tl.dot(dy, tl.trans(value), input_precision=PRECISION)
-                _silu, slope = _silu_and_slope(scores, FAST)
+                slope = _silu_and_slope(scores, FAST)[1]
                 dscores = dweights * slope  # [BLOCK_M, BLOCK_N]
                 if phase != 1:
                     dscores = tl.where(_sees(i[:, None] - j[None, :], window), dscores, 0.0)
@@ -342,9 +342,8 @@ def hstu_bwd_key_value_kernel(
     position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
     scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
     WINDOWS: tl.constexpr, LOCAL: tl.constexpr, PHASED: tl.constexpr, EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of dk and dv at one head. Grid: (B · H, blocks of keys, those seen most first)."""
     sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -376,7 +375,7 @@ def hstu_bwd_key_value_kernel(
                 row = _place(first_query, max_length, BLOCK_M, EVEN_M)
                 scores = _with_biases(
                     tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale,
-                    _row_of_table(position_ptr, centre + first - first_query, column[:, None]), -row[None, :],
+                    position_ptr, centre + first - first_query, column[:, None], -row[None, :],
                     time_i[None, :] - time_j[:, None], time_ptr, bucket_starts_ptr, BUCKETS,
                 )  # fmt: skip
                 dweights = tl.dot(value, tl.trans(dy), input_precision=PRECISION)
@@ -423,8 +422,7 @@ def hstu_bwd_bias_kernel(
     dy_ptr, dy_row, dy_head, position_partial_ptr, time_partial_ptr,
     position_ptr, time_ptr, bucket_starts_ptr, timestamps_ptr, lengths_ptr, offsets_ptr, max_length, centre,
     scale, sequences, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BUCKETS: tl.constexpr,
-    WINDOWS: tl.constexpr, LOCAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOWS: tl.constexpr, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr, FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -467,7 +465,7 @@ def hstu_bwd_bias_kernel(
                 bucket = _bucket(time_i[:, None] - time_j[None, :], bucket_starts_ptr, BUCKETS)
                 scores += _look_up(time_ptr + bucket)
             dweights = tl.dot(dy, tl.trans(value), input_precision=PRECISION)
-            _silu, slope = _silu_and_slope(scores, FAST)
+            slope = _silu_and_slope(scores, FAST)[1]
             dscores = dweights * slope  # [BLOCK_M, BLOCK_N], 0 in rows behind the last
             if LOCAL:
                 dscores = tl.where(age < window, dscores, 0.0)
@@ -575,23 +573,25 @@ class Blocks(NamedTuple):
     registers: int = 0
 
 
-# By kernel, for the largest head width, in 16 bits and in fp32, that the row's first number is at least.
+# By kernel and bytes of an element, each for heads up to a width. For 16 bits and heads up to 64 they are the
+# best that benchmarks/benchmark_hstu_hierarchical_attention.py --sweep found: small, so that several run on a
+# multiprocessor at once. The others follow from what registers and shared memory leave room for, unmeasured.
 _BLOCKS: dict[str, dict[int, tuple[tuple[int, Blocks], ...]]] = {
     "forward": {
-        2: ((64, Blocks(64, 64, 4, 3, 128)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 64, 8, 2))),
-        4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 32, 4, 1))),
+        2: ((64, Blocks(64, 64, 4, 3, 128)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 32, 4, 2))),
+        4: ((64, Blocks(64, 32, 4, 2)), (256, Blocks(16, 32, 4, 1))),
     },
     "query": {
-        2: ((64, Blocks(64, 32, 4, 3, 128)), (128, Blocks(128, 64, 8, 2)), (256, Blocks(64, 32, 8, 2))),
-        4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 32, 4, 1))),
+        2: ((64, Blocks(64, 32, 4, 3, 128)), (128, Blocks(64, 32, 4, 2, 168)), (256, Blocks(64, 32, 8, 2))),
+        4: ((64, Blocks(64, 32, 4, 2)), (256, Blocks(16, 32, 4, 1))),
     },
     "key_value": {
-        2: ((64, Blocks(32, 64, 4, 3, 168)), (128, Blocks(64, 128, 8, 2)), (256, Blocks(32, 64, 8, 2))),
-        4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(32, 16, 4, 1))),
+        2: ((64, Blocks(32, 64, 4, 3, 168)), (128, Blocks(32, 64, 4, 2)), (256, Blocks(32, 64, 8, 2))),
+        4: ((64, Blocks(32, 64, 4, 2)), (256, Blocks(32, 16, 4, 1))),
     },
     "bias": {
-        2: ((64, Blocks(64, 64, 4, 2)), (128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 64, 8, 1))),
-        4: ((64, Blocks(32, 32, 4, 2)), (128, Blocks(32, 32, 4, 1)), (256, Blocks(16, 16, 4, 1))),
+        2: ((64, Blocks(64, 64, 4, 2)), (128, Blocks(64, 32, 4, 2)), (256, Blocks(64, 64, 8, 1))),
+        4: ((64, Blocks(64, 32, 4, 2)), (256, Blocks(16, 16, 4, 1))),
     },
 }
 # Programs of the bias kernel that share the tiles; more would only add to what is reduced.
@@ -648,11 +648,17 @@ def _constants(call: Call, blocks: Blocks) -> dict[str, Any]:
         "BLOCK_D": max(16, _power_of_two(width)),
         "BLOCK_DV": max(16, _power_of_two(value_width)),
         "FAST": call.query.dtype == torch.bfloat16,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        "PRECISION": _precision(max(width, value_width)),
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
         "maxnreg": blocks.registers or None,
     }
+
+
+def _precision(width: int) -> str:
+    """Of fp32 products. The operands of three TF32 products would fill the registers where heads are wide."""
+    precision = input_precision()
+    return "ieee" if precision == "tf32x3" and width > 64 else precision
 
 
 def _loop_constants(call: Call, blocks: Blocks) -> dict[str, bool]:

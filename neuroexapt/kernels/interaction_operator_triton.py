@@ -24,6 +24,7 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.interaction_operator import check_shapes
+from neuroexapt.kernels.ragged_triton import ceil_div, input_precision
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -134,7 +135,7 @@ class _Vectors(NamedTuple):
         batch, fields, width = self.e.shape
         blocks = _blocks(fields + 1, width, self.e.dtype)
         members = blocks["ROWS"] // blocks["SLOTS"]
-        return ((batch + members - 1) // members,), blocks | {"PRECISION": _precision()}
+        return (ceil_div(batch, members),), blocks | {"PRECISION": input_precision()}
 
 
 @functools.cache
@@ -157,11 +158,6 @@ def _blocks(vectors: int, width: int, dtype: torch.dtype) -> dict[str, int]:
 
 def _without_gaps(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _precision() -> str:
-    """Of fp32 products: one TF32 product where PyTorch's matrix products may do that, else three."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _empty_result(dense: Tensor, fields: Tensor | None) -> Tensor:

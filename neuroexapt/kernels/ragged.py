@@ -72,11 +72,13 @@ def is_valid(layout: Ragged, length: int) -> Tensor:
 
 def to_padded(x: Tensor, layout: Ragged) -> Tensor:
     """Jagged [T, …] as [B, max_length, …], zero at padded positions; differentiable."""
-    positions = torch.arange(layout.max_length, device=x.device)
-    valid = positions < layout.lengths[:, None]
-    rows = torch.where(valid, layout.starts[:, None] + positions, 0)
-    picked = x[rows] if len(x) else x.sum(0).expand(*rows.shape, *x.shape[1:])
-    return picked.masked_fill(~valid[(...,) + (None,) * (x.dim() - 1)], 0)
+    rows = torch.arange(len(x), dtype=layout.starts.dtype, device=x.device)
+    sequence = torch.searchsorted(layout.starts + layout.lengths, rows, right=True)
+    places = sequence * layout.max_length + rows - layout.starts[sequence]
+    size = layout.starts.shape[0], layout.max_length
+    # Not an index with padding at some row: its backward pass would add up all padding there, one by one.
+    padded = x.new_zeros(size[0] * size[1], *x.shape[1:]).index_copy(0, places, x)
+    return padded.view(*size, *x.shape[1:])
 
 
 def to_jagged(x: Tensor, layout: Ragged) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from neuroexapt.errors import UserError
-from neuroexapt.kernels.ragged import Ragged, is_valid, ragged, to_jagged, to_padded
+from neuroexapt.kernels.ragged import Ragged, checked_length, is_valid, ragged, to_jagged, to_padded
 
 # Under the root of ê = e / √(‖e‖² + EPSILON), so that an item of zeros has a finite gradient.
 EPSILON = 1e-6
@@ -28,7 +28,8 @@ def sequence_recommendation_interaction(
 
     The similarity is taken pair by pair, [B, N, N].
     """
-    layout = checked_layout(items, target, decay, timestamps, window, lengths, offsets, max_length)
+    check_arguments(items, target, decay, timestamps, window, lengths, offsets, max_length)
+    layout = ragged(items, lengths, offsets, max_length)
     at_least_fp32 = torch.promote_types(items.dtype, torch.float32)
     padded = to_padded(items, layout) if offsets is not None else items
     valid = is_valid(layout, layout.max_length)  # [B, N]
@@ -49,7 +50,7 @@ def sequence_recommendation_interaction(
     return (weights @ x).to(items.dtype), similarity.to(items.dtype)
 
 
-def checked_layout(
+def check_arguments(
     items: Tensor,
     target: Tensor,
     decay: Tensor,
@@ -58,23 +59,28 @@ def checked_layout(
     lengths: Tensor | None,
     offsets: Tensor | None,
     max_length: int | None,
-) -> Ragged:
-    """Where the sequences lie, once the other arguments are known to fit them."""
-    layout = ragged(items, lengths, offsets, max_length)
+) -> int:
+    """What no sequence exceeds, once the arguments of the op are known to fit together."""
+    longest = checked_length(items, lengths, offsets, max_length)
     if items.dim() != (3 if offsets is None else 2):
         raise UserError(f"items must be [B, N, D] or, with offsets, [T, D], not {[*items.shape]}")
-    expected = (layout.lengths.shape[0], items.shape[-1])  # len() would fix B where the call is exported
-    if target.shape != expected:
-        raise UserError(f"target must be {[*expected]}, a row a sequence, not {[*target.shape]}")
-    if decay.shape != ():
+    batch = items.shape[0] if offsets is None else offsets.shape[0] - 1
+    if not _has_shape(target, batch, items.shape[-1]):
+        raise UserError(f"target must be {[batch, items.shape[-1]]}, a row a sequence, not {[*target.shape]}")
+    if decay.dim():
         raise UserError(f"decay is one rate, a tensor of shape [], not {[*decay.shape]}")
-    if timestamps is not None and timestamps.shape != items.shape[:-1]:
+    if timestamps is not None and not _has_shape(timestamps, *items.shape[:-1]):
         raise UserError(
             f"timestamps must be {[*items.shape[:-1]]}, one for each item, not {[*timestamps.shape]}"
         )
     if window < 1:
         raise UserError(f"window must be at least 1, not {window}")
-    return layout
+    return longest
+
+
+def _has_shape(x: Tensor, *sizes: int) -> bool:
+    """Size by size: comparing shapes would fix B where the call is exported."""
+    return x.dim() == len(sizes) and all(a == b for a, b in zip(x.shape, sizes, strict=True))
 
 
 def _padded_times(timestamps: Tensor | None, layout: Ragged, x: Tensor) -> Tensor:
@@ -106,7 +112,8 @@ def _decayed_weights(times: Tensor, decay: Tensor, valid: Tensor, layout: Ragged
     if not times.shape[1]:
         return times.to(decay.dtype)
     last = times.gather(1, (layout.lengths.long() - 1).clamp_min(0)[:, None])
-    weights = torch.exp(-decay * (last - times).masked_fill(~valid, 0)) * valid
+    age = (last - times).masked_fill(~valid, 0).to(decay.dtype)
+    weights = torch.exp(-decay * age) * valid
     return weights / weights.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -114,5 +121,5 @@ def _similarity(x: Tensor, times: Tensor, decay: Tensor, valid: Tensor) -> Tenso
     """Σ_{j<t} e^{−λ(τ_t − τ_j)} ⟨ê_t, ê_j⟩: [B, N]."""
     unit = x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
     is_pair = (valid[:, :, None] & valid[:, None, :]).tril(-1)
-    gaps = (times[:, :, None] - times[:, None, :]).masked_fill(~is_pair, 0)
+    gaps = (times[:, :, None] - times[:, None, :]).masked_fill(~is_pair, 0).to(decay.dtype)
     return (unit @ unit.mT * torch.exp(-decay * gaps) * is_pair).sum(-1)

@@ -32,9 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
-from neuroexapt.kernels.ragged_triton import rows_to_write, sequence_span, sequences_of
+from neuroexapt.kernels.ragged_triton import ceil_div, input_precision, rows_to_write, sequence_span
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
-from neuroexapt.kernels.sequence_recommendation_interaction import EPSILON, checked_layout
+from neuroexapt.kernels.sequence_recommendation_interaction import EPSILON, check_arguments
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK_LENGTH = 64
@@ -45,9 +45,7 @@ _CHUNKS = tl.constexpr(16)  # whose sums a program reads at once
 @triton.jit
 def _times(times_ptr, start, position, is_read):
     """τ at positions of a sequence, in its own dtype; the positions themselves where there are no times."""
-    if times_ptr is None:
-        return position
-    return tl.load(times_ptr + start + position, mask=is_read, other=0)
+    return position if times_ptr is None else tl.load(times_ptr + start + position, mask=is_read, other=0)
 
 
 @triton.jit
@@ -522,27 +520,27 @@ def _forward(
     window: int,
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    longest: int,
 ) -> _Results:
-    results = _empty_results(items, target, decay, timestamps, window, lengths, offsets, max_length)
+    results = _empty_results(items, target, decay, timestamps, window, lengths, offsets, longest)
     pools, similarity, exact, stats, before = results
-    (batch, length), width = sequences_of(items, offsets, max_length), items.shape[-1]
-    chunks, blocks = _chunks(length), _blocks(width)
+    batch, width = target.shape
+    chunks, blocks = _chunks(longest), _blocks(width)
     sums = stats.new_empty(before.shape[0], before.shape[1], 4, width)
     totals = stats.new_empty(before.shape[0], before.shape[1], 3)
     items, target, timestamps = items.contiguous(), target.contiguous(), _dense(timestamps)
     place = decay, timestamps, lengths, offsets
     with torch.cuda.device_of(items):
         sequence_recommendation_interaction_fwd_kernel[batch, chunks](
-            items, target, *place, pools, similarity, exact, stats, sums, totals, length, window, width**-0.5,
-            SINGLE=chunks == 1, PRECISION=_precision(), **blocks,
+            items, target, *place, pools, similarity, exact, stats, sums, totals,
+            longest, window, width**-0.5, SINGLE=chunks == 1, PRECISION=input_precision(), **blocks,
         )  # fmt: skip
         if chunks > 1:
             sequence_recommendation_interaction_join_kernel[_state_grid(batch, chunks, blocks)](
-                *place, pools, exact, stats, sums, totals, before, chunks, length, window, **blocks
+                *place, pools, exact, stats, sums, totals, before, chunks, longest, window, **blocks
             )
             sequence_recommendation_interaction_similarity_kernel[batch, chunks](
-                items, *place, before, similarity, length, PRECISION=_precision(), **blocks
+                items, *place, before, similarity, longest, PRECISION=input_precision(), **blocks
             )
     return results
 
@@ -555,11 +553,11 @@ def _empty_results(
     window: int,
     lengths: Tensor | None,
     offsets: Tensor | None,
-    max_length: int | None,
+    longest: int,
 ) -> _Results:
     """Pools, similarity, two pools in fp32, (log-sum-exp, sum of decayed weights), and ``before``."""
-    (batch, length), width = sequences_of(items, offsets, max_length), items.shape[-1]
-    chunks = _chunks(length)
+    batch, width = target.shape
+    chunks = _chunks(longest)
     fp32 = functools.partial(items.new_empty, dtype=torch.float32)
     return (
         items.new_empty(batch, 3, width),
@@ -583,10 +581,10 @@ def _backward(
     stats: Tensor,
     before: Tensor,
     window: int,
-    max_length: int | None,
+    longest: int,
 ) -> _Grads:
-    (batch, length), width = sequences_of(items, offsets, max_length), items.shape[-1]
-    chunks, blocks = _chunks(length), _blocks(width)
+    batch, width = target.shape
+    chunks, blocks = _chunks(longest), _blocks(width)
     grads = _empty_grads(grad_pools, grad_similarity, items, target, decay)
     target_partial, decay_partial = stats.new_empty(batch, chunks, width), stats.new_empty(batch, chunks)
     summaries, after = torch.empty_like(before), torch.empty_like(before)
@@ -596,15 +594,16 @@ def _backward(
     with torch.cuda.device_of(items):
         if chunks > 1 and grad_similarity is not None:
             sequence_recommendation_interaction_bwd_summary_kernel[batch, chunks](
-                items, *place, grad_similarity, summaries, length, **blocks
+                items, *place, grad_similarity, summaries, longest, **blocks
             )
             sequence_recommendation_interaction_after_kernel[_state_grid(batch, chunks, blocks)](
-                *place, summaries, after, chunks, length, **blocks
+                *place, summaries, after, chunks, longest, **blocks
             )
         sequence_recommendation_interaction_bwd_kernel[batch, chunks](
             grad_pools, grad_similarity, items, target, *place, exact, stats, before, after,
-            grads[0], target_partial, decay_partial, length, window, width**-0.5,
-            SINGLE=chunks == 1, PRECISION=_precision(), **blocks | {"num_warps": 2 * blocks["num_warps"]},
+            grads[0], target_partial, decay_partial, longest, window, width**-0.5,
+            SINGLE=chunks == 1, PRECISION=input_precision(),
+            **blocks | {"num_warps": 2 * blocks["num_warps"]},
         )  # fmt: skip
         sequence_recommendation_interaction_bwd_join_kernel[batch + 1,](
             target_partial, decay_partial, *grads[1:], batch, chunks,
@@ -628,8 +627,8 @@ def _empty_grads(
     )
 
 
-def _chunks(length: int) -> int:
-    return -(-length // _CHUNK_LENGTH)
+def _chunks(longest: int) -> int:
+    return ceil_div(longest, _CHUNK_LENGTH)
 
 
 def _blocks(width: int) -> dict[str, int]:
@@ -639,20 +638,15 @@ def _blocks(width: int) -> dict[str, int]:
 
 
 def _state_grid(batch: int, chunks: int, blocks: dict[str, int]) -> tuple[int, int, int]:
-    return batch, -(-chunks // _CHUNKS.value), -(-blocks["D"] // blocks["BLOCK_D"])
+    return batch, ceil_div(chunks, _CHUNKS.value), ceil_div(blocks["D"], blocks["BLOCK_D"])
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _precision() -> str:
-    """Of fp32 products: one TF32 product where PyTorch's matrix products may do that, else three."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
 def _save(ctx, arguments: tuple, results: _Results) -> None:
-    items, target, decay, timestamps, ctx.window, lengths, offsets, ctx.max_length = arguments
+    items, target, decay, timestamps, ctx.window, lengths, offsets, ctx.longest = arguments
     ctx.save_for_backward(items, target, decay, timestamps, lengths, offsets, *results[2:])
 
 
@@ -660,14 +654,14 @@ def _differentiate(ctx, grad_pools: Tensor | None, grad_similarity: Tensor | Non
     items, target, *others = ctx.saved_tensors
     if grad_pools is None:
         grad_pools = items.new_zeros(len(target), 3, items.shape[-1])
-    grads = _backward_op(grad_pools, grad_similarity, items, target, *others, ctx.window, ctx.max_length)
+    grads = _backward_op(grad_pools, grad_similarity, items, target, *others, ctx.window, ctx.longest)
     needed = ctx.needs_input_grad[:3]
     return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *5 * (None,)
 
 
 _op = define(
     "sequence_recommendation_interaction(Tensor items, Tensor target, Tensor decay, Tensor? timestamps, "
-    "int window, Tensor? lengths, Tensor? offsets, SymInt? max_length) "
+    "int window, Tensor? lengths, Tensor? offsets, SymInt longest) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _empty_results,
@@ -675,7 +669,7 @@ _op = define(
 _backward_op = define(
     "sequence_recommendation_interaction_backward(Tensor grad_pools, Tensor? grad_similarity, Tensor items, "
     "Tensor target, Tensor decay, Tensor? timestamps, Tensor? lengths, Tensor? offsets, Tensor exact, "
-    "Tensor stats, Tensor sums, int window, SymInt? max_length) -> (Tensor, Tensor, Tensor)",
+    "Tensor stats, Tensor before, int window, SymInt longest) -> (Tensor, Tensor, Tensor)",
     _backward,
     _empty_grads,
 )
@@ -694,8 +688,8 @@ def sequence_recommendation_interaction(
     max_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What ``neuroexapt.functional`` defines, with sums in fp32. Differentiable once."""
-    checked_layout(items, target, decay, timestamps, window, lengths, offsets, max_length)
-    return _op(items, target, decay, timestamps, window, lengths, offsets, max_length)[:2]
+    longest = check_arguments(items, target, decay, timestamps, window, lengths, offsets, max_length)
+    return _op(items, target, decay, timestamps, window, lengths, offsets, longest)[:2]
 
 
 def supports(

@@ -17,10 +17,11 @@ from neuroexapt.backend import get_backend, resolve
 from neuroexapt.backend.candidates import without_kernels
 from neuroexapt.errors import UserError
 from neuroexapt.recommend.config import OPERATORS, SECTIONS, refuse_unknown, section
+from neuroexapt.recommend.failures import in_one_line
 from neuroexapt.recommend.manager import TritonOperatorManager
 from neuroexapt.recommend.model import SequenceRecommender
 from neuroexapt.recommend.request import Request, make_request, split_behaviors, to_tensors
-from neuroexapt.recommend.strategies import STRATEGIES, Execution, Inputs, check_names, first_line
+from neuroexapt.recommend.strategies import STRATEGIES, Execution, Inputs, check_names
 
 logger = logging.getLogger(__name__)
 
@@ -127,26 +128,22 @@ class IntegratedController:
         """What ran, how often and how fast.
 
         ``inference_counts``: runs by strategy; ``requests``; ``latencies``: median and 99th percentile of the
-        latest runs by strategy, ms; ``warm_up``: what was measured, by strategy and batch size, ms;
-        ``unavailable_strategies`` and ``failures`` with their reasons; ``triton_stats``: the manager's.
+        latest runs by strategy, ms; ``failures`` with their reasons; ``triton_stats``: calls of the manager's.
+        Once warmed up also ``warm_up``: what was measured, by strategy and batch size, ms; ``optimizations``:
+        the kernels that each strategy runs on; ``unavailable_strategies`` with their reasons.
         """
-        execution = self._execution
-        timings = execution.timings if execution else {}
-        return {
-            "triton_stats": self.triton_manager.get_operator_stats(),
-            "requests": self._requests,
-            "inference_counts": dict(self._counts),
-            "latencies": {name: _percentiles(values) for name, values in self._latencies.items()},
-            "warm_up": {
-                name: {size: timing.median_ms for size, timing in of_sizes.items()}
-                for name, of_sizes in timings.items()
-            },
-            "unavailable_strategies": dict(execution.unavailable) if execution else {},
-            "failures": [
-                {"strategy": name, "reason": reason, "count": count}
-                for (name, reason), count in self._failures.items()
-            ],
-        }
+        with self._lock:
+            return {
+                "triton_stats": self.triton_manager.get_operator_stats(),
+                "requests": self._requests,
+                "inference_counts": dict(self._counts),
+                "latencies": {name: _percentiles(values) for name, values in self._latencies.items()},
+                "failures": [
+                    {"strategy": name, "reason": reason, "count": count}
+                    for (name, reason), count in self._failures.items()
+                ],
+                **(self._execution.stats() if self._execution else {}),
+            }
 
     def _prepared(self) -> Execution:
         if self._execution is None:
@@ -162,7 +159,7 @@ class IntegratedController:
         execution.require(strategy)
         start = time.perf_counter()
         inputs = to_tensors(requests, size, self.model.max_length, self.model.has_times)
-        with torch.inference_mode():
+        with torch.no_grad():
             scores, strategy = self._scores(execution, strategy, inputs)
             ranked = rank(scores[: len(requests)], requests, self.model.item_counts)
         milliseconds = 1000 * (time.perf_counter() - start)
@@ -171,22 +168,25 @@ class IntegratedController:
         self._latencies[strategy].append(milliseconds)
         common = {
             "inference_strategy": strategy,
-            "optimizations_applied": list(execution.optimizations[strategy]),
+            "optimizations_applied": list(execution.optimizations.get(strategy, ())),
             "inference_time_ms": milliseconds,
             "batch_size": len(requests),
         }
         return [{"recommendations": items, **common} for items in ranked]
 
     def _scores(self, execution: Execution, strategy: str, inputs: Inputs) -> tuple[Tensor, str]:
-        """Scores, and the strategy that gave them: in plain PyTorch where the one chosen fails."""
+        """Scores, and what gave them: ``reference``, which is plain PyTorch, where the strategy fails."""
         try:
             with self.triton_manager.switched():
                 return execution.run(strategy, inputs), strategy
-        except RuntimeError as error:  # a kernel, a replay or a session that does not run any more
-            self._failures[strategy, first_line(error)] += 1
-            logger.warning("strategy %s failed, running in plain PyTorch: %s", strategy, first_line(error))
+        except Exception as error:  # a kernel, a replay or a session that fails, each in its own way
+            failure = strategy, in_one_line(error)
+            if failure not in self._failures:
+                logger.warning("strategy %s failed, running in plain PyTorch: %s", *failure)
+            self._failures[failure] += 1
+            execution.withdraw(*failure)
         with without_kernels(OPERATORS):
-            return execution.run("eager", inputs), "eager"
+            return execution.run("eager", inputs), "reference"
 
 
 def create_integrated_controller(config: Mapping[str, Any]) -> IntegratedController:

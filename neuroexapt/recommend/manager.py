@@ -22,6 +22,7 @@ from neuroexapt.core.sequence_operations import (
 )
 from neuroexapt.errors import UserError
 from neuroexapt.recommend.config import OPERATORS, SECTIONS, refuse_unknown, section, switches
+from neuroexapt.recommend.failures import in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -232,8 +233,9 @@ class TritonOperatorManager(nn.Module):
         except Exception as error:  # a kernel fails to compile, to launch or to run, each in its own way
             if _implementation(operator, before) == "torch":
                 raise
-            reason = _first_line(error)
-            logger.warning("%s runs in plain PyTorch, its kernel failed: %s", operator, reason)
+            reason = in_one_line(error)
+            if reason not in self._fallbacks[operator]:
+                logger.warning("%s runs in plain PyTorch, its kernel failed: %s", operator, reason)
             self._fallbacks[operator][reason] += 1
             with without_kernels([operator]):
                 result = call()
@@ -387,7 +389,3 @@ def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _relative_error(result: Tensor, expected: Tensor) -> float:
     difference = (result.double() - expected.double()).abs().max()
     return float(difference / expected.double().abs().max().clamp_min(1))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -16,6 +16,9 @@ class NextItem(Task):
     The loss is the cross-entropy over the whole catalogue, or with ``negatives`` over the target and so many
     items drawn at random, the same for a batch, other targets' hits left out.
 
+    With ``positions`` at most so many a row count in the loss, in the mean of the batch, and the rest costs
+    nothing; without, every position of a captured step costs as much as if it asked for an item.
+
     Accuracy is HR@10: a prediction counts as correct if the target is among the ten best. Scores are taken of
     one prediction a row, the last one asked for.
     """
@@ -23,13 +26,16 @@ class NextItem(Task):
     figures = ("accuracy", "ndcg")
     unit = "histories"
 
-    def __init__(self, negatives: int = 0) -> None:
-        self.negatives = negatives
+    def __init__(self, negatives: int = 0, positions: int | None = None) -> None:
+        self.negatives, self.positions = negatives, positions
 
     def loss(self, output: Queries, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         queries, targets = output.queries.flatten(0, 1), labels.flatten()
         if not queries.is_cuda:  # a step that is captured there needs shapes that stay
             queries, targets = queries[targets > 0], targets[targets > 0]
+        if self.positions is not None:
+            asked = (targets > 0).byte().sort(descending=True, stable=True).indices[: self.positions * len(labels)]
+            queries, targets = queries[asked], targets[asked]
         if self.negatives:
             losses = self._sampled_losses(queries, output.items, targets)
             return losses.masked_fill(targets == 0, 0).sum() / (targets > 0).sum()

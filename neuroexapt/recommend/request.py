@@ -62,9 +62,7 @@ def split_behaviors(behaviors: Sequence[Any]) -> tuple[list[Any], list[Any] | No
     return [entry.get("item_id") for entry in records], timestamps or None
 
 
-def to_tensors(
-    requests: Sequence[Request], rows: int, length: int, has_times: bool
-) -> tuple[Tensor, ...]:
+def to_tensors(requests: Sequence[Request], rows: int, length: int, has_times: bool) -> tuple[Tensor, ...]:
     """items [``rows``, ``length``] padded with 0 on the right, lengths [``rows``], and timestamps like items.
 
     The latest ``length`` items of a longer history count. Rows beyond the requests are empty sequences.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from neuroexapt.backend import PersistentKernel, Timing, dispatch_report
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.errors import BackendUnavailableError, UserError
+from neuroexapt.recommend.failures import in_one_line
 
 Inputs = tuple[Tensor, ...]
 """items [B, N], lengths [B] and, for models that look at times, timestamps [B, N]; all int64."""
@@ -119,7 +120,7 @@ class Execution:
         self.optimizations: dict[str, tuple[str, ...]] = {}
         self._runs: dict[str, Run] = {}
         samples = [_sample(model, size, device) for size in self.batch_sizes]
-        with torch.inference_mode():
+        with torch.no_grad():
             for name in dict.fromkeys(("eager", *names)):
                 self._prepare(name, Scorer(model), samples)
 
@@ -129,7 +130,7 @@ class Execution:
 
     def run(self, name: str, inputs: Inputs) -> Tensor:
         """Scores of a batch of one of ``batch_sizes``."""
-        with torch.inference_mode():
+        with torch.no_grad():
             return self._runs[name](*(x.to(self.device) for x in inputs))
 
     def require(self, name: str) -> None:
@@ -139,6 +140,23 @@ class Execution:
         check_names([name])
         reason = self.unavailable.get(name, "it was not among the strategies to prepare")
         raise BackendUnavailableError(f"strategy {name!r} cannot run here: {reason}")
+
+    def withdraw(self, name: str, reason: str) -> None:
+        """Run a strategy no more, for this reason; ``eager`` stays."""
+        if name != "eager":
+            self.unavailable[name] = reason
+            del self._runs[name], self.timings[name]
+
+    def stats(self) -> dict[str, Any]:
+        """What the warm-up found, for ``get_comprehensive_stats``."""
+        return {
+            "warm_up": {
+                name: {size: timing.median_ms for size, timing in of_sizes.items()}
+                for name, of_sizes in self.timings.items()
+            },
+            "optimizations": dict(self.optimizations),
+            "unavailable_strategies": dict(self.unavailable),
+        }
 
     def _prepare(self, name: str, scorer: Scorer, samples: list[Inputs]) -> None:
         before = dispatch_report()
@@ -151,7 +169,7 @@ class Execution:
         except Exception as error:  # whatever an exporter or a compiler and its toolchain raise
             if name == "eager":
                 raise
-            self.unavailable[name] = first_line(error)
+            self.unavailable[name] = _reason(error)
             return
         self._runs[name], self.timings[name] = run, timings
         kernels = {
@@ -191,5 +209,5 @@ def _powers_of_two(largest: int) -> list[int]:
     return list(itertools.takewhile(lambda size: size < 2 * largest, (2**i for i in itertools.count())))
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else in_one_line(error)

@@ -36,6 +36,7 @@ PHASES = {
 _TABLE_DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet16": "ImageNet16-120"}
 _NUMBERS = {
     "test_accuracy": ("test accuracy", percent),
+    "test_ndcg": ("test NDCG@10 of a recommender, whose accuracy is HR@10", percent),
     "test_accuracy_deviation": ("its standard deviation over seeds", percent),
     "scratch_test_accuracy": ("test accuracy from scratch, as many epochs", percent),
     **{

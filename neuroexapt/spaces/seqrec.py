@@ -29,6 +29,8 @@ class SequenceSpace(Space):
         dropout: of the embedding and of every operation.
         times: whether HSTU's attention has a bias by time, where the data tells times.
         negatives: items drawn to train against; 0: the whole catalogue.
+        positions: of a history, in the mean of a batch, that are trained at most; None: all. A number well
+            above the data's mean leaves nothing out and saves what padding costs.
         cosine: compare by cosines over a temperature of 0.05 instead of by products.
     """
 
@@ -38,12 +40,13 @@ class SequenceSpace(Space):
     times: bool = True
     negatives: int = 0
     cosine: bool = False
+    positions: int | None = None
     may_choose_none = True
     primitives = tuple(SEQUENCE_OPS)
 
     @property
     def task(self) -> Task:  # type: ignore[override]
-        return NextItem(self.negatives)
+        return NextItem(self.negatives, self.positions)
 
     @property
     def defaults(self) -> Mapping[str, Any]:

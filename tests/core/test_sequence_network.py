@@ -1,5 +1,7 @@
 """Operations of recommenders and their networks: causal, blind to padding, derived as searched."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -142,6 +144,10 @@ def test_times_matter_where_the_space_wants_them() -> None:
     unit = network.cells[0].edges[0]
     torch.nn.init.normal_(unit.time_bias)
     assert not torch.equal(network(inputs).queries, network(later).queries)
+    blind = dataclasses.replace(SEQREC, times=False).network(
+        RecommenderGenotype(load_genotype("HSTU").cell, "short_long"), **FACTS, channels=8, layers=1
+    )
+    assert torch.equal(blind.eval()(inputs).queries, blind(later).queries)
 
 
 def test_published_recommenders_are_genotypes_of_the_space() -> None:

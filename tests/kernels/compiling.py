@@ -16,9 +16,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from neuroexapt.kernels import pool_triton, sepconv_triton
+from neuroexapt.kernels import (
+    interaction_operator_triton,
+    pool_triton,
+    sepconv_triton,
+    sequence_recommendation_interaction_triton,
+)
 
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+# What a tensor's name holds where it is kept in fp32.
+_SUMS = (
+    *("partial", "stats", "mean", "var"),
+    *("exact", "sums", "totals", "summaries", "before", "after", "decay"),
+)
 _LAUNCH_OPTIONS = ("num_warps", "num_stages")
 # Channels, pixels a side and dtype; the pictures of the DARTS search network at batch 64.
 _PICTURES = ((16, 32, torch.float32), (64, 8, torch.float32), (16, 32, torch.bfloat16))
@@ -30,11 +40,13 @@ def resources(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, constan
     Pointers are ``dtype``, or fp32 where the kernel keeps sums in it; the last stride of each tensor
     is 1; every other argument outside ``constants`` is a 32-bit integer.
     """
-    options = {name: constants.pop(name) for name in _LAUNCH_OPTIONS if name in constants}
+    options = {name: constants[name] for name in _LAUNCH_OPTIONS if name in constants}
     names = kernel.arg_names
-    constants = constants | {name: 1 for name in names if name.endswith("_w")}
+    constants = {name: constants[name] for name in names if name in constants}
+    constants |= {name: 1 for name in names if name.endswith("_w")}
     signature = {name: "constexpr" if name in constants else _argument_type(name, dtype) for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")}
+    pointers = [name.endswith("_ptr") and name not in constants for name in names]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, is_pointer in enumerate(pointers) if is_pointer}
     source = ASTSource(kernel, signature, constants, aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = _resource_usage(binary.asm["cubin"])
@@ -49,11 +61,12 @@ def resources(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, constan
 
 def _argument_type(name: str, dtype: torch.dtype) -> str:
     if not name.endswith("_ptr"):
-        return "i32"
+        return "fp32" if name == "scale" else "i32"
     if name.startswith("winner"):
         return "*u8"
-    keeps_sums = any(word in name for word in ("partial", "stats", "mean", "var"))
-    return "*fp32" if keeps_sums else _POINTERS[dtype]
+    if name in ("times_ptr", "lengths_ptr"):
+        return "*i64"
+    return "*fp32" if any(word in name for word in _SUMS) else _POINTERS[dtype]
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -108,10 +121,30 @@ def pool_cases(channels: int, size: int) -> list[tuple]:
     ]
 
 
+def interaction_cases() -> list[tuple]:
+    """Both interactions at sizes that they are timed at, sequences in several chunks."""
+    fields, sequences = interaction_operator_triton, sequence_recommendation_interaction_triton
+    vectors = fields._blocks(27, 64, torch.bfloat16) | {"PRECISION": "tf32x3"}
+    forward = sequences._blocks(256) | {"PRECISION": "tf32x3", "SINGLE": False, "offsets_ptr": None}
+    backward = forward | {"num_warps": 2 * forward["num_warps"]}
+    return [
+        (fields.interaction_operator_fwd_kernel, vectors),
+        (fields.interaction_operator_bwd_kernel, vectors),
+        (sequences.sequence_recommendation_interaction_fwd_kernel, forward),
+        (sequences.sequence_recommendation_interaction_join_kernel, forward),
+        (sequences.sequence_recommendation_interaction_similarity_kernel, forward),
+        (sequences.sequence_recommendation_interaction_bwd_summary_kernel, forward),
+        (sequences.sequence_recommendation_interaction_after_kernel, forward),
+        (sequences.sequence_recommendation_interaction_bwd_kernel, backward),
+    ]
+
+
 def main(arch: int) -> None:
     for channels, size, dtype in _PICTURES:
         for kernel, constants in sepconv_cases(channels, size, 5, "tf32x3") + pool_cases(channels, size):
             print(json.dumps(resources(kernel, arch, dtype, constants)), flush=True)
+    for kernel, constants in interaction_cases():
+        print(json.dumps(resources(kernel, arch, torch.bfloat16, constants)), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,12 @@ KERNELS = {
     "pool_fwd_kernel",
     "pool_bwd_kernel",
     "global_avg_pool_fwd_kernel",
+    "interaction_operator_fwd_kernel",
+    "interaction_operator_bwd_kernel",
+    *(
+        f"sequence_recommendation_interaction_{part}_kernel"
+        for part in ("fwd", "join", "similarity", "bwd_summary", "after", "bwd")
+    ),
 }
 
 

@@ -152,7 +152,7 @@ def calls() -> dict[str, tuple[list[Tensor], dict[str, Any]]]:
     lengths = torch.tensor([70, 0, 64], device=DEVICE)
     times = torch.arange(210, device=DEVICE).reshape(3, 70) // 3 + 1_700_000_000
     one, several = inputs(3, 7, 5, torch.float32), inputs(3, 70, 20, torch.float32)
-    rows, places = jagged(several[0], {"timestamps": times / 3 - 5e8, "lengths": lengths, "window": 9})
+    rows, places = jagged(several[0], {"timestamps": times.double() / 3, "lengths": lengths, "window": 9})
     return {
         "one chunk": (one, {"window": 3}),
         "lengths": (one, {"lengths": torch.tensor([7, 0, 1], device=DEVICE)}),
@@ -218,7 +218,7 @@ def test_kernels_pass_opcheck():
 
     leaves = [x.requires_grad_() for x in inputs(dtype=torch.float32)]
     op = torch.ops.neuroexapt.sequence_recommendation_interaction.default
-    torch.library.opcheck(op, (*leaves, TIMES, 2, LENGTHS, None, None))
+    torch.library.opcheck(op, (*leaves, TIMES, 2, LENGTHS, None, 6))
 
 
 def test_calls_that_the_kernels_cannot_take_are_named():

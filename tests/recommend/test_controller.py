@@ -167,7 +167,7 @@ def test_a_strategy_that_fails_later_gives_way_to_pytorch_and_is_recorded(monkey
     def fragile(scorer, samples):
         def run(*inputs):
             if not works[0]:
-                raise RuntimeError("the session is gone\nand more")
+                raise LookupError("the session is gone\nand more")
             return scorer(*inputs)
 
         return run
@@ -177,10 +177,14 @@ def test_a_strategy_that_fails_later_gives_way_to_pytorch_and_is_recorded(monkey
     controller.warm_up()
     works[0] = False
     answer = controller.infer_with_optimal_strategy(0, [1], strategy="fragile")
-    assert answer["inference_strategy"] == "eager"
-    assert controller.get_comprehensive_stats()["failures"] == [
-        {"strategy": "fragile", "reason": "the session is gone", "count": 1}
-    ]
+    assert (answer["inference_strategy"], answer["optimizations_applied"]) == ("reference", [])
+    reason = "LookupError: the session is gone … and more"
+    stats = controller.get_comprehensive_stats()
+    assert stats["failures"] == [{"strategy": "fragile", "reason": reason, "count": 1}]
+    assert stats["unavailable_strategies"] == {"fragile": reason}
+    assert controller.infer_with_optimal_strategy(0, [1])["inference_strategy"] == "eager"
+    with pytest.raises(BackendUnavailableError, match=reason):
+        controller.infer_with_optimal_strategy(0, [1], strategy="fragile")
 
 
 def _slowed(scorer):

@@ -165,7 +165,7 @@ def test_a_kernel_that_fails_gives_way_to_pytorch_and_is_recorded(x, kernel_on_c
         "enabled": True,
         "calls": 1,
         "implementations": {"torch": 1},
-        "fallbacks": {"out of shared memory": 1},
+        "fallbacks": {"RuntimeError: out of shared memory … in line 7": 1},
     }
 
 

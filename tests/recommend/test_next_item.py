@@ -55,6 +55,15 @@ def test_the_sampled_loss_compares_with_what_is_drawn() -> None:
     assert found == pytest.approx(sum(losses) / 3, rel=1e-6)
 
 
+def test_positions_limit_how_many_count() -> None:
+    output, labels = make_output()
+    # Two rows of one: the first two that ask.
+    alone = labels.clone()
+    alone[1, 1] = 0
+    assert NextItem(positions=1).loss(output, labels) == NextItem().loss(output, alone)
+    assert NextItem(positions=2).loss(output, labels) == NextItem().loss(output, labels)
+
+
 def test_scores_are_of_the_last_item_asked_for() -> None:
     items = torch.cat([torch.zeros(1, 12), torch.eye(12)])
     queries = torch.zeros(2, 3, 12)

@@ -17,6 +17,7 @@ using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::multiply_strip;
+using tensor_core::operand;
 using tensor_core::sum_over_quad;
 using namespace tiles;
 

@@ -29,6 +29,7 @@ using launching::launch;
 using storage::load2;
 using storage::load4;
 using storage::store2;
+using storage::store4;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::sum_over_quad;
@@ -167,30 +168,33 @@ __device__ void copy_rows_async(float* shared, const float* source, int distance
   }
 }
 
-// What the products with pixels have in common: four warps with two rows of the tile each, and up to 32 of the
-// channels that come out.
+// What the products with pixels have in common: groups of warps with two rows of the tile each, that share the
+// channels which go in where a tile has few pixels, and up to 32 of the channels that come out.
 template <int C>
 struct Block {
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kGroups = 4, kShares = C < 32 ? 1 : 2, kThreads = 32 * kGroups * kShares;
+  static constexpr int kChannels = C / kShares;  // of a warp
   static constexpr int kOut = C < 32 ? C : 32, kSlices = C / kOut;
   static constexpr int kPlane = pad_to_bank(Tile<C>::kHaloed, 8);  // for lanes that read four channels of eight pixels
   static constexpr int kTileFloats = C * kPlane + Tile<C>::kEnd;
   static constexpr int kAcross = Tile<C>::kColumns / 8, M = kOut / 16, N = 2 * kAcross;
 
-  __device__ static int row(int n) { return threadIdx.x / 32 * 2 + n / kAcross; }
+  __device__ static int group() { return threadIdx.x / 32 % kGroups; }
+  __device__ static int share() { return threadIdx.x / 32 / kGroups; }
+  __device__ static int row(int n) { return group() * 2 + n / kAcross; }
   __device__ static int column(int n) { return n % kAcross * 8; }
 };
 
 template <int C>
 using Sums = float[Block<C>::M][Block<C>::N][4];
 
-// sums += W · tile at one tap. `left`: the weight of the lane's first output and input channel, others kOutStep and
-// kInStep from there; `right`: the pixel of the lane's first input channel that the tap puts on the tile's first.
+// sums += W · tile at one tap, for the warp's share. `left`: the weight of the lane's first output and input channel,
+// others kOutStep and kInStep from there; `right`: the pixel of that input channel that the tap brings to the first.
 template <int C, int kOutStep, int kInStep, bool kExact>
 __device__ void add_tap(Sums<C>& sums, const float* left, const float* right) {
   using B = Block<C>;
 #pragma unroll 2
-  for (int channel = 0; channel < C; channel += 8) {
+  for (int channel = 0; channel < B::kChannels; channel += 8) {
     Fragment<4, kExact> weights[B::M];
 #pragma unroll
     for (int m = 0; m < B::M; ++m) {
@@ -207,6 +211,35 @@ __device__ void add_tap(Sums<C>& sums, const float* left, const float* right) {
       for (int i = 0; i < 2; ++i) values.set(i, pixels[i * 4 * B::kPlane]);
 #pragma unroll
       for (int m = 0; m < B::M; ++m) multiply<kExact>(sums[m][n], weights[m], values);
+    }
+  }
+}
+
+// Adds the sums of the other share to those of the first. Shared memory: float4 [M, N, lanes of a share].
+template <int C>
+__device__ void add_shares(Sums<C>& sums, float* shared) {
+  using B = Block<C>;
+  if constexpr (B::kShares == 1) return;
+  constexpr int kLanes = 32 * B::kGroups;
+  float4* places = reinterpret_cast<float4*>(shared) + threadIdx.x % kLanes;
+  __syncthreads();  // what was there has been read
+#pragma unroll
+  for (int m = 0; m < B::M; ++m) {
+#pragma unroll
+    for (int n = 0; n < B::N; ++n) {
+      float(&own)[4] = sums[m][n];
+      if (B::share() == 1) places[(m * B::N + n) * kLanes] = make_float4(own[0], own[1], own[2], own[3]);
+    }
+  }
+  __syncthreads();
+  if (B::share() == 1) return;
+#pragma unroll
+  for (int m = 0; m < B::M; ++m) {
+#pragma unroll
+    for (int n = 0; n < B::N; ++n) {
+      float(&own)[4] = sums[m][n];
+      const float4 other = places[(m * B::N + n) * kLanes];
+      own[0] += other.x, own[1] += other.y, own[2] += other.z, own[3] += other.w;
     }
   }
 }
@@ -233,9 +266,10 @@ __device__ void with_size(int kernel_size, F f) {
 template <int C>
 struct Forward : Block<C> {
   using B = Block<C>;
-  __host__ __device__ static constexpr int weight_pitch(int K) { return C * K * K + 4; }  // for lanes that read eight outputs of four inputs
+  // For lanes that read eight outputs of four inputs.
+  __host__ __device__ static constexpr int weight_pitch(int K) { return C * K * K + 4; }
   static constexpr int kWeights = B::kTileFloats, kSums = kWeights + B::kOut * weight_pitch(3);
-  static constexpr int kFloats = kSums + 2 * B::kWarps * B::kOut;
+  static constexpr int kFloats = kSums + 2 * B::kGroups * B::kOut;
 };
 
 struct ForwardLaunch {
@@ -248,7 +282,7 @@ struct ForwardLaunch {
 template <int C, typename F>
 __device__ void sum_pixels(float* shared, const bool (&inside)[Block<C>::N], F value) {
   using B = Block<C>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < B::M; ++m) {
 #pragma unroll
@@ -259,47 +293,47 @@ __device__ void sum_pixels(float* shared, const bool (&inside)[Block<C>::N], F v
         if (inside[n]) sum += value(m, n, 2 * h) + value(m, n, 2 * h + 1);
       }
       sum = sum_over_quad(sum);
-      if (lane % 4 == 0) shared[warp * B::kOut + m * 16 + h * 8 + lane / 4] = sum;
+      if (lane % 4 == 0 && B::share() == 0) shared[B::group() * B::kOut + m * 16 + h * 8 + lane / 4] = sum;
     }
   }
   __syncthreads();
 }
 
 template <int C>
-__device__ float sum_of_warps(const float* shared, int channel) {
+__device__ float sum_of_groups(const float* shared, int channel) {
   float sum = 0.f;
 #pragma unroll
-  for (int warp = 0; warp < Block<C>::kWarps; ++warp) sum += shared[warp * Block<C>::kOut + channel];
+  for (int group = 0; group < Block<C>::kGroups; ++group) sum += shared[group * Block<C>::kOut + channel];
   return sum;
 }
 
-// Shared memory, once more: float [2, warps, kOut].
+// Shared memory, once more: float [2, kGroups, kOut].
 template <int C>
 __device__ void store_moments(float* target, float* shared, const Sums<C>& sums, const bool (&inside)[Block<C>::N],
                               float count) {
   using B = Block<C>;
-  float *sums_of_warps = shared, *squares_of_warps = shared + B::kWarps * B::kOut;
-  sum_pixels<C>(sums_of_warps, inside, [&](int m, int n, int r) { return sums[m][n][r]; });
+  float *sums_of_groups = shared, *squares_of_groups = shared + B::kGroups * B::kOut;
+  sum_pixels<C>(sums_of_groups, inside, [&](int m, int n, int r) { return sums[m][n][r]; });
   float means[B::M][2];
 #pragma unroll
   for (int m = 0; m < B::M; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      means[m][h] = sum_of_warps<C>(sums_of_warps, m * 16 + h * 8 + threadIdx.x % 32 / 4) / count;
+      means[m][h] = sum_of_groups<C>(sums_of_groups, m * 16 + h * 8 + threadIdx.x % 32 / 4) / count;
     }
   }
-  sum_pixels<C>(squares_of_warps, inside, [&](int m, int n, int r) {
+  sum_pixels<C>(squares_of_groups, inside, [&](int m, int n, int r) {
     const float deviation = sums[m][n][r] - means[m][r / 2];
     return deviation * deviation;
   });
   const int channel = threadIdx.x;
   if (channel >= B::kOut) return;
   target[3 * channel] = count;
-  target[3 * channel + 1] = sum_of_warps<C>(sums_of_warps, channel) / count;
-  target[3 * channel + 2] = sum_of_warps<C>(squares_of_warps, channel);
+  target[3 * channel + 1] = sum_of_groups<C>(sums_of_groups, channel) / count;
+  target[3 * channel + 2] = sum_of_groups<C>(squares_of_groups, channel);
 }
 
-// Shared memory: relu(x) [C, kPlane], W [kOut, kWeightPitch], sums of warps. Grid: (parts, slices of jobs).
+// Shared memory: relu(x) [C, kPlane], W [kOut, weight_pitch], sums of groups. Grid: (parts, slices of jobs).
 template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(Block<C>::kThreads) fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
   using F = Forward<C>;
@@ -321,19 +355,21 @@ __global__ void __launch_bounds__(Block<C>::kThreads) fwd_kernel(const __grid_co
     fill_tile<C, C, F::kPlane, K / 2, F::kThreads>(tile, x, shape, place);
     wait_for_copies();
     __syncthreads();
-    const float* left = weights + g * kPitch + q * kTaps;
-    const float* right = tile + q * F::kPlane + Tile<C>::place(F::row(0), g);
+    const int first_in = F::share() * F::kChannels + q;
+    const float* left = weights + g * kPitch + first_in * kTaps;
+    const float* right = tile + first_in * F::kPlane + Tile<C>::place(F::row(0), g);
     for_taps<K, Tile<C>::kPitch>([&](int tap, int offset) {
       add_tap<C, kPitch, kTaps, kExact>(sums, left + tap, right + offset);
     });
   });
 
+  add_shares<C>(sums, tile);
   T* z = output<T>(job.z) + (int64_t(place.picture) * C + first_out + g) * plane;
   bool inside[F::N];
 #pragma unroll
   for (int n = 0; n < F::N; ++n) {
     const int y = place.y + F::row(n), x = place.x + F::column(n) + 2 * q;
-    inside[n] = y < shape.height && x < shape.width;
+    inside[n] = F::share() == 0 && y < shape.height && x < shape.width;
     if (!inside[n]) continue;
 #pragma unroll
     for (int m = 0; m < F::M; ++m) {
@@ -353,7 +389,8 @@ __global__ void __launch_bounds__(Block<C>::kThreads) fwd_kernel(const __grid_co
 template <int C>
 struct InputGradient : Block<C> {
   using B = Block<C>;
-  __host__ __device__ static constexpr int weight_pitch(int K) { return B::kOut * K * K + 8; }  // for lanes that read eight inputs of four outputs
+  // For lanes that read eight inputs of four outputs.
+  __host__ __device__ static constexpr int weight_pitch(int K) { return B::kOut * K * K + 8; }
   static constexpr int kFloats = B::kTileFloats + C * weight_pitch(3);
 };
 
@@ -366,9 +403,10 @@ struct GradientLaunch {
   GradJob jobs[kMaxJobs];
 };
 
-// Shared memory: dz [C, kPlane], W [C, kWeightPitch]. Grid: (tiles, slices of input channels, splits of the jobs).
+// Shared memory: dz [C, kPlane], W [C, weight_pitch]. Grid: (tiles, slices of input channels, splits of the jobs).
 template <int C, typename T, bool kExact>
-__global__ void __launch_bounds__(Block<C>::kThreads, 4) dx_kernel(const __grid_constant__ GradientLaunch launch) {
+__global__ void __launch_bounds__(Block<C>::kThreads, 4 / Block<C>::kShares)
+    dx_kernel(const __grid_constant__ GradientLaunch launch) {
   using G = InputGradient<C>;
   const Shape& shape = launch.shape;
   const int first_in = blockIdx.y * G::kOut, plane = shape.height * shape.width;
@@ -391,14 +429,17 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4) dx_kernel(const __grid_
       fill_tile<C, C, G::kPlane, K / 2, G::kThreads>(tile, dz, shape, place);
       wait_for_copies();
       __syncthreads();
-      const float* left = weights + q * kPitch + g * kTaps;
-      const float* right = tile + q * G::kPlane + Tile<C>::place(G::row(0), g);
+      const int first_out = G::share() * G::kChannels + q;
+      const float* left = weights + first_out * kPitch + g * kTaps;
+      const float* right = tile + first_out * G::kPlane + Tile<C>::place(G::row(0), g);
       for_taps<K, Tile<C>::kPitch>([&](int tap, int offset) {
         add_tap<C, kTaps, kPitch, kExact>(sums, left + tap, right - offset);
       });
     });
   }
 
+  add_shares<C>(sums, tile);
+  if (G::share() != 0) return;
   const int64_t first_plane = first_in + g;
   const T* x = input<T>(launch.input.x) + place.picture * launch.input.batch_stride + first_plane * plane;
   T* dx = output<T>(launch.dx) + ((int64_t(blockIdx.z) * shape.batch + place.picture) * C + first_plane) * plane;
@@ -427,7 +468,8 @@ struct WeightGradient {
   static constexpr int kIn = 16, kSlices = C / kIn;  // input channels of a block
   static constexpr int kWarps = kIn / 8 * 3, kThreads = 32 * kWarps, M = C / 16;
   static constexpr int kPlane = pad_to_bank(Tile<C>::kHaloed, 4);  // for lanes that read eight channels of four pixels
-  static constexpr int kFloats = (C + kIn) * kPlane + Tile<C>::kEnd;
+  __host__ __device__ static constexpr int out_pitch(int K) { return kIn * K * K + 4; }
+  static constexpr int kFloats = std::max((C + kIn) * kPlane + Tile<C>::kEnd, C * out_pitch(3));
 };
 
 // sums += dz · relu(x)ᵀ at one row of taps.
@@ -458,7 +500,8 @@ __device__ void add_tile(float (&sums)[C / 16][K][4], const float* dz, const flo
   }
 }
 
-// Shared memory: dz [C, kPlane], relu(x) [kIn, kPlane]. Grid: (parts, slices of input channels, jobs).
+// Shared memory: dz [C, kPlane], relu(x) [kIn, kPlane]; then the sums [C, out_pitch].
+// Grid: (parts, slices of input channels, jobs).
 template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 2)
     dw_kernel(const __grid_constant__ GradientLaunch launch) {
@@ -489,16 +532,24 @@ __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 2)
       add_tile<C, K, kExact>(sums, dz_tile + g * G::kPlane + Tile<C>::place(0, q),
                              x_tile + (channel + g) * G::kPlane + Tile<C>::place(ky - K / 2, q));
     }
-    if (ky >= K) return;
-    float* partial = output(job.partial) + int64_t(blockIdx.x) * C * C * K * K;
+    __syncthreads();  // the last tiles have been read
+    constexpr int kTaps = K * K, kPitch = G::out_pitch(K), kQuads = G::kIn * kTaps / 4;
+    if (ky < K) {
 #pragma unroll
-    for (int m = 0; m < G::M; ++m) {
+      for (int m = 0; m < G::M; ++m) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int out = m * 16 + r / 2 * 8 + g, in = first_in + channel + 2 * q + r % 2;
+        for (int r = 0; r < 4; ++r) {
+          float* taps = shared + (m * 16 + r / 2 * 8 + g) * kPitch + (channel + 2 * q + r % 2) * kTaps + ky * K;
 #pragma unroll
-        for (int kx = 0; kx < K; ++kx) partial[((out * C + in) * K + ky) * K + kx] = sums[m][kx][r];
+          for (int kx = 0; kx < K; ++kx) taps[kx] = sums[m][kx][r];
+        }
       }
+    }
+    __syncthreads();
+    float* partial = output(job.partial) + (int64_t(blockIdx.x) * C * C + first_in) * kTaps;
+    for (int i = threadIdx.x; i < C * kQuads; i += G::kThreads) {
+      const int out = i / kQuads, quad = i % kQuads;
+      store4(partial + out * C * kTaps + 4 * quad, *reinterpret_cast<const float4*>(shared + out * kPitch + 4 * quad));
     }
   });
 }

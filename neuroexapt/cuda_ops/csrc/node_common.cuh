@@ -42,6 +42,7 @@ struct Divisor {
   }
 
   __device__ unsigned divide(unsigned n) const { return unsigned(uint64_t(n) * factor >> shift); }
+  __device__ unsigned remainder(unsigned n) const { return n - divide(n) * divisor; }
 };
 
 template <typename T>

@@ -54,11 +54,6 @@ struct State {
   Tensor addend[kMaxAddends];
 };
 
-struct StateLaunch {
-  PoolShape shape;
-  State states[kMaxStates];
-};
-
 // The planes and rows of a block: several whole planes where they are small, else a band of one.
 template <int K, int S>
 struct Tile {
@@ -74,6 +69,31 @@ struct Tile {
   __host__ __device__ int window_rows(const PoolShape& shape) const {
     return min(shape.out_height, (rows + K - 2) / S + 1);
   }
+};
+
+// A tile for the kernel, with what divides a block's or a thread's number: divisions would be a quarter of the
+// kernel's instructions, and every load waits for them.
+struct TileOfLaunch {
+  int planes, rows, window_rows;
+  Divisor bands, channels, per_row, per_window_row, by_rows, by_window_rows;
+
+  template <int K, int S>
+  TileOfLaunch(const Tile<K, S>& tile, const PoolShape& shape, int pixels_at_once, int windows_at_once)
+      : planes(tile.planes),
+        rows(tile.rows),
+        window_rows(tile.window_rows(shape)),
+        bands(tile.bands(shape)),
+        channels(shape.channels),
+        per_row(shape.width / pixels_at_once),
+        per_window_row(shape.out_width / windows_at_once),
+        by_rows(rows),
+        by_window_rows(window_rows) {}
+};
+
+struct StateLaunch {
+  PoolShape shape;
+  TileOfLaunch tile;
+  State states[kMaxStates];
 };
 
 // What the windows pass back, in shared memory: rows of them, in each of which four columns precede the first
@@ -111,18 +131,21 @@ struct EdgeMemory {
 
   __device__ float* end() const { return weights + kMaxEdges; }
 
-  __device__ void load(const State& state, int first_plane, int planes, int channels) const {
+  __device__ void load(const State& state, int first_plane, int planes, const Divisor& channels) const {
     if (threadIdx.x < state.edges) {
       const Address weight = state.edge[threadIdx.x].identity_weight;
       weights[threadIdx.x] = weight == 0 ? 0.f : weight_of(weight);
     }
-    const int per_plane = state.edges * 2;
+    constexpr int kPerPlane = 2 * kMaxEdges;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < planes * per_plane; i += kStateThreads) {
-      const StateEdge& edge = state.edge[i % per_plane / 2];
-      const Address coef = i % 2 == 0 ? edge.max_coef : edge.avg_coef;
-      const int channel = (first_plane + i / per_plane) % channels;
-      coefs[i] = coef == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : __ldg(pointer<const float4>(coef) + channel);
+    for (int i = threadIdx.x; i < planes * kPerPlane; i += kStateThreads) {
+      const int plane = i / kPerPlane, number = i % kPerPlane;
+      if (number >= state.edges * 2) continue;
+      const StateEdge& edge = state.edge[number / 2];
+      const Address coef = number % 2 == 0 ? edge.max_coef : edge.avg_coef;
+      const int channel = channels.remainder(first_plane + plane);
+      coefs[plane * state.edges * 2 + number] =
+          coef == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : __ldg(pointer<const float4>(coef) + channel);
     }
   }
 };
@@ -185,29 +208,31 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
   constexpr int kRadius = K / 2;
   const PoolShape& shape = launch.shape;
   const State& state = launch.states[blockIdx.y];
-  const Tile<K, S> tile(shape);
-  const int bands = tile.bands(shape), first_plane = blockIdx.x / bands * tile.planes;
+  const TileOfLaunch& tile = launch.tile;
+  const int group = tile.bands.divide(blockIdx.x), first_plane = group * tile.planes;
   const int planes = min(tile.planes, shape.batch * shape.channels - first_plane);
-  const int top = blockIdx.x % bands * tile.rows, bottom = min(shape.height, top + tile.rows);
+  const int top = tile.bands.remainder(blockIdx.x) * tile.rows, bottom = min(shape.height, top + tile.rows);
   // The windows that reach into rows [top, bottom).
   const int first_window = max(0, (top - kRadius + S - 1) / S);
   const int window_rows = min(shape.out_height, (bottom - 1 + kRadius) / S + 1) - first_window;
   const int out_plane = shape.out_height * shape.out_width, plane_pixels = shape.height * shape.width;
   const EdgeMemory edges(shared, tile.planes, state.edges);
-  const WindowGradients windows(edges.end(), tile.planes * tile.window_rows(shape), shape.out_width);
-  edges.load(state, first_plane, planes, shape.channels);
+  const WindowGradients windows(edges.end(), tile.planes * tile.window_rows, shape.out_width);
+  edges.load(state, first_plane, planes, tile.channels);
   __syncthreads();
 
   if (state.max || state.avg) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < 2 * planes * window_rows; i += kStateThreads) {
+    for (int i = threadIdx.x; i < 2 * planes * tile.window_rows; i += kStateThreads) {
       windows.clear(windows.column(i / 2, i % 2 == 0 ? -1 : shape.out_width));
     }
-    const int across = shape.out_width / W;
-    for (int i = threadIdx.x; i < planes * window_rows * across; i += kStateThreads) {
-      const int row = i / across, x = i % across * W;
-      const int plane = first_plane + row / window_rows, y = first_window + row % window_rows;
-      const int picture = plane / shape.channels, channel = plane % shape.channels;
+    const int across = tile.per_window_row.divisor;
+    for (int i = threadIdx.x; i < planes * tile.window_rows * across; i += kStateThreads) {
+      const int row = tile.per_window_row.divide(i), x = (i - row * across) * W;
+      const int in_block = tile.by_window_rows.divide(row), below = row - in_block * tile.window_rows;
+      if (below >= window_rows) continue;
+      const int plane = first_plane + in_block, y = first_window + below;
+      const int picture = tile.channels.divide(plane), channel = plane - picture * shape.channels;
       const Windows<K, S, W> pooled(
           pointer<const T>(state.x.data) + picture * state.x.batch_stride + channel * plane_pixels, y, x, shape);
       const int target = windows.column(row, x);
@@ -215,7 +240,7 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
       for (int v = 0; v < W; ++v) windows.first_maximum[target + v] = pooled.first_maximum(v);
       float max_gradient[W] = {}, avg_gradient[W] = {};
       const int window = channel * out_plane + y * shape.out_width + x;
-      const float4* coefs = edges.coefs + row / window_rows * state.edges * 2;
+      const float4* coefs = edges.coefs + in_block * state.edges * 2;
 #pragma unroll 1
       for (int first = 0; first < state.edges; first += kAtOnce) {
         Values<W> g[kAtOnce];
@@ -241,11 +266,13 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
     __syncthreads();
   }
 
-  const int rows = bottom - top, across = shape.width / V;
-  for (int i = threadIdx.x; i < planes * rows * across; i += kStateThreads) {
-    const int row = i / across, x = i % across * V;
-    const int plane = first_plane + row / rows, y = top + row % rows;
-    const int picture = plane / shape.channels, channel = plane % shape.channels;
+  const int across = tile.per_row.divisor;
+  for (int i = threadIdx.x; i < planes * tile.rows * across; i += kStateThreads) {
+    const int row = tile.per_row.divide(i), x = (i - row * across) * V;
+    const int in_block = tile.by_rows.divide(row), y = top + row - in_block * tile.rows;
+    if (y >= bottom) continue;
+    const int plane = first_plane + in_block;
+    const int picture = tile.channels.divide(plane), channel = plane - picture * shape.channels;
     const int pixel = channel * plane_pixels + y * shape.width + x;
     Values<V> dx = {};
     const auto load = [&](const Tensor& tensor) {
@@ -274,7 +301,7 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
       }
     }
     if (state.max || state.avg) {
-      const int window_plane = row / rows * window_rows - first_window;
+      const int window_plane = in_block * tile.window_rows - first_window;
 #pragma unroll
       for (int ky = 0; ky < K; ++ky) {
         const int window_y = y + kRadius - ky;  // times S
@@ -346,19 +373,19 @@ void pool(const PoolShape& shape, const std::vector<PoolJob>& jobs, Address stre
 }
 
 void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, Address stream) {
-  StateLaunch parameters{shape, {}};
-  in_batches(jobs, kMaxStates, [&](size_t first, size_t count) {
-    std::transform(jobs.begin() + first, jobs.begin() + first + count, parameters.states, state_of);
-    State* end = parameters.states + count;
-    const bool has_pools =
-        std::any_of(parameters.states, end, [](const State& state) { return state.max || state.avg; });
-    const int edges = std::max_element(parameters.states, end, [](const State& a, const State& b) {
-                        return a.edges < b.edges;
-                      })->edges;
-    with_windows(shape, are_wide(jobs), [&](auto storage, auto K, auto S, auto W) {
-      using T = typename decltype(storage)::type;
-      constexpr int V = W() == 1 ? 1 : 4;
-      const Tile<K(), S()> tile(shape);
+  with_windows(shape, are_wide(jobs), [&](auto storage, auto K, auto S, auto W) {
+    using T = typename decltype(storage)::type;
+    constexpr int V = W() == 1 ? 1 : 4;
+    const Tile<K(), S()> tile(shape);
+    StateLaunch parameters{shape, TileOfLaunch(tile, shape, V, W()), {}};
+    in_batches(jobs, kMaxStates, [&](size_t first, size_t count) {
+      std::transform(jobs.begin() + first, jobs.begin() + first + count, parameters.states, state_of);
+      State* end = parameters.states + count;
+      const bool has_pools =
+          std::any_of(parameters.states, end, [](const State& state) { return state.max || state.avg; });
+      const int edges = std::max_element(parameters.states, end, [](const State& a, const State& b) {
+                          return a.edges < b.edges;
+                        })->edges;
       const int groups = ceil_div(shape.batch * shape.channels, tile.planes);
       const int window_rows = has_pools ? tile.planes * tile.window_rows(shape) : 0;
       const int bytes = EdgeMemory::bytes(tile.planes, edges) + WindowGradients::bytes(window_rows, shape.out_width);

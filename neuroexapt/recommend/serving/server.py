@@ -46,3 +46,4 @@ def serve(
     with listener, contextlib.suppress(KeyboardInterrupt):
         print(f"serving on http://{host}:{listener.getsockname()[1]}", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
+    gc.unfreeze()
