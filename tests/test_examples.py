@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from neuroexapt.cli.app import run_command
+from neuroexapt.recommend.model import SequenceRecommender
 from tests.engine.tiny import tiny_settings, write_tiny_npz
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -91,3 +93,25 @@ def test_custom_op_is_searched_over_and_shows_in_the_genotype(
     assert ops <= set(space["primitives"]) - {"none"}
     assert "squeeze_excite" in ops
     assert "squeeze_excite" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_recommender_is_trained_saved_and_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = load_example("sequence_recommendation")
+    data, model = tmp_path / "made.txt", tmp_path / "model.safetensors"
+    data.write_text("".join(f"u{user} a b c d e{user % 3} f g\n" for user in range(15)))
+    arguments = ["--mode=fixed", "--genotype=SASRec", "--train-epochs=1", "--batch-size=8", "--max-length=4"]
+    arguments += [
+        "--init-channels=4",
+        "--backend=cpu",
+        "--quiet",
+        f"--out={tmp_path / 'run'}",
+        f"--model={model}",
+    ]
+    assert run_command(example.app, [f"--data={data}", *arguments]) == 0
+    assert "after c, d, e0, f: " in capsys.readouterr().out
+    assert SequenceRecommender.load(model).num_items == 9
+
+
+def test_a_recommender_without_data_is_told_where_to_get_some(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(load_example("sequence_recommendation").app, []) == 2
+    assert "grouplens.org" in capsys.readouterr().err

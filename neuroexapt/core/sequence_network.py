@@ -129,6 +129,7 @@ class SequenceSupernet(Supernet):
         cosine: bool = False,
     ) -> None:
         super().__init__(topology, primitives)
+        self.heads = tuple(heads)
         self.stem = SequenceStem(num_items, size, cosine)
         self.cells = nn.ModuleList(SequenceSearchCell(topology, primitives, size) for _ in range(layers))
         self.cells.append(SequenceMixedOp(size, heads, HEADS))
@@ -145,6 +146,9 @@ class SequenceSupernet(Supernet):
         states = places.clear_rest(self.norm(states))
         query = head(states, next(weights["head"])[0], places)
         return self.stem.compare(at_last_position(states, query, places))
+
+    def primitives_of(self, cell: str) -> tuple[str, ...]:
+        return self.heads if cell == "head" else self.primitives
 
     def mixed_ops(self, cell: str) -> Iterator[list[MixedOp]]:
         *cells, head = self.cells

@@ -76,6 +76,10 @@ class Supernet(nn.Module):
             {cell: nn.Parameter(ALPHA_INIT_STD * torch.randn(shape)) for cell, shape in shapes.items()}
         )
 
+    def primitives_of(self, cell: str) -> tuple[str, ...]:
+        """The candidate operations of a type of cells."""
+        return self.primitives
+
     def kept(self, cell: str) -> Tensor:
         """Which candidates are left on the edges of a type of cells: [E, K], bool."""
         return self.candidates.get_buffer(cell)

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from neuroexapt.backend import get_backend, resolve
-from neuroexapt.backend.candidates import without_kernels
 from neuroexapt.errors import UserError
-from neuroexapt.recommend.config import OPERATORS, SECTIONS, refuse_unknown, section
+from neuroexapt.recommend.config import SECTIONS, refuse_unknown, section
 from neuroexapt.recommend.failures import in_one_line
 from neuroexapt.recommend.manager import TritonOperatorManager
 from neuroexapt.recommend.model import SequenceRecommender
 from neuroexapt.recommend.request import Request, make_request, split_behaviors, to_tensors
-from neuroexapt.recommend.strategies import STRATEGIES, Execution, Inputs, check_names
+from neuroexapt.recommend.strategies import REFERENCE, STRATEGIES, Execution, Inputs, check_names
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class IntegratedController:
             user_behaviors: the history, oldest first: item ids, or mappings with ``item_id`` and perhaps
                 ``timestamp`` in seconds.
             num_recommendations: how many; fewer come back where the catalogue has no more.
-            strategy: ``auto``, the fastest, or one of ``STRATEGIES``.
+            strategy: ``auto``, the fastest, one of ``STRATEGIES``, or ``reference``.
             exclude_seen: recommend nothing that is in the history, however long that is.
 
         Returns:
@@ -128,7 +127,7 @@ class IntegratedController:
         """What ran, how often and how fast.
 
         ``inference_counts``: runs by strategy; ``requests``; ``latencies``: median and 99th percentile of the
-        latest runs by strategy, ms; ``failures`` with their reasons; ``triton_stats``: calls of the manager's.
+        latest runs by strategy, ms; ``failures`` with their reasons; ``triton_stats``: the manager's calls.
         Once warmed up also ``warm_up``: what was measured, by strategy and batch size, ms; ``optimizations``:
         the kernels that each strategy runs on; ``unavailable_strategies`` with their reasons.
         """
@@ -175,7 +174,9 @@ class IntegratedController:
         return [{"recommendations": items, **common} for items in ranked]
 
     def _scores(self, execution: Execution, strategy: str, inputs: Inputs) -> tuple[Tensor, str]:
-        """Scores, and what gave them: ``reference``, which is plain PyTorch, where the strategy fails."""
+        """Scores, and the strategy that gave them: another than the one given, where that fails."""
+        if strategy == REFERENCE:
+            return execution.run(REFERENCE, inputs), REFERENCE
         try:
             with self.triton_manager.switched():
                 return execution.run(strategy, inputs), strategy
@@ -185,8 +186,7 @@ class IntegratedController:
                 logger.warning("strategy %s failed, running in plain PyTorch: %s", *failure)
             self._failures[failure] += 1
             execution.withdraw(*failure)
-        with without_kernels(OPERATORS):
-            return execution.run("eager", inputs), "reference"
+        return execution.run(REFERENCE, inputs), REFERENCE
 
 
 def create_integrated_controller(config: Mapping[str, Any]) -> IntegratedController:

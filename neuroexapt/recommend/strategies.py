@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt.backend import PersistentKernel, Timing, dispatch_report
+from neuroexapt.backend.candidates import without_kernels
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.errors import BackendUnavailableError, UserError
+from neuroexapt.recommend.config import OPERATORS
 from neuroexapt.recommend.failures import in_one_line
 
 Inputs = tuple[Tensor, ...]
@@ -87,6 +89,8 @@ STRATEGIES = {"eager": eager, "compiled": compiled, "captured": captured, "onnxr
 
 They raise whatever keeps them from running here.
 """
+REFERENCE = "reference"
+"""Plain PyTorch, without the kernels of the operators: what remains where a strategy fails."""
 INPUT_NAMES = ("items", "lengths", "timestamps")
 
 
@@ -103,7 +107,7 @@ class Execution:
     Args:
         model: scores the catalogue; in evaluation mode.
         device: where it is.
-        names: of the strategies to prepare; ``eager`` is always among them.
+        names: of the strategies to prepare.
         largest_batch: batches are padded to powers of two up to this one.
 
     ``timings``: by strategy and batch size. ``optimizations``: by strategy, what it is more than PyTorch's
@@ -118,15 +122,15 @@ class Execution:
         self.unavailable: dict[str, str] = {}
         self.timings: dict[str, dict[int, Timing]] = {}
         self.optimizations: dict[str, tuple[str, ...]] = {}
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, Run] = {REFERENCE: _reference(Scorer(model))}
         samples = [_sample(model, size, device) for size in self.batch_sizes]
         with torch.no_grad():
-            for name in dict.fromkeys(("eager", *names)):
+            for name in names:
                 self._prepare(name, Scorer(model), samples)
 
     def fastest(self, batch_size: int) -> str:
-        """The strategy whose median was the lowest at this size, one of ``batch_sizes``."""
-        return min(self.timings, key=lambda name: self.timings[name][batch_size].median_ms)
+        """The strategy whose median was the lowest at this size; ``REFERENCE`` where none is left."""
+        return min(self.timings, key=lambda name: self.timings[name][batch_size].median_ms, default=REFERENCE)
 
     def run(self, name: str, inputs: Inputs) -> Tensor:
         """Scores of a batch of one of ``batch_sizes``."""
@@ -142,10 +146,9 @@ class Execution:
         raise BackendUnavailableError(f"strategy {name!r} cannot run here: {reason}")
 
     def withdraw(self, name: str, reason: str) -> None:
-        """Run a strategy no more, for this reason; ``eager`` stays."""
-        if name != "eager":
-            self.unavailable[name] = reason
-            del self._runs[name], self.timings[name]
+        """Run a strategy no more, for this reason."""
+        self.unavailable[name] = reason
+        del self._runs[name], self.timings[name]
 
     def stats(self) -> dict[str, Any]:
         """What the warm-up found, for ``get_comprehensive_stats``."""
@@ -167,8 +170,6 @@ class Execution:
                 for sample in samples
             }
         except Exception as error:  # whatever an exporter or a compiler and its toolchain raise
-            if name == "eager":
-                raise
             self.unavailable[name] = _reason(error)
             return
         self._runs[name], self.timings[name] = run, timings
@@ -178,6 +179,14 @@ class Execution:
             if decision.impl != "torch" and calls > before.get(decision, 0)
         }
         self.optimizations[name] = (*([name] if name != "eager" else []), *sorted(kernels))
+
+
+def _reference(scorer: Scorer) -> Run:
+    def run(*inputs: Tensor) -> Tensor:
+        with without_kernels(OPERATORS):
+            return scorer(*inputs)
+
+    return run
 
 
 def _export(scorer: Scorer, sample: Inputs) -> bytes:

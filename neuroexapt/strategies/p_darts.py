@@ -52,13 +52,17 @@ class PDarts(Darts):
         super().__init__()
         self.register_buffer("drop_rate", torch.tensor(DROP_RATES[0]))
         self.register_buffer("stage", torch.tensor(0))
-        self._skip: int | None = None
+        self._skips: dict[str, int] = {}
         self._layers = 0
         self._stage_of_network = 0
 
     def shape(self, supernet: Supernet) -> None:
-        names = supernet.primitives
-        self._skip = names.index("skip_connect") if "skip_connect" in names else None
+        names = {cell: supernet.primitives_of(cell) for cell in supernet.alphas}
+        self._skips = {
+            cell: of_cell.index("skip_connect")
+            for cell, of_cell in names.items()
+            if "skip_connect" in of_cell
+        }
         if isinstance(supernet, DartsSupernet):
             self._build_stage(supernet)
 
@@ -89,17 +93,17 @@ class PDarts(Darts):
         return position < int(HELD * length)
 
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {cell: self._dropped(weights) for cell, weights in super().relax(alphas).items()}
+        return {cell: self._dropped(cell, weights) for cell, weights in super().relax(alphas).items()}
 
     mixing = Darts.relax
 
-    def _dropped(self, weights: Tensor) -> Tensor:
+    def _dropped(self, cell: str, weights: Tensor) -> Tensor:
         """Each skip connection with weight 0 at probability ``drop_rate``, else with so much more."""
-        if self._skip is None:
+        if cell not in self._skips:
             return weights
         kept = torch.rand_like(weights[:, 0]) >= self.drop_rate
         scale = torch.ones_like(weights)
-        scale[:, self._skip] = kept / (1 - self.drop_rate)
+        scale[:, self._skips[cell]] = kept / (1 - self.drop_rate)
         return weights * scale
 
 

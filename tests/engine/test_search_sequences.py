@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from neuroexapt import evaluate, search
-from neuroexapt.engine.bilevel import Batch, BilevelStep
+from neuroexapt.core.supernet import Supernet
+from neuroexapt.engine.bilevel import Batch, BilevelStep, Strategy
 from neuroexapt.engine.training import BestNetwork
 from neuroexapt.errors import UserError
 from neuroexapt.spaces.seqrec import SEQREC
+from neuroexapt.strategies import STRATEGIES, get_strategy
 from neuroexapt.strategies.darts import Darts
 from tests.engine.tiny import write_tiny_npz
 
@@ -52,9 +54,38 @@ def test_a_search_ends_with_a_trained_recommender(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "split.json").exists()  # α has the validation items
 
 
+@pytest.mark.gpu
+def test_steps_of_recommenders_run_as_graphs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = tiny_settings(tmp_path, epochs=2, train_epochs=2, backend="cuda", quiet=False)
+    assert search(**settings).result["test_ndcg"] > 0
+    assert "launching every kernel by itself" not in caplog.text
+
+
 def test_a_budget_holds_for_a_recommender(tmp_path: Path) -> None:
     found = search(**tiny_settings(tmp_path, epochs=1, train_epochs=0, max_params=1_000))
     assert found.result["params"] == found.result["parameters"] <= 1_000
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ("pc-darts", "lambda-darts")])
+def test_every_other_strategy_takes_steps(name: str) -> None:
+    torch.manual_seed(0)
+    supernet = SEQREC.supernet(num_items=9, max_length=4, has_times=False, channels=4, layers=1)
+    strategy = get_strategy(name)
+    strategy.shape(supernet)
+    strategy.start_epoch(supernet, 3, 4)
+    step = make_step(supernet, strategy)
+    batch = Batch(torch.randint(1, 10, (3, 1, 4)), torch.randint(1, 10, (3, 4)))
+    assert all(value.isfinite() for value in step(batch, batch))
+    assert {name: w.shape for name, w in strategy.mixing(supernet.choices()).items()} == {
+        "cell": (6, 8),
+        "head": (1, 4),
+    }
+
+
+def make_step(supernet: Supernet, strategy: Strategy) -> BilevelStep:
+    weight_optimizer = torch.optim.SGD(supernet.weights(), 0.1)
+    arch_optimizer = torch.optim.Adam(supernet.arch_parameters(), 0.1)
+    return BilevelStep(supernet, strategy, weight_optimizer, arch_optimizer, grad_clip=5.0, task=SEQREC.task)
 
 
 def test_a_step_trains_what_is_left_when_a_node_leads_nowhere() -> None:
@@ -63,9 +94,7 @@ def test_a_step_trains_what_is_left_when_a_node_leads_nowhere() -> None:
     kept = torch.ones(6, len(SEQREC.primitives), dtype=torch.bool)
     kept[[2, 4], 1:] = False  # of the edges that leave the first node, nothing but none
     supernet.keep("cell", kept)
-    weight_optimizer = torch.optim.SGD(supernet.weights(), 0.1)
-    arch_optimizer = torch.optim.Adam(supernet.arch_parameters(), 0.1)
-    step = BilevelStep(supernet, Darts(), weight_optimizer, arch_optimizer, grad_clip=5.0, task=SEQREC.task)
+    step = make_step(supernet, Darts())
     batch = Batch(torch.randint(1, 10, (3, 1, 4)), torch.randint(1, 10, (3, 4)))
     before = supernet.alphas["cell"].clone()
     step(batch, batch)

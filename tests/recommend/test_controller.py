@@ -161,6 +161,17 @@ def test_the_fastest_of_the_warm_up_runs(monkeypatch):
     assert timings["slow"][1] > timings["eager"][1]
 
 
+def test_where_no_strategy_runs_plain_pytorch_answers(monkeypatch):
+    def broken(scorer, samples):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(strategies.STRATEGIES, "eager", broken)
+    controller = make_controller("eager")
+    assert controller.infer_with_optimal_strategy(0, [1])["inference_strategy"] == "reference"
+    found = controller.get_comprehensive_stats()["unavailable_strategies"]
+    assert found == {"eager": "RuntimeError: no kernel image"}
+
+
 def test_a_strategy_that_fails_later_gives_way_to_pytorch_and_is_recorded(monkeypatch):
     works = [True]
 
@@ -182,7 +193,7 @@ def test_a_strategy_that_fails_later_gives_way_to_pytorch_and_is_recorded(monkey
     stats = controller.get_comprehensive_stats()
     assert stats["failures"] == [{"strategy": "fragile", "reason": reason, "count": 1}]
     assert stats["unavailable_strategies"] == {"fragile": reason}
-    assert controller.infer_with_optimal_strategy(0, [1])["inference_strategy"] == "eager"
+    assert controller.infer_with_optimal_strategy(0, [1])["inference_strategy"] == "reference"
     with pytest.raises(BackendUnavailableError, match=reason):
         controller.infer_with_optimal_strategy(0, [1], strategy="fragile")
 
@@ -211,7 +222,7 @@ def saved(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ["onnxruntime", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_all_strategies_agree_at_every_batch_size(saved, name):
     # The tiny model for torch.compile, which takes its time over each operation.
-    serving = {"strategies": [name], "max_batch_size": 4}
+    serving = {"strategies": ["eager", name], "max_batch_size": 4}
     model = TinyRecommender() if name == "compiled" else saved
     controller = create_integrated_controller({"model": model, "device": "cpu", "serving": serving})
     history = [{"item_id": item, "timestamp": 1000 * item**2} for item in range(1, 9)]

@@ -53,7 +53,7 @@ def test_skip_connections_are_dropped_as_a_whole_and_others_never(rate: float) -
     torch.manual_seed(0)
     alpha = some_alphas()["normal"][:1].expand(20_000, 4)
     plain = alpha.softmax(dim=-1)
-    weights = strategy.relax({"cell": alpha})["cell"]
+    weights = strategy.relax({"normal": alpha})["normal"]
     assert torch.equal(weights[:, [0, 2, 3]], plain[:, [0, 2, 3]])
     dropped = weights[:, 1] == 0
     assert dropped.float().mean().item() == pytest.approx(rate, abs=0.01)

@@ -1,9 +1,9 @@
 // 1x1 and 3x3 convolutions of relu(x) on the tensor cores; dense_conv.h has the legend.
 //
 // A block has a tile of one picture with its halo in shared memory, all channels of it, and with that the weights of
-// up to 32 output channels. A product of 16 output channels by 8 neighbouring pixels contracts 8 input channels at one
-// tap, so every tap reads the same tile at another offset. Distances between channels and between weights are such that
-// the lanes of a load meet in no bank.
+// up to 32 output channels of one convolution after the other. A product of 16 output channels by 8 neighbouring pixels
+// contracts 8 input channels at one tap, so every tap reads the same tile at another offset. Distances between channels
+// and between weights are such that the lanes of a load meet in no bank.
 // The input's gradient is the same with dz, formed as g and z are read, for the input and the weights transposed; a
 // block goes from one convolution to the next and keeps its sums in registers. The weight's gradient contracts pixels:
 // a block goes through some tiles for 16 input channels, a warp for 8 of them and one row of taps.
@@ -23,6 +23,7 @@
 namespace dense_conv {
 namespace {
 
+using async_copies::copy4_async;
 using async_copies::copy_async;
 using async_copies::wait_for_copies;
 using launching::launch;
@@ -84,84 +85,99 @@ struct Place {
   }
 };
 
-// Four pixels of relu(x), of which a block has channels from `first_channel` on.
-template <typename T>
-struct Active {
-  const T* picture;
+// A thread's part in filling `shared` [kChannels, kPlane] with a tile and kHalo pixels around it, zeros outside the
+// picture: four pixels of every kAtOnce-th channel. They come by copies that are not waited for (of bf16 that are), and
+// are replaced in shared memory by the thread that copied them.
+template <int C, int kChannels, int kPlane, int kHalo, int kThreads>
+struct Filling {
+  static constexpr int kQuads = Tile<C>::kColumns / 4 + 2 * kHalo, kQuadsOfTile = kQuads * (Tile<C>::kRows + 2 * kHalo);
+  static constexpr int kAtOnce = kThreads / kQuadsOfTile;
+  int first;  // of the channels
+  bool left, right, inside;
+  int64_t plane, offset;
+  float* target;
 
-  __device__ Active(const Input& from, int batch_index, int first_channel, int plane)
-      : picture(input<T>(from.x) + batch_index * from.batch_stride + int64_t(first_channel) * plane) {}
-
-  static constexpr int kInFlight = 8;
-  struct Loaded {
-    float4 x;
-  };
-  __device__ Loaded load(int64_t offset) const { return {load4(picture + offset)}; }
-  __device__ float4 finish(const Loaded& v, int) const {
-    return make_float4(relu(v.x.x), relu(v.x.y), relu(v.x.z), relu(v.x.w));
+  __device__ Filling(float* shared, const Shape& shape, const Place<C>& place) {
+    const int quad = threadIdx.x % kQuads - kHalo, row = threadIdx.x % kQuadsOfTile / kQuads - kHalo;
+    const int y = place.y + row, x = place.x + 4 * quad;
+    first = threadIdx.x / kQuadsOfTile;
+    if (first >= kAtOnce) first = kChannels;
+    left = kHalo && quad < 0, right = kHalo && quad == Tile<C>::kColumns / 4;
+    inside = unsigned(y) < unsigned(shape.height) && unsigned(x) < unsigned(shape.width);
+    plane = shape.height * shape.width, offset = y * shape.width + x;
+    target = shared + Tile<C>::place(row, 4 * quad);
   }
-};
 
-// Four pixels of dz.
-template <typename T>
-struct Gradient {
-  const T *g, *z;
-  const float* coef;
-
-  __device__ Gradient(const GradJob& job, int batch_index, int channels, int plane)
-      : g(input<T>(job.g) + batch_index * job.g_batch_stride),
-        z(input<T>(job.z) + int64_t(batch_index) * channels * plane),
-        coef(input(job.coef)) {}
-
-  static constexpr int kInFlight = 4;
-  struct Loaded {
-    float4 g, z;
-  };
-  __device__ Loaded load(int64_t offset) const { return {load4(g + offset), load4(z + offset)}; }
-  __device__ float4 finish(const Loaded& v, int channel) const {
-    const float4 of_channel = load4(coef + 4 * channel);
-    const auto dz = [&](float g, float z) { return fmaf(of_channel.x, g, fmaf(of_channel.y, z, of_channel.z)); };
-    return make_float4(dz(v.g.x, v.z.x), dz(v.g.y, v.z.y), dz(v.g.z, v.z.z), dz(v.g.w, v.z.w));
+  // `picture`: that of the first channel.
+  template <typename T>
+  __device__ void copy(const T* picture) const {
+    const T* source = picture + offset;
+#pragma unroll 4
+    for (int c = first; c < kChannels; c += kAtOnce) {
+      if (left) copy4_async(target + c * kPlane + 3, source + c * plane + 3, inside);
+      else if (right) copy4_async(target + c * kPlane, source + c * plane, inside);
+      else copy_async(target + c * kPlane, source + c * plane, inside);
+    }
   }
-};
 
-// Fills `shared` [kChannels, kPlane] with what `source` has at the tile and kHalo pixels around it, zeros outside the
-// picture. A thread stays at its four pixels and goes from channel to channel.
-template <int C, int kChannels, int kPlane, int kHalo, int kThreads, typename Source>
-__device__ void fill_tile(float* shared, const Source& source, const Shape& shape, const Place<C>& place) {
-  constexpr int kQuads = Tile<C>::kColumns / 4 + 2 * kHalo, kQuadsOfTile = kQuads * (Tile<C>::kRows + 2 * kHalo);
-  constexpr int kAtOnce = kThreads / kQuadsOfTile, kInFlight = Source::kInFlight;  // channels, loads of a thread
-  const int quad = threadIdx.x % kQuads - kHalo, row = threadIdx.x % kQuadsOfTile / kQuads - kHalo;
-  const int y = place.y + row, x = place.x + 4 * quad, first = threadIdx.x / kQuadsOfTile;
-  if (first >= kAtOnce) return;
-  const bool inside = unsigned(y) < unsigned(shape.height) && unsigned(x) < unsigned(shape.width);
-  const bool left = kHalo && quad < 0, right = kHalo && quad == Tile<C>::kColumns / 4;
-  const int64_t plane = shape.height * shape.width, offset = y * shape.width + x;
-  float* target = shared + Tile<C>::place(row, 4 * quad);
+  // Calls f(v, i) for the places v of the thread's pixels of channel c, which are number i of four.
+  template <typename F>
+  __device__ void replace(int c, F f) const {
+    float* places = target + c * kPlane;
+    if (left) {
+      places[3] = f(places[3], 3);
+    } else if (right) {
+      places[0] = f(places[0], 0);
+    } else {
+      const float4 v = *reinterpret_cast<const float4*>(places);
+      *reinterpret_cast<float4*>(places) = make_float4(f(v.x, 0), f(v.y, 1), f(v.z, 2), f(v.w, 3));
+    }
+  }
+
+  // Makes relu(x) of x.
+  __device__ void activate() const {
+    wait_for_copies();
+    if (!inside) return;
+#pragma unroll 4
+    for (int c = first; c < kChannels; c += kAtOnce) {
+      replace(c, [](float x, int) { return relu(x); });
+    }
+  }
+
+  // Makes dz of g.
+  template <typename T>
+  __device__ void differentiate(const GradJob& job, int picture) const {
+    constexpr int kInFlight = 8;
+    if (!inside) return;
+    const T* z = input<T>(job.z) + int64_t(picture) * C * plane + offset;
 #pragma unroll 1
-  for (int channel = first; channel < kChannels; channel += kInFlight * kAtOnce) {
-    typename Source::Loaded loaded[kInFlight];
+    for (int channel = first; channel < kChannels; channel += kInFlight * kAtOnce) {
+      float4 zs[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int c = channel + i * kAtOnce;
-      if (inside && c < kChannels) loaded[i] = source.load(offset + c * plane);
-    }
+      for (int i = 0; i < kInFlight; ++i) {
+        const int c = channel + i * kAtOnce;
+        if (c < kChannels) zs[i] = load4(z + c * plane);
+      }
+      wait_for_copies();
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int c = channel + i * kAtOnce;
-      if (c >= kChannels) break;
-      const float4 v = inside ? source.finish(loaded[i], c) : make_float4(0.f, 0.f, 0.f, 0.f);
-      if (left) target[c * kPlane + 3] = v.w;
-      else if (right) target[c * kPlane] = v.x;
-      else *reinterpret_cast<float4*>(target + c * kPlane) = v;
+      for (int i = 0; i < kInFlight; ++i) {
+        const int c = channel + i * kAtOnce;
+        if (c >= kChannels) break;
+        const float4 coef = load4(input(job.coef) + 4 * c), of_z = zs[i];
+        replace(c, [&](float g, int k) {
+          const float own = k == 0 ? of_z.x : k == 1 ? of_z.y : k == 2 ? of_z.z : of_z.w;
+          return fmaf(coef.x, g, fmaf(coef.y, own, coef.z));
+        });
+      }
     }
   }
-}
+};
 
 // Copies rows of kFloats floats, which lie `distance` apart in memory and kPitch apart in shared memory.
 template <int kRows, int kFloats, int kPitch, int kThreads>
 __device__ void copy_rows_async(float* shared, const float* source, int distance) {
   constexpr int kQuads = kFloats / 4;
+#pragma unroll 1
   for (int i = threadIdx.x; i < kRows * kQuads; i += kThreads) {
     const int row = i / kQuads, quad = i % kQuads;
     copy_async(shared + row * kPitch + 4 * quad, source + row * distance + 4 * quad, true);
@@ -270,11 +286,15 @@ struct Forward : Block<C> {
   __host__ __device__ static constexpr int weight_pitch(int K) { return C * K * K + 4; }
   static constexpr int kWeights = B::kTileFloats, kSums = kWeights + B::kOut * weight_pitch(3);
   static constexpr int kFloats = kSums + 2 * B::kGroups * B::kOut;
+  static constexpr int kBlocks = C == 16 ? 5 : C == 32 ? 3 : 2;  // that fit a multiprocessor
 };
+
+constexpr int kJobsOfBlock = 2;  // neighbours, which are usually one with many taps and one with few
 
 struct ForwardLaunch {
   Shape shape;
   Input input;
+  int count;
   Job jobs[kMaxJobs];
 };
 
@@ -333,37 +353,11 @@ __device__ void store_moments(float* target, float* shared, const Sums<C>& sums,
   target[3 * channel + 2] = sum_of_groups<C>(squares_of_groups, channel);
 }
 
-// Shared memory: relu(x) [C, kPlane], W [kOut, weight_pitch], sums of groups. Grid: (parts, slices of jobs).
-template <int C, typename T, bool kExact>
-__global__ void __launch_bounds__(Block<C>::kThreads) fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
+template <typename T, int C>
+__device__ void store_outputs(const Job& job, const Shape& shape, const Place<C>& place, int first_out,
+                              const Sums<C>& sums, float* sums_of_groups) {
   using F = Forward<C>;
-  const Shape& shape = launch.shape;
-  const Job& job = launch.jobs[blockIdx.y / F::kSlices];
-  const int first_out = blockIdx.y % F::kSlices * F::kOut, plane = shape.height * shape.width;
-  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
-  const Place<C> place(shape, blockIdx.x);
-  extern __shared__ __align__(16) float shared[];
-  float* tile = shared;
-  float* weights = tile + F::kWeights;
-
-  Sums<C> sums = {};
-  with_size(job.kernel_size, [&](auto size) {
-    constexpr int K = decltype(size)::value, kTaps = K * K, kPitch = F::weight_pitch(K);
-    const float* source = input(job.weight) + first_out * C * kTaps;
-    copy_rows_async<F::kOut, C * kTaps, kPitch, F::kThreads>(weights, source, C * kTaps);
-    const Active<T> x(launch.input, place.picture, 0, plane);
-    fill_tile<C, C, F::kPlane, K / 2, F::kThreads>(tile, x, shape, place);
-    wait_for_copies();
-    __syncthreads();
-    const int first_in = F::share() * F::kChannels + q;
-    const float* left = weights + g * kPitch + first_in * kTaps;
-    const float* right = tile + first_in * F::kPlane + Tile<C>::place(F::row(0), g);
-    for_taps<K, Tile<C>::kPitch>([&](int tap, int offset) {
-      add_tap<C, kPitch, kTaps, kExact>(sums, left + tap, right + offset);
-    });
-  });
-
-  add_shares<C>(sums, tile);
+  const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, plane = shape.height * shape.width;
   T* z = output<T>(job.z) + (int64_t(place.picture) * C + first_out + g) * plane;
   bool inside[F::N];
 #pragma unroll
@@ -381,7 +375,50 @@ __global__ void __launch_bounds__(Block<C>::kThreads) fwd_kernel(const __grid_co
     }
   }
   float* moments = output(job.moments) + 3 * (int64_t(blockIdx.x) * C + first_out);
-  store_moments<C>(moments, shared + F::kSums, sums, inside, place.pixels_inside(shape));
+  store_moments<C>(moments, sums_of_groups, sums, inside, place.pixels_inside(shape));
+}
+
+// Shared memory: relu(x) [C, kPlane], W [kOut, weight_pitch], sums of groups. Grid: (parts, slices of pairs of jobs).
+template <int C, typename T, bool kExact>
+__global__ void __launch_bounds__(Block<C>::kThreads, Forward<C>::kBlocks)
+    fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
+  using F = Forward<C>;
+  const Shape& shape = launch.shape;
+  const int first_out = blockIdx.y % F::kSlices * F::kOut, q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
+  const Place<C> place(shape, blockIdx.x);
+  extern __shared__ __align__(16) float shared[];
+  float* tile = shared;
+  float* weights = shared + F::kWeights;
+  const int first = blockIdx.y / F::kSlices * kJobsOfBlock, end = min(first + kJobsOfBlock, launch.count);
+#pragma unroll 1
+  for (int i = first; i < end; ++i) {
+    const Job& job = launch.jobs[i];
+    if (i > first) __syncthreads();  // all but the tile has been read
+    Sums<C> sums = {};
+    with_size(job.kernel_size, [&](auto size) {
+      constexpr int K = decltype(size)::value, kFloats = C * K * K;
+      const float* source = input(job.weight) + first_out * kFloats;
+      copy_rows_async<F::kOut, kFloats, F::weight_pitch(K), F::kThreads>(weights, source, kFloats);
+    });
+    if (i == first) {
+      const Filling<C, C, F::kPlane, 1, F::kThreads> filling(tile, shape, place);
+      filling.copy(input<T>(launch.input.x) + place.picture * launch.input.batch_stride);
+      filling.activate();
+    }
+    wait_for_copies();
+    __syncthreads();
+    with_size(job.kernel_size, [&](auto size) {
+      constexpr int K = decltype(size)::value, kTaps = K * K, kPitch = F::weight_pitch(K);
+      const int first_in = F::share() * F::kChannels + q;
+      const float* left = weights + g * kPitch + first_in * kTaps;
+      const float* right = tile + first_in * F::kPlane + Tile<C>::place(F::row(0), g);
+      for_taps<K, Tile<C>::kPitch>([&](int tap, int offset) {
+        add_tap<C, kPitch, kTaps, kExact>(sums, left + tap, right + offset);
+      });
+    });
+    add_shares<C>(sums, weights);
+    store_outputs<T, C>(job, shape, place, first_out, sums, shared + F::kSums);
+  }
 }
 
 // --- The input's gradient --------------------------------------------------------------------------------------
@@ -417,16 +454,18 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4 / Block<C>::kShares)
   float* weights = tile + G::kTileFloats;
 
   Sums<C> sums = {};
+  const int first = blockIdx.z * launch.count / launch.splits, end = (blockIdx.z + 1) * launch.count / launch.splits;
 #pragma unroll 1
-  for (int i = blockIdx.z; i < launch.count; i += launch.splits) {
+  for (int i = first; i < end; ++i) {
     const GradJob& job = launch.jobs[i];
-    __syncthreads();  // tile and weights of the job before have been read
+    if (i > first) __syncthreads();  // tile and weights of the job before have been read
     with_size(job.kernel_size, [&](auto size) {
       constexpr int K = decltype(size)::value, kTaps = K * K, kPitch = G::weight_pitch(K);
       const float* source = input(job.weight) + first_in * kTaps;
       copy_rows_async<C, G::kOut * kTaps, kPitch, G::kThreads>(weights, source, C * kTaps);
-      const Gradient<T> dz(job, place.picture, C, plane);
-      fill_tile<C, C, G::kPlane, K / 2, G::kThreads>(tile, dz, shape, place);
+      const Filling<C, C, G::kPlane, K / 2, G::kThreads> filling(tile, shape, place);
+      filling.copy(input<T>(job.g) + place.picture * job.g_batch_stride);
+      filling.template differentiate<T>(job, place.picture);
       wait_for_copies();
       __syncthreads();
       const int first_out = G::share() * G::kChannels + q;
@@ -503,7 +542,7 @@ __device__ void add_tile(float (&sums)[C / 16][K][4], const float* dz, const flo
 // Shared memory: dz [C, kPlane], relu(x) [kIn, kPlane]; then the sums [C, out_pitch].
 // Grid: (parts, slices of input channels, jobs).
 template <int C, typename T, bool kExact>
-__global__ void __launch_bounds__(WeightGradient<C>::kThreads, 2)
+__global__ void __launch_bounds__(WeightGradient<C>::kThreads, 3)
     dw_kernel(const __grid_constant__ GradientLaunch launch) {
   using G = WeightGradient<C>;
   const Shape& shape = launch.shape;
@@ -523,10 +562,12 @@ __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 2)
     for (int i = first; i < end; ++i) {
       const Place<C> place(shape, i);
       if (i > first) __syncthreads();  // the tiles before have been read
-      const Gradient<T> dz(job, place.picture, C, plane);
-      fill_tile<C, C, G::kPlane, 0, G::kThreads>(dz_tile, dz, shape, place);
-      const Active<T> x(launch.input, place.picture, first_in, plane);
-      fill_tile<C, G::kIn, G::kPlane, K / 2, G::kThreads>(x_tile, x, shape, place);
+      const Filling<C, C, G::kPlane, 0, G::kThreads> dz(dz_tile, shape, place);
+      const Filling<C, G::kIn, G::kPlane, K / 2, G::kThreads> x(x_tile, shape, place);
+      dz.copy(input<T>(job.g) + place.picture * job.g_batch_stride);
+      x.copy(input<T>(launch.input.x) + place.picture * launch.input.batch_stride + int64_t(first_in) * plane);
+      dz.template differentiate<T>(job, place.picture);
+      x.activate();
       __syncthreads();
       if (ky >= K) continue;
       add_tile<C, K, kExact>(sums, dz_tile + g * G::kPlane + Tile<C>::place(0, q),
@@ -598,12 +639,13 @@ int dx_splits(const Shape& shape, int jobs) {
 }
 
 void forward(const Shape& shape, const Input& input, const std::vector<Job>& jobs, Address stream) {
-  ForwardLaunch parameters{shape, input, {}};
+  ForwardLaunch parameters{shape, input, int(jobs.size()), {}};
   put_jobs(parameters, jobs);
   specialise(shape, [&](auto C, auto type, auto exact) {
+    using T = typename decltype(type)::type;
     using F = Forward<C()>;
-    launch(fwd_kernel<C(), typename decltype(type)::type, exact()>, dim3(tiles_of<C()>(shape), jobs.size() * F::kSlices), F::kThreads,
-           F::kFloats * sizeof(float), stream, parameters);
+    const dim3 grid(tiles_of<C()>(shape), ceil_div(jobs.size(), kJobsOfBlock) * F::kSlices);
+    launch(fwd_kernel<C(), T, exact()>, grid, F::kThreads, F::kFloats * sizeof(float), stream, parameters);
   });
 }
 
@@ -612,18 +654,20 @@ void input_gradient(const Shape& shape, const Input& input, const std::vector<Gr
   GradientLaunch parameters{shape, input, int(jobs.size()), splits, dx, 0, {}};
   put_jobs(parameters, jobs);
   specialise(shape, [&](auto C, auto type, auto exact) {
+    using T = typename decltype(type)::type;
     using G = InputGradient<C()>;
-    launch(dx_kernel<C(), typename decltype(type)::type, exact()>, dim3(tiles_of<C()>(shape), G::kSlices, splits), G::kThreads,
+    launch(dx_kernel<C(), T, exact()>, dim3(tiles_of<C()>(shape), G::kSlices, splits), G::kThreads,
            G::kFloats * sizeof(float), stream, parameters);
   });
 }
 
 void weight_gradients(const Shape& shape, const Input& input, const std::vector<GradJob>& jobs, Address stream) {
   specialise(shape, [&](auto C, auto type, auto exact) {
+    using T = typename decltype(type)::type;
     using G = WeightGradient<C()>;
     GradientLaunch parameters{shape, input, tiles_of<C()>(shape), 1, 0, tiles_of_block<C()>(shape), {}};
     put_jobs(parameters, jobs);
-    launch(dw_kernel<C(), typename decltype(type)::type, exact()>, dim3(backward_parts(shape), G::kSlices, jobs.size()), G::kThreads,
+    launch(dw_kernel<C(), T, exact()>, dim3(backward_parts(shape), G::kSlices, jobs.size()), G::kThreads,
            G::kFloats * sizeof(float), stream, parameters);
   });
 }

@@ -100,12 +100,6 @@ struct Pixels {
 
 // --- Forward ---------------------------------------------------------------------------------------------------
 
-template <typename T>
-__device__ float4 every_second(const T* source) {
-  using storage::load;
-  return make_float4(load(source), load(source + 2), load(source + 4), load(source + 6));
-}
-
 template <int M>  // tiles of 16 output channels
 struct Block {
   static constexpr int kWarps = M == 4 ? 8 : 16;  // whose registers fit
@@ -156,7 +150,8 @@ struct Operands {
         } else {
           v[i][k] = make_float4(0.f, 0.f, 0.f, 0.f);
           if (!pixels.exist) continue;
-          v[i][k] = every_second(source);
+          using storage::load;
+          v[i][k] = make_float4(load(source), load(source + 2), load(source + 4), load(source + 6));
         }
       }
     }
@@ -373,24 +368,6 @@ struct BackwardLaunch {
 };
 
 // dz = A · g + B · z + D of the tile's pixels; zero for those past the last.
-// Four pixels of x into shared memory.
-template <int Stride>
-__device__ void copy_quad(float* target, const float* source, bool exists) {
-  if constexpr (Stride == 1) {
-    copy_async(target, source, exists);
-  } else {
-#pragma unroll
-    for (int t = 0; t < 4; ++t) copy4_async(target + t, source + 2 * t, exists);
-  }
-}
-
-template <int Stride>
-__device__ void copy_quad(float* target, const storage::bf16* source, bool exists) {
-  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (exists) v = Stride == 1 ? load4(source) : every_second(source);
-  *reinterpret_cast<float4*>(target) = v;
-}
-
 template <typename T>
 __device__ void load_dz(float* target, const Source& job, const Shape& shape, const Quad& quad, int row,
                         int row_step, int pitch) {
@@ -563,8 +540,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_c
   const Pixels<Stride> pixels(shape, quad, target.x_batch_stride, target.corner);
   const T* picture = input<T>(target.x) + pixels.offset + int64_t(first_channel) * plane;
   for (int c = row; c < tile.channels; c += row_step) {
-    const T* source = picture + int64_t(c) * plane + (Stride == 1 ? 0 : target.corner);
-    copy_quad<Stride>(x + c * pitch + 4 * column, source, pixels.exist);
+    const T* source = picture + int64_t(c) * plane;
+    float* place = x + c * pitch + 4 * column;
+    if constexpr (Stride == 1) {
+      copy_async(place, source, pixels.exist);
+    } else {
+#pragma unroll
+      for (int t = 0; t < 4; ++t) copy4_async(place + t, source + 2 * t + target.corner, pixels.exist);
+    }
   }
   InputSums sums = {};
 #pragma unroll 1
