@@ -38,8 +38,9 @@ from _harness import Results, Spread, open_results, results_parser
 from neuroexapt import evaluate, search
 from neuroexapt.backend.candidates import without_kernels
 from neuroexapt.core.derived import count_parameters
-from neuroexapt.core.genotypes import load_genotype
+from neuroexapt.core.genotypes import AnyGenotype, load_genotype
 from neuroexapt.data.sequences import load_sequences
+from neuroexapt.engine.resources import Resources
 from neuroexapt.recommend.metrics import gains, hits, target_ranks
 from neuroexapt.spaces import SPACES
 from neuroexapt.spaces.seqrec import SEQREC
@@ -127,7 +128,10 @@ def train(training: Training) -> dict[str, Any]:
 
 
 def run_search(wanted: Search) -> dict[str, Any]:
-    """Genotype, α and seconds of ``neuroexapt.search``; what it found is not trained."""
+    """Genotypes within the limit that α of ``neuroexapt.search`` stands for, α, and the seconds it took.
+
+    The search itself has no budget: its penalty is so steady, next to the loss, that Adam lets it decide.
+    """
     torch.set_float32_matmul_precision("high")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -136,15 +140,38 @@ def run_search(wanted: Search) -> dict[str, Any]:
             space=wanted.variant.register(),
             strategy=wanted.strategy,
             seed=wanted.seed,
-            max_params=wanted.max_params,
             train_epochs=0,
             out=Path(folder) / "run",
             quiet=True,
             **(wanted.variant.settings | wanted.settings),
         )
-    seconds = time.perf_counter() - start
     alpha = found.curves["search"]["alpha"][-1]
-    return {**found.result, "genotype": str(found.genotype), "alpha": alpha, "seconds": seconds}
+    genotypes = [str(genotype) for genotype in within_limit(wanted, alpha)]
+    seconds = time.perf_counter() - start
+    unlimited = {"unlimited": str(found.genotype)}
+    return {**found.result, **unlimited, "genotypes": genotypes, "alpha": alpha, "seconds": seconds}
+
+
+def within_limit(wanted: Search, alpha: dict[str, list[list[float]]]) -> Iterator[AnyGenotype]:
+    """What α stands for within the limit, as it is and with a weight of 0 for ``none``."""
+    data = load_sequences(Path(wanted.dataset.removeprefix("seq:")))
+    sizes = {**SEQREC.defaults, **wanted.variant.settings}
+    shape = data.facts | {"channels": sizes["init_channels"], "layers": sizes["layers"]}
+
+    def make_network(genotype: Any) -> torch.nn.Module:
+        return SEQREC.network(genotype, **shape)
+
+    resources = Resources(
+        {"max_params": wanted.max_params},
+        SEQREC.supernet(**shape),
+        data.test.inputs[:2],
+        SEQREC.derive,
+        make_network,
+    )
+    weights = {cell: torch.tensor(rows) for cell, rows in alpha.items()}
+    yield resources.fit(weights)
+    weights["cell"][:, SEQREC.primitives.index("none")] = 0
+    yield resources.fit(weights)
 
 
 class Pool:
@@ -180,8 +207,9 @@ class Pool:
         found = []
         for wanted, result in zip(searches, self._map(run_search, searches), strict=True):
             found.append(result)
-            shown = f"{result['seconds']:.0f} s, valid {result['valid_accuracy']:.4f}: {result['genotype']}"
-            print(f"{wanted.strategy} seed {wanted.seed}: {shown}", flush=True)
+            shown = f"{result['seconds']:.0f} s, valid {result['valid_accuracy']:.4f}: {result['unlimited']}"
+            print(f"{wanted.strategy} seed {wanted.seed}: {shown}, within {wanted.max_params:,} parameters:")
+            print("\n".join(result["genotypes"]), flush=True)
         return found
 
     def _map(self, run: Any, tasks: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -262,9 +290,11 @@ def search_and_train(
     ]
     found = pool.search(searches)
     for wanted, result in zip(searches, found, strict=True):
-        kept = {name: result[name] for name in ("genotype", "alpha", "seconds", "valid_accuracy")}
+        kept = {
+            name: result[name] for name in ("unlimited", "genotypes", "alpha", "seconds", "valid_accuracy")
+        }
         results.record("beauty", wanted.strategy, "tf32", "search", seed=wanted.seed, limit=limit, **kept)
-    genotypes = list(dict.fromkeys(result["genotype"] for result in found))
+    genotypes = list(dict.fromkeys(itertools.chain(*(result["genotypes"] for result in found))))
     candidates = pool.train(results, [Training(g, g, dataset, arguments.seeds, variant) for g in genotypes])
     chosen = max(genotypes, key=lambda genotype: candidates[genotype][0]["valid_ndcg"])
     results.add("beauty", "searched", "tf32", "search_s", "s", Spread.exactly(time.perf_counter() - start))

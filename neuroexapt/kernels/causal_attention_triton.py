@@ -11,6 +11,7 @@ one kernel with atomics would need 5. Padded rows are neither read nor waited fo
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +29,33 @@ from neuroexapt.kernels.ragged_triton import (
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 _LOG2_E = 1.4426950408889634
+# By kernel and bytes an element, for heads of up to so many features: queries and keys a block, warps, stages
+# and registers a thread, None for as many as the compiler likes. At 64 features those were measured best for
+# HSTU's attention, which walks alike: small blocks of which three or four run at once.
+_FP32_BLOCKS = ((64, (32, 32, 4, 2, None)), (256, (16, 16, 4, 2, None)))
+_BLOCKS = {
+    ("fwd", 4): _FP32_BLOCKS,
+    ("bwd_q", 4): _FP32_BLOCKS,
+    ("bwd_kv", 4): _FP32_BLOCKS,
+    ("fwd", 2): (
+        (32, (64, 64, 4, 2, None)),
+        (64, (64, 64, 4, 3, 128)),
+        (128, (64, 64, 4, 2, None)),
+        (256, (64, 32, 8, 2, None)),
+    ),
+    ("bwd_q", 2): (
+        (32, (64, 64, 4, 2, None)),
+        (64, (64, 64, 4, 3, 128)),
+        (128, (64, 32, 4, 2, None)),
+        (256, (64, 32, 8, 2, None)),
+    ),
+    ("bwd_kv", 2): (
+        (32, (64, 64, 4, 2, None)),
+        (64, (32, 64, 4, 3, 168)),
+        (128, (32, 64, 4, 2, None)),
+        (256, (32, 64, 8, 2, None)),
+    ),
+}
 
 
 @triton.jit
@@ -215,17 +243,12 @@ def causal_attention_bwd_kv_kernel(
 
 
 @functools.cache
-def _blocks(kernel: str, head: int, itemsize: int, max_length: int) -> dict[str, int]:
-    """Queries and keys a block, warps and stages."""
+def _blocks(kernel: str, head: int, itemsize: int) -> dict[str, Any]:
+    """Queries and keys a block, warps, stages and registers a thread."""
     padded = max(16, triton.next_power_of_2(head))
-    if itemsize == 4:
-        own, other, warps = (32, 32, 4) if padded <= 64 else (16, 16, 4)
-    elif max_length <= 256 or padded > 128:
-        own, other, warps = (64, 64, 4) if padded <= 128 else (64, 32, 8)
-    else:
-        own, other, warps = 128, 64, 8
-    queries, keys = (other, own) if kernel == "bwd_kv" else (own, other)
-    return {"D": head, "DP": padded, "BM": queries, "BN": keys, "num_warps": warps, "num_stages": 2}
+    blocks = next(blocks for widest, blocks in _BLOCKS[kernel, itemsize] if padded <= widest)
+    names = "BM", "BN", "num_warps", "num_stages", "maxnreg"
+    return {"D": head, "DP": padded, **dict(zip(names, blocks, strict=True))}
 
 
 def _rows(x: Tensor, offsets: Tensor | None) -> Tensor:
@@ -295,7 +318,7 @@ def _launch(
         return
     sequences = sequence_count(query, offsets)
     heads, width = query.shape[-2:]
-    blocks = _blocks(name, width, query.itemsize, max_length)
+    blocks = _blocks(name, width, query.itemsize)
     tiles = ceil_div(max_length, blocks["BN" if name == "bwd_kv" else "BM"])
     rows = [_rows(tensor, offsets) for tensor in inputs]
     with torch.cuda.device_of(query):

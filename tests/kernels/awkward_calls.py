@@ -15,6 +15,8 @@ from neuroexapt.cuda_ops import preprocess
 from neuroexapt.cuda_ops import sepconv as sepconv_ext
 from neuroexapt.cuda_ops import softmax_sum as softmax_sum_ext
 from neuroexapt.kernels import (
+    fused_attention_layernorm_triton,
+    hierarchical_sequence_fusion_triton,
     hstu_hierarchical_attention_triton,
     interaction_operator_triton,
     pool_triton,
@@ -101,6 +103,21 @@ def call_hstu_attention() -> None:
             backward(attend(query, key, value, windows=(None, 9), **biases, **layout))
 
 
+def call_operators_of_sequences() -> None:
+    """Attention with what follows, and fused windows; rows that kernels multiply themselves, and wider."""
+    lengths = torch.tensor([77, 0, 30], device="cuda")
+    offsets = torch.tensor([0, 77, 77, 107], device="cuda")
+    layouts = (((3, 77), {"lengths": lengths}), ((107,), {"offsets": offsets, "max_length": 77}))
+    for (rows, layout), width in itertools.product(layouts, (20, 300)):
+        vectors = [tensor(width) for _ in range(3)]
+        heads = [tensor(*rows, 2, 24) for _ in range(3)]
+        attend = fused_attention_layernorm_triton.fused_attention_layernorm
+        backward(attend(tensor(*rows, width), *heads, tensor(width, 48), *vectors, dropout=0.1, **layout))
+        matrices = tensor(4, width), tensor(width, 2 * width), vectors[0], tensor(width, width)
+        fuse = hierarchical_sequence_fusion_triton.hierarchical_sequence_fusion
+        backward(fuse(tensor(*rows, width), *matrices, *vectors[1:], **layout))
+
+
 if __name__ == "__main__":
     call_cells()
     call_preprocessing()
@@ -109,4 +126,5 @@ if __name__ == "__main__":
     call_sums()
     call_interactions()
     call_hstu_attention()
+    call_operators_of_sequences()
     torch.cuda.synchronize()
