@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,8 @@ from neuroexapt.strategies import get_strategy
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 """``float32``: exact products. ``tf32``: convolutions may round to TF32, as PyTorch ships it; the
-classifier's matrix product may not. ``bfloat16``: the network under autocast, the rest as ``float32``.
+classifier's matrix product may not. ``bfloat16``: the network under autocast, whose states kernels of ours
+store in bf16 and multiply in TF32; the rest as ``float32``.
 """
 
 
@@ -82,19 +82,7 @@ class Implementation:
         torch._dynamo.config.automatic_dynamic_shapes = False
         set_execution(supernet, self.execution)
         supernet.set_recompute(self.recompute)
-        if precision == "bfloat16":
-            _run_in_bfloat16(supernet)
-
-
-def _run_in_bfloat16(supernet: Supernet) -> None:
-    forward, device = supernet.forward, next(supernet.parameters()).device
-
-    def forward_in_bfloat16(*arguments: Any) -> Tensor:
-        # No cache: every weight is cast once a pass, and a graph must not find one of another pass.
-        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-            return forward(*arguments).float()
-
-    supernet.forward = forward_in_bfloat16  # type: ignore[method-assign]
+        supernet.set_precision("bf16" if precision == "bfloat16" else "fp32")
 
 
 IMPLEMENTATIONS = {

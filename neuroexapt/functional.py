@@ -389,7 +389,8 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
 
     Args:
         plan: what ``neuroexapt.core.plan.plan_cell`` made of a search cell.
-        states: the cell's inputs [B, C, H, W], of its own width.
+        states: the cell's inputs [B, C, H, W], of its own width; bf16 under autocast to it, beside fp32
+            parameters and weights, which kernels take as well.
         weights: [E, K], a row an edge, used as they are.
 
     Returns:
@@ -405,11 +406,11 @@ def cell_is_fused(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> 
     times as fast, others 0.8 to 1.1. On a GPU without kernels for the plan, operations may have their own.
     """
     x = states[0]
-    if x.device != weights.device or x.dtype != weights.dtype:
+    if x.device != weights.device:
         return False
     if x.device.type == "cpu":
         are_small = len(x) >= 16 and x.shape[-2:].numel() <= 64
-        return are_small and x.dtype in (torch.float32, torch.float64)
+        return are_small and x.dtype == weights.dtype and x.dtype in (torch.float32, torch.float64)
     return explain("cell", _plan_for(x, plan), states, weights).impl != "torch"
 
 

@@ -44,6 +44,9 @@ class Queries(NamedTuple):
     def detach(self) -> "Queries":
         return Queries(self.queries.detach(), self.items.detach())
 
+    def float(self) -> "Queries":
+        return Queries(self.queries.float(), self.items.float())
+
 
 class SequenceStem(nn.Module):
     """Embedding of items, which are also what queries are compared with, and of positions.

@@ -15,6 +15,7 @@ from neuroexapt.errors import UserError
 STEM_MULTIPLIER = 3
 ALPHA_INIT_STD = 1e-3
 EXECUTIONS = ("fused", "reference")
+PRECISIONS = ("fp32", "bf16")
 
 
 def reduction_layers(layers: int) -> frozenset[int]:
@@ -54,6 +55,7 @@ class Supernet(nn.Module):
 
     cells: nn.ModuleList
     alphas: nn.ParameterDict
+    precision = "fp32"
 
     def __init__(self, topology: Topology, primitives: Sequence[str]) -> None:
         super().__init__()
@@ -118,7 +120,12 @@ class Supernet(nn.Module):
     def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         if weights is None:
             weights = {name: torch.softmax(alpha, dim=-1) for name, alpha in self.choices().items()}
-        return self._run(x, {name: iter(w) if w.dim() == 3 else repeat(w) for name, w in weights.items()})
+        in_turn = {name: iter(w) if w.dim() == 3 else repeat(w) for name, w in weights.items()}
+        if self.precision == "fp32":
+            return self._run(x, in_turn)
+        # No cache: every weight is cast once a pass, and a graph must not find one of another pass.
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+            return self._run(x, in_turn).float()
 
     def _run(self, x: Tensor, weights: Mapping[str, Iterator[Tensor]]) -> Tensor:
         """``weights``: those of the next cell of each type."""
@@ -145,6 +152,15 @@ class Supernet(nn.Module):
             raise UserError(f"unknown execution {execution!r}; choose one of {', '.join(EXECUTIONS)}")
         for cell in self.search_cells():
             cell.fused = execution == "fused"
+
+    def set_precision(self, precision: str) -> None:
+        """``bf16``: what is kept between operations, gradients of it included, is in bf16 (autocast).
+
+        Parameters, their gradients, statistics and sums are fp32 as before. Switch at any time.
+        """
+        if precision not in PRECISIONS:
+            raise UserError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+        self.precision = precision
 
     def set_recompute(self, recompute: bool) -> None:
         """Whether cells compute anew for the backward pass what they would else keep: a tenth of the memory.

@@ -1,5 +1,7 @@
 """Tensors as the launchers of ``csrc`` take them: addresses and strides; and the stream to launch on."""
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,22 @@ def dense_pictures(x: Tensor) -> Tensor:
     if x[0].is_contiguous() and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def stored_in_bf16(pictures: Tensor) -> bool:
+    return pictures.dtype == torch.bfloat16
+
+
+def dtype_refusals(pictures: Sequence[Tensor], others: Iterable[Tensor]) -> Iterator[str]:
+    """What keeps kernels from taking dtypes: pictures may be stored in bf16, all else is fp32.
+
+    Under autocast pictures must have its dtype already, since PyTorch would cast them.
+    """
+    stored = {x.dtype for x in pictures}
+    if stored not in ({torch.float32}, {torch.bfloat16}) or any(x.dtype != torch.float32 for x in others):
+        yield "only fp32, or pictures in bf16 beside weights and statistics in fp32"
+    if torch.is_autocast_enabled("cuda") and stored != {torch.get_autocast_dtype("cuda")}:
+        yield "autocast is on"
 
 
 def current_stream() -> int:

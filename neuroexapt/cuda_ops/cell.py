@@ -1,4 +1,4 @@
-"""The fused search cell in CUDA C++, for fp32 and 16, 32 or 64 channels.
+"""The fused search cell in CUDA C++, for 16, 32 or 64 channels, stored in fp32 or bf16.
 
 A cell runs by its plan (``neuroexapt.core.plan``) as two kinds of autograd functions. ``_LeaveStates``
 computes all that leaves a state, or states that are there at the same time, as a cell's inputs are:
@@ -38,6 +38,7 @@ from neuroexapt.core.plan import (
     WholeEdge,
 )
 from neuroexapt.cuda_ops import cell_kernels
+from neuroexapt.cuda_ops.arguments import dtype_refusals
 from neuroexapt.cuda_ops.cell_kernels import (
     Conv,
     ConvGrad,
@@ -58,7 +59,8 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     """What ``functional.cell`` computes.
 
     Pointwise products are of fp32 grade where ``torch.backends.cudnn.conv.fp32_precision`` is ``"ieee"``,
-    else of TF32, as those of PyTorch's own convolutions are.
+    else of TF32, as those of PyTorch's own convolutions are. All that is kept of states in bf16 is in bf16
+    and multiplied in TF32; weights, statistics, sums and their coefficients are fp32.
     """
     with torch.cuda.device(states[0].device):
         return run(plan, states, weights, cell_kernels)
@@ -75,15 +77,12 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
     flows = [_Flow([group]) for group in plan.states]
     convs = [term for state in plan.states for term in state.convs]
     pools = [term for state in plan.states for term in state.pools]
-    tensors = (*states, weights, *_own_tensors(plan, flows))
-    if any(tensor.dtype != torch.float32 for tensor in tensors):
-        yield "only fp32"
-    if any(tensor.device != weights.device for tensor in tensors):
+    others = (weights, *_own_tensors(plan, flows))
+    yield from dtype_refusals(states, others)
+    if any(tensor.device != weights.device for tensor in (*states, *others)):
         yield "tensors on several devices"
     if any(state.shape != states[0].shape for state in states):
         yield "states of several shapes"
-    if torch.is_autocast_enabled("cuda"):
-        yield "autocast is on"
     channels, height, width = states[0].shape[1:]
     if channels not in CHANNELS:
         yield f"{channels} channels"
@@ -560,7 +559,8 @@ def _run_outside(
             outputs[member] = member.module(share, weights[member.edge]) if is_edge else member.body(share)
         if convs:
             outputs |= _convolve_joined(shares[-1], convs)
-    return list(xs.values()), [outputs[member] for member in flow.outside]
+    like = next(iter(xs.values()))
+    return list(xs.values()), [outputs[member].to(like.dtype) for member in flow.outside]
 
 
 def _convolve_joined(x: Tensor, terms: Sequence[ModuleTerm]) -> dict[ModuleTerm, Tensor]:

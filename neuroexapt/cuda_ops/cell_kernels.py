@@ -1,8 +1,9 @@
 """Launchers of the kernels of a fused cell (``csrc/cell_*.cu``, ``csrc/node_*.cu``), taking tensors.
 
-Legend: B pictures of C channels, fp32; ``z``: [B, C, H, W], an input of a BatchNorm; ``stats``: [C, 2], mean
-and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count, mean, sum of squared deviations};
-``coef``: [C, 4], {A, B, D, 0} with dz = A · g + B · z + D. Only an input's first dimension may be strided.
+Legend: B pictures of C channels, fp32 or bf16, and all else fp32; ``z``: [B, C, H, W], an input of a
+BatchNorm; ``stats``: [C, 2], mean and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count,
+mean, sum of squared deviations}; ``coef``: [C, 4], {A, B, D, 0} with dz = A · g + B · z + D. Only an input's
+first dimension may be strided.
 """
 
 from collections import defaultdict
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 from neuroexapt.core.operations import two_grids
 from neuroexapt.core.plan import EPS, MOMENTUM, POOL_SIZE
 from neuroexapt.cuda_ops import pointwise, sepconv
-from neuroexapt.cuda_ops.arguments import addresses, current_stream, dense, dense_pictures, strided
+from neuroexapt.cuda_ops.arguments import (
+    addresses,
+    current_stream,
+    dense,
+    dense_pictures,
+    stored_in_bf16,
+    strided,
+)
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.cuda_ops.pointwise import Product, Source, Target
 from neuroexapt.kernels import reference
@@ -123,7 +131,7 @@ def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Ten
         return _convolve_strided(convs, exact)
     kernels, shape = extension(), _conv_shape(convs[0].x, exact)
     zs = _empty_like(convs[0].x, len(convs))
-    moments = _empty(convs[0].x, len(convs), kernels.cell_conv_forward_parts(shape), zs[0].shape[1], 3)
+    moments = _empty_fp32(convs[0].x, len(convs), kernels.cell_conv_forward_parts(shape), zs[0].shape[1], 3)
     jobs = [
         kernels.ConvJob(
             *strided(conv.x),
@@ -145,8 +153,8 @@ def backward_second(
     kernels, shape = extension(), _conv_shape(grads[0].z, exact)
     parts, channels = kernels.cell_conv_backward_parts(shape), grads[0].z.shape[1]
     us = _empty_like(grads[0].z, len(grads))
-    sums = _empty(grads[0].z, len(grads), parts, channels, 2)
-    coefs = _empty(grads[0].z, len(grads), channels, 4)
+    sums = _empty_fp32(grads[0].z, len(grads), parts, channels, 2)
+    coefs = _empty_fp32(grads[0].z, len(grads), channels, 4)
     partials = _partials(grads, parts, wants_weights)
     kernels.cell_conv_backward_second(shape, _grad_jobs(grads, us, sums, partials), current_stream())
     jobs = [
@@ -191,7 +199,7 @@ def _backward_states(
 def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """z = W · relu(x) with ``weight`` [O, C, 1, 1], and its ``moments``."""
     z = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
-    moments = z.new_empty(pointwise.forward_parts(x, weight), weight.shape[0], 3)
+    moments = weight.new_empty(pointwise.forward_parts(x, weight), weight.shape[0], 3)
     pointwise.forward([Product(x, weight, z, moments)], 1, exact)
     return z, moments
 
@@ -217,7 +225,7 @@ def reduce(
         for z, pair in zip(zs, weights, strict=True):
             z.copy_(_reduce_by_pytorch(x, *pair))
         return zs, plane_moments(zs)
-    moments = _empty(x, len(weights), pointwise.forward_parts(x, first, 2), channels, 3)
+    moments = _empty_fp32(x, len(weights), pointwise.forward_parts(x, first, 2), channels, 3)
     products = [
         Product(x, *half, corner)
         for pair, z, m in zip(weights, zs, moments, strict=True)
@@ -250,7 +258,7 @@ def backward_reduce(
 
 
 def _reduce_by_pytorch(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    grids = two_grids(F.relu(x))
+    grids = two_grids(F.relu(x.to(first.dtype)))
     return torch.cat([F.conv2d(grid, w) for grid, w in zip(grids, (first, second), strict=True)], dim=1)
 
 
@@ -264,7 +272,7 @@ def _differentiate_reductions(
         leaves = [leaf.detach().requires_grad_() for leaf in (x, *grad.weights)]
         with torch.enable_grad():
             z = _reduce_by_pytorch(*leaves)
-        dx, first, second = torch.autograd.grad(z, leaves, dz)
+        dx, first, second = torch.autograd.grad(z, leaves, dz.to(z.dtype))
         dxs.append(dx)
         partials.depthwise.append(first.reshape(1, -1))
         partials.pointwise.append(second.reshape(1, -1))
@@ -275,7 +283,7 @@ def convolve_dense(x: Tensor, weights: Sequence[Tensor], exact: bool) -> tuple[l
     """``z`` and ``moments`` of convolutions of relu(x), stride 1; ``weights``: [C, C, K, K] with K 1 or 3."""
     kernels, (shape, input_, x) = extension(), _dense_shape(x, exact)
     zs = _empty_like(x, len(weights))
-    moments = _empty(x, len(weights), kernels.dense_conv_forward_parts(shape), x.shape[1], 3)
+    moments = _empty_fp32(x, len(weights), kernels.dense_conv_forward_parts(shape), x.shape[1], 3)
     weights = list(map(dense, weights))
     jobs = [
         kernels.DenseJob(*addresses(weight, z, m), weight.shape[-1])
@@ -321,7 +329,7 @@ def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> li
 def plane_moments(zs: Sequence[Tensor]) -> list[Tensor]:
     """``moments`` of tensors that no kernel of ours wrote."""
     kernels, shape = extension(), _shape(zs[0])
-    moments = _empty(zs[0], len(zs), kernels.node_parts(shape), zs[0].shape[1], 3)
+    moments = _empty_fp32(zs[0], len(zs), kernels.node_parts(shape), zs[0].shape[1], 3)
     jobs = [kernels.MomentsJob(_tensor(z), *addresses(m)) for z, m in zip(zs, moments, strict=True)]
     kernels.node_moments(shape, jobs, current_stream())
     return moments
@@ -339,7 +347,7 @@ def pool(
     zs = [dict(zip(sorted(kinds), z, strict=True)) for z in _empty(xs[0], len(xs), *size)]
     moments = [
         dict(zip(sorted(kinds), m, strict=True))
-        for m in _empty(xs[0], len(xs), len(kinds), parts, channels, 3)
+        for m in _empty_fp32(xs[0], len(xs), len(kinds), parts, channels, 3)
     ]
     jobs = [
         kernels.PoolJob(_tensor(x), *addresses(z.get("max"), m.get("max"), z.get("avg"), m.get("avg")))
@@ -352,7 +360,7 @@ def pool(
 def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
     """``stats`` of each BatchNorm; in training they enter its running statistics, else they are these."""
     kernels, channels = extension(), bns[0].num_features
-    stats = _empty(moments[0], len(bns), channels, 2)
+    stats = _empty_fp32(moments[0], len(bns), channels, 2)
     jobs = [
         kernels.StatsJob(
             m.data_ptr() if training else 0,
@@ -384,8 +392,8 @@ def backward_add_up(
 ) -> list[Tensor]:
     """``coef`` of each summand, and where they are wanted the gradients of the weights that they have."""
     kernels, shape = extension(), _shape(g)
-    coefs = _empty(g, len(summands), g.shape[1], 4)
-    dots = g.new_empty(1 + len(summands), g.shape[1], kernels.node_parts(shape))
+    coefs = _empty_fp32(g, len(summands), g.shape[1], 4)
+    (dots,) = _empty_fp32(g, 1, 1 + len(summands), g.shape[1], kernels.node_parts(shape))
     terms = [
         kernels.NodeDotTerm(_tensor(term.z), *addresses(term.stats), row)
         for row, term in enumerate(summands, 1)
@@ -474,8 +482,8 @@ def _convolve_strided(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor],
         for same in _alike(convs):
             _run([_call(convs[i]) for i in same], [zs[i] for i in same])
         return zs, plane_moments(zs)
-    kernels, shape = extension(), extension().StridedShape(*x.shape, exact)
-    moments = _empty(x, len(convs), kernels.cell_strided_forward_parts(shape), channels, 3)
+    kernels, shape = extension(), _strided_shape(x, exact)
+    moments = _empty_fp32(x, len(convs), kernels.cell_strided_forward_parts(shape), channels, 3)
     operands = [(dense_pictures(conv.x), dense(conv.depthwise), dense(conv.pointwise)) for conv in convs]
     jobs = [
         kernels.StridedJob(
@@ -492,7 +500,7 @@ def _backward_strided(
 ) -> list[tuple[list[Tensor], Partials]]:
     """As ``_convolve_strided``, for each state."""
     x, kernels = grads[0][0].conv.x, extension()
-    shape = kernels.StridedShape(*x.shape, exact)
+    shape = _strided_shape(x, exact)
     if x.shape[3] % 8 or not kernels.cell_strided_backward_takes(shape):
         return [_backward_strided_state(of_state, wants_weights) for of_state in grads]
     parts = kernels.cell_strided_backward_parts(shape)
@@ -570,11 +578,14 @@ def _run_backward(
 
 
 def _fits(call: Call) -> bool:
-    return sepconv.fits(call, {torch.float32}).ok
+    return sepconv.fits(call, {call.x.dtype}).ok
 
 
 def _run_by_pytorch(call: Call) -> Tensor:
-    return reference.sepconv(*call[:3], stride=call.stride, dilation=call.dilation)
+    x, depthwise, pointwise, *_ = call
+    return reference.sepconv(
+        x.to(depthwise.dtype), depthwise, pointwise, stride=call.stride, dilation=call.dilation
+    )
 
 
 def _differentiate(call: Call, source: sepconv.Source, dx: Tensor) -> list[Tensor | None]:
@@ -584,8 +595,8 @@ def _differentiate(call: Call, source: sepconv.Source, dx: Tensor) -> list[Tenso
         y = _run_by_pytorch(Call._make((*leaves, *call[3:])))
     assert source.z is not None
     assert source.coef is not None
-    dy = affine_gradients([source.g], [source.z], [source.coef])
-    gradients = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    (dy,) = affine_gradients([source.g], [source.z], [source.coef])
+    gradients = torch.autograd.grad(y, leaves, dy.to(y.dtype), allow_unused=True)
     dx.copy_(gradients[0])
     return [None if gradient is None else gradient.reshape(1, -1) for gradient in gradients[1:]]
 
@@ -621,29 +632,38 @@ def _empty(like: Tensor, count: int, *shape: int) -> list[Tensor]:
     return list(like.new_empty(count, *shape).unbind())
 
 
+def _empty_fp32(like: Tensor, count: int, *shape: int) -> list[Tensor]:
+    return list(like.new_empty(count, *shape, dtype=torch.float32).unbind())
+
+
 def _empty_like(x: Tensor, count: int) -> list[Tensor]:
     """Contiguous tensors of x's shape, in one piece."""
     return _empty(x, count, *x.shape)
 
 
 def _conv_shape(x: Tensor, exact: bool) -> Any:
-    return extension().ConvShape(*x.shape, exact)
+    return extension().ConvShape(*x.shape, stored_in_bf16(x), exact)
+
+
+def _strided_shape(x: Tensor, exact: bool) -> Any:
+    return extension().StridedShape(*x.shape, stored_in_bf16(x), exact)
 
 
 def _dense_shape(x: Tensor, exact: bool) -> tuple[Any, Any, Tensor]:
     """The shape, the input, and the tensor that it points to."""
     x = dense_pictures(x)
-    return extension().DenseShape(*x.shape, exact), extension().DenseInput(*strided(x)), x
+    return extension().DenseShape(*x.shape, stored_in_bf16(x), exact), extension().DenseInput(*strided(x)), x
 
 
 def _shape(x: Tensor) -> Any:
     batch, channels, height, width = x.shape
-    return extension().NodeShape(batch, channels, height * width)
+    return extension().NodeShape(batch, channels, height * width, stored_in_bf16(x))
 
 
 def _pool_shape(x: Tensor, stride: int) -> Any:
     height, width = x.shape[2:]
-    return extension().PoolShape(*x.shape, -(-height // stride), -(-width // stride), POOL_SIZE, stride)
+    sizes = (*x.shape, -(-height // stride), -(-width // stride), POOL_SIZE, stride)
+    return extension().PoolShape(*sizes, stored_in_bf16(x))
 
 
 def _tensor(x: Tensor) -> Any:

@@ -1,18 +1,26 @@
-"""1x1 convolutions of relu(x) in CUDA C++ (``csrc/pointwise.cu``), for fp32.
+"""1x1 convolutions of relu(x) in CUDA C++ (``csrc/pointwise.cu``).
 
 Legend: x [B, C, H, W], weight [O, C, 1, 1]; z, g [B, O, H', W'], as large as x or half as large: at stride
-2 a convolution reads the pixels (2i + corner, 2j + corner) of x, zeros past its last row. ``moments`` and
-``coef`` as in ``cell_kernels``. Only the first dimension of x, z, g and ``moments`` may be strided.
+2 a convolution reads the pixels (2i + corner, 2j + corner) of x, zeros past its last row. x, z, g and the
+gradient of x are fp32 or bf16, all else is fp32. ``moments`` and ``coef`` as in ``cell_kernels``. Only the
+first dimension of x, z, g and ``moments`` may be strided.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from neuroexapt.backend import Support
-from neuroexapt.cuda_ops.arguments import addresses, current_stream, dense, dense_pictures, strided
+from neuroexapt.cuda_ops.arguments import (
+    addresses,
+    current_stream,
+    dense,
+    dense_pictures,
+    dtype_refusals,
+    stored_in_bf16,
+    strided,
+)
 from neuroexapt.cuda_ops.build import extension
 
 _MAX_OUT_CHANNELS = 64
@@ -56,8 +64,9 @@ class Target(NamedTuple):
 def takes(x: Tensor, weight: Tensor, stride: int = 1) -> Support:
     """Whether the kernels take these operands."""
     out_channels, channels = weight.shape[:2]
-    if {x.dtype, weight.dtype} != {torch.float32}:
-        return Support(False, "only fp32")
+    refusal = next(dtype_refusals([x], [weight]), "")
+    if refusal:
+        return Support(False, refusal)
     if not x[0].is_contiguous():
         return Support(False, "pictures are not contiguous")
     if channels % 16 or out_channels % 8 or out_channels > _MAX_OUT_CHANNELS:
@@ -123,4 +132,5 @@ def _source_job(source: Source) -> Any:
 
 def _shape(x: Tensor, weight: Tensor, stride: int, exact: bool) -> Any:
     batch, channels, height, width = x.shape
-    return extension().PointwiseShape(batch, channels, weight.shape[0], height, width, stride, exact)
+    sizes = (batch, channels, weight.shape[0], height, width, stride)
+    return extension().PointwiseShape(*sizes, stored_in_bf16(x), exact)

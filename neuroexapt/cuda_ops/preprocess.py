@@ -16,6 +16,7 @@ from neuroexapt.core.hooks import hooks_of
 from neuroexapt.core.operations import FactorizedReduce
 from neuroexapt.core.plan import splits_off
 from neuroexapt.cuda_ops import cell_kernels, pointwise
+from neuroexapt.cuda_ops.arguments import dtype_refusals
 from neuroexapt.cuda_ops.cell_kernels import ReduceGrad, Summand
 
 
@@ -52,12 +53,9 @@ def supports_factorized_reduce(x: Tensor, op: FactorizedReduce) -> Support:
 
 def _refusals(x: Tensor, op: nn.Module, bn: nn.Module) -> Iterator[str]:
     """What stands in the way."""
-    if any(tensor.dtype != torch.float32 for tensor in (x, *op.parameters())):
-        yield "only fp32"
+    yield from dtype_refusals([x], op.parameters())
     if any(tensor.device != x.device for tensor in (*op.parameters(), *bn.buffers())):
         yield "tensors on several devices"
-    if torch.is_autocast_enabled("cuda"):
-        yield "autocast is on"
     if not x.is_contiguous():
         yield "x is not contiguous"
     if not splits_off(bn):

@@ -60,7 +60,7 @@ class RunConfig:
     patience: int | None = setting(
         None, "end a training so many epochs after it validated best, where data has a validation part"
     )
-    precision: str = setting("fp32", "of the derived network's training: fp32, or bf16 (autocast)")
+    precision: str = setting("fp32", "of what networks keep for backward passes: fp32, or bf16 (autocast)")
     channels_last: bool | None = setting(
         None,
         "memory layout of derived networks in training (default: channels-last on the CPU and in bf16)",

@@ -117,6 +117,7 @@ class SearchPhase(Phase):
             cost=self.resources.penalty if self.resources else lambda weights: None,
         )
         supernet.set_recompute(config.recompute)
+        supernet.set_precision(config.precision)
         self._set_execution(self._execution)
 
     def reshape(self) -> None:
@@ -164,7 +165,7 @@ class SearchPhase(Phase):
         return (
             f"{get_device_name(self.device)}, torch {torch.__version__}, {config.space}, {config.strategy}, "
             f"{config.layers} layers, {config.init_channels} channels, batch {tuple(batch[0].shape)}"
-            f"{', recompute' if config.recompute else ''}"
+            f"{', recompute' if config.recompute else ''}{', bf16' if config.precision == 'bf16' else ''}"
         )
 
     def metric_names(self, epoch: int) -> Sequence[str]:

@@ -71,6 +71,33 @@ def test_the_reference_execution_reaches_the_edges() -> None:
         assert sum(cells) == fused
 
 
+@pytest.mark.parametrize("execution", ["fused", "reference"])
+def test_bf16_is_for_what_is_kept_alone(execution: str) -> None:
+    supernet, x = make_supernet().float(), torch.randn(16, 3, 8, 8)
+    supernet.set_execution(execution)
+    seen: set[torch.dtype] = set()
+    for cell in supernet.cells:
+        cell.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    found = {}
+    for precision in ("fp32", "bf16"):
+        supernet.set_precision(precision)
+        logits = supernet(x)
+        gradients = torch.autograd.grad(logits.square().mean(), list(supernet.parameters()))
+        assert {logits.dtype, *(gradient.dtype for gradient in gradients)} == {torch.float32}
+        assert {buffer.dtype for buffer in supernet.buffers() if buffer.is_floating_point()} == {
+            torch.float32
+        }
+        found[precision] = logits, torch.cat([gradient.flatten() for gradient in gradients])
+    assert seen == {torch.float32, torch.bfloat16}
+    for got, wanted in zip(found["bf16"], found["fp32"], strict=True):
+        assert 1e-4 < relative_error(got, wanted) < 0.5
+
+
+def test_knows_two_precisions() -> None:
+    with pytest.raises(UserError, match="fp32, bf16"):
+        make_supernet().set_precision("fp16")
+
+
 def test_weights_and_alphas_are_apart_and_complete() -> None:
     supernet = DARTS.supernet(in_channels=3, num_classes=10, channels=4, layers=3)
     weights, alphas = supernet.weights(), supernet.arch_parameters()

@@ -304,6 +304,32 @@ def test_says_which_cells_it_takes(change, reason):
     assert reason in support.reason
 
 
+@pytest.mark.parametrize(
+    ("states", "weights", "autocast", "reason"),
+    [
+        (torch.bfloat16, torch.float32, None, ""),
+        (torch.bfloat16, torch.float32, torch.bfloat16, ""),
+        (torch.float32, torch.float32, torch.bfloat16, "autocast is on"),
+        (torch.bfloat16, torch.float32, torch.float16, "autocast is on"),
+        (torch.bfloat16, torch.bfloat16, None, "beside weights and statistics in fp32"),
+        (torch.float16, torch.float32, None, "only fp32, or pictures in bf16"),
+    ],
+)
+def test_says_which_dtypes_it_takes(states, weights, autocast, reason):
+    cell = make_cell(channels=16, nodes=1).float()
+    s0, s1, mixing = make_inputs(cell, channels=16)
+    enabled = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", autocast is not None)
+    torch.set_autocast_dtype("cuda", autocast or torch.float16)
+    try:
+        support = fused.supports(plan_cell(cell), [s0.to(states), s1.to(states)], mixing.to(weights))
+    finally:
+        torch.set_autocast_enabled("cuda", enabled[0])
+        torch.set_autocast_dtype("cuda", enabled[1])
+    assert support.ok == (not reason)
+    assert reason in support.reason
+
+
 @pytest.mark.parametrize("moved", [0, 1, 2, "edges"])
 def test_takes_no_tensors_on_several_devices(moved):
     cell = make_cell(channels=16, nodes=1).float()

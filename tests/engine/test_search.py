@@ -49,6 +49,15 @@ def test_recorded_test_accuracy_is_the_models(finished: Any) -> None:
     assert accuracy == pytest.approx(finished.result["test_accuracy"])
 
 
+def test_a_search_in_bf16_differs_by_rounding(finished: Any, tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, dataset=dataset_of(finished.run_dir), train_epochs=0, precision="bf16")
+    found, expected = (
+        run.curves["search"]["train_loss"] for run in (neuroexapt.search(**settings), finished)
+    )
+    assert found[0] != expected[0]
+    assert found == pytest.approx(expected, rel=0.1)
+
+
 def test_one_seed_gives_one_result(finished: Any, tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path, dataset=dataset_of(finished.run_dir))
     torch.manual_seed(123)  # whatever was random before

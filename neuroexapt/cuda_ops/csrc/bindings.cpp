@@ -32,7 +32,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("sepconv_backward", &sepconv::backward);
 
   pybind11::class_<pointwise::Shape>(m, "PointwiseShape")
-      .def(pybind11::init<int, int, int, int, int, int, bool>());
+      .def(pybind11::init<int, int, int, int, int, int, bool, bool>());
   pybind11::class_<pointwise::Job>(m, "PointwiseJob")
       .def(pybind11::init<Address, std::int64_t, int, Address, Address, std::int64_t, Address, std::int64_t>());
   pybind11::class_<pointwise::Source>(m, "PointwiseSource")
@@ -45,7 +45,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pointwise_backward", &pointwise::backward);
 
   pybind11::class_<cell_conv::Shape>(m, "ConvShape")
-      .def(pybind11::init<int, int, int, int, bool>());
+      .def(pybind11::init<int, int, int, int, bool, bool>());
   pybind11::class_<cell_conv::Job>(m, "ConvJob")
       .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, int, int>());
   pybind11::class_<cell_conv::GradJob>(m, "ConvGradJob")
@@ -60,7 +60,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cell_conv_backward_second", &cell_conv::backward_second);
   m.def("cell_conv_first_coefficients", &cell_conv::first_coefficients);
 
-  pybind11::class_<cell_strided::Shape>(m, "StridedShape").def(pybind11::init<int, int, int, int, bool>());
+  pybind11::class_<cell_strided::Shape>(m, "StridedShape")
+      .def(pybind11::init<int, int, int, int, bool, bool>());
   pybind11::class_<cell_strided::Job>(m, "StridedJob")
       .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, int, int>());
   pybind11::class_<cell_strided::GradJob>(m, "StridedGradJob")
@@ -73,7 +74,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cell_strided_backward_parts", &cell_strided::backward_parts);
   m.def("cell_strided_backward", &cell_strided::backward);
 
-  pybind11::class_<dense_conv::Shape>(m, "DenseShape").def(pybind11::init<int, int, int, int, bool>());
+  pybind11::class_<dense_conv::Shape>(m, "DenseShape").def(pybind11::init<int, int, int, int, bool, bool>());
   pybind11::class_<dense_conv::Input>(m, "DenseInput").def(pybind11::init<Address, std::int64_t>());
   pybind11::class_<dense_conv::Job>(m, "DenseJob").def(pybind11::init<Address, Address, Address, int>());
   pybind11::class_<dense_conv::GradJob>(m, "DenseGradJob")
@@ -86,8 +87,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("dense_conv_weight_gradients", &dense_conv::weight_gradients);
 
   pybind11::class_<node::Tensor>(m, "NodeTensor").def(pybind11::init<Address, std::int64_t>());
-  pybind11::class_<node::Shape>(m, "NodeShape").def(pybind11::init<int, int, int>());
-  pybind11::class_<node::PoolShape>(m, "PoolShape").def(pybind11::init<int, int, int, int, int, int, int, int>());
+  pybind11::class_<node::Shape>(m, "NodeShape").def(pybind11::init<int, int, int, bool>());
+  pybind11::class_<node::PoolShape>(m, "PoolShape")
+      .def(pybind11::init<int, int, int, int, int, int, int, int, bool>());
   pybind11::class_<node::MomentsJob>(m, "MomentsJob").def(pybind11::init<node::Tensor, Address>());
   pybind11::class_<node::StatsJob>(m, "StatsJob")
       .def(pybind11::init<Address, int, Address, Address, Address, Address>());

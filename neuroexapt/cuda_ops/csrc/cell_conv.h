@@ -1,8 +1,9 @@
-// Launchers of the convolution stages of a fused search cell, stride 1, fp32.
+// Launchers of the convolution stages of a fused search cell, stride 1.
 //
 // A stage runs many separable convolutions (relu or normalise + relu, depthwise K x K of dilation D, pointwise)
 // in one launch. Legend: B pictures of C channels and H x W pixels; a tensor's planes are contiguous and only
-// the distance of two pictures varies (`*_batch_stride`, in elements). A part is one tile of one picture:
+// the distance of two pictures varies (`*_batch_stride`, in elements). Pictures (x, z, g, dx) are fp32 or, where a shape
+// says `bf16`, bf16; all else is fp32. A part is one tile of one picture:
 // every sum over pictures is left as one partial sum a part, merged in a fixed order by a later launch.
 // Addresses travel as integers, as in softmax_sum.h.
 #pragma once
@@ -16,7 +17,8 @@ using Address = std::uintptr_t;
 
 struct Shape {
   int batch, channels, height, width;  // channels: 16, 32 or 64
-  bool exact;  // products of fp32 grade (three TF32 products each) or of TF32 grade
+  bool bf16;
+  bool exact;  // products of fp32 grade (three TF32 products each) or of TF32 grade, as they always are with bf16
 };
 
 int forward_parts(const Shape& shape);

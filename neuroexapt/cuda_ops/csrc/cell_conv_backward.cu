@@ -127,7 +127,7 @@ struct Strips {
 
 // Forms dz where e will be, and for the weight gradients also by itself. Its channels lie in gradient_slot order.
 // A thread takes a strip and every kGroups-th channel, so that all of their addresses differ by constants.
-template <int C, bool kWeights, bool kExact>
+template <int C, bool kWeights, typename T, bool kExact>
 __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& job, const Strips<C>& strips,
                               const Place<C>& at, const Shape& shape) {
   using M = Memory<C, kWeights>;
@@ -140,8 +140,8 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
     const int x = strips.column(strip), y = strips.row(strip), row = y - at.y0, column = x - at.x0;
     if (!strips.contains(x)) continue;
     const int offset = first * plane + y * width;
-    const float* g = reinterpret_cast<const float*>(job.g) + at.picture * job.g_batch_stride + offset;
-    const float* z = reinterpret_cast<const float*>(job.z) + int64_t(at.picture) * C * plane + offset;
+    const T* g = reinterpret_cast<const T*>(job.g) + at.picture * job.g_batch_stride + offset;
+    const T* z = reinterpret_cast<const T*>(job.z) + int64_t(at.picture) * C * plane + offset;
     float* target = memory.e + gradient_slot(first) * memory.plane + strips.offset(strip, at, M::kPitch);
     float* copy = memory.dz + gradient_slot(first) * M::kGradientPlane + row * Tile<C>::kWidth + column;
     const bool in_tile = 0 <= row && row < Tile<C>::kRows && 0 <= column && column < Tile<C>::kWidth;
@@ -457,7 +457,7 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
   for (int i = 0; i < C; i += B::kWarps) depthwise[i * taps] = sum_over_warps(channel + i / (C / 8) * kTapsPitch);
 }
 
-template <int C, bool kWeights, bool kExact>
+template <int C, bool kWeights, typename T, bool kExact>
 __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memory<C, kWeights>& memory,
                         const GradJob& job, const Place<C>& at, const Shape& shape) {
   constexpr int kThreads = Block<C, kWeights>::kThreads;
@@ -466,7 +466,7 @@ __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memor
   taps.load(reinterpret_cast<const float*>(job.depthwise), job.kernel_size);
   weights.load(reinterpret_cast<const float*>(job.pointwise));
   const Strips<C> strips(at, shape, job.dilation * (job.kernel_size / 2));
-  load_gradient<C, kWeights, kExact>(memory, job, strips, at, shape);
+  load_gradient<C, kWeights, T, kExact>(memory, job, strips, at, shape);
   taps.store(memory.taps, job.kernel_size, channel_slot<C>);
   weights.store(memory.weights);
   __syncthreads();
@@ -481,7 +481,7 @@ __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memor
 }
 
 // Clears e and dz, whose pixels outside the picture stay zero, and loads x where weight gradients need it.
-template <int C, bool kWeights>
+template <int C, bool kWeights, typename T>
 __device__ void prepare(const Memory<C, kWeights>& memory, const GradJob& job, const Place<C>& at,
                         const Shape& shape) {
   constexpr int kThreads = Block<C, kWeights>::kThreads;
@@ -493,7 +493,7 @@ __device__ void prepare(const Memory<C, kWeights>& memory, const GradJob& job, c
   clear(memory.e, C * memory.plane);
   if constexpr (kWeights) {
     clear(memory.dz, C * Memory<C, kWeights>::kGradientPlane);
-    const Source source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
+    const Source<T> source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
     load_tile<C, kThreads>(memory.x, source, at, shape, Memory<C, kWeights>::kPitch, memory.plane,
                            channel_slot<C>);
   }
@@ -501,9 +501,9 @@ __device__ void prepare(const Memory<C, kWeights>& memory, const GradJob& job, c
 }
 
 // Stores relu'(x) · dx; returns this lane's {Σ dx, Σ dx · (x − mean)}.
-template <int C, bool kWeights>
-__device__ float2 store_dx(float* target, const float (&dx)[Block<C, kWeights>::kPasses][8],
-                           const Source& source, const Place<C>& at, const Shape& shape) {
+template <int C, bool kWeights, typename T>
+__device__ float2 store_dx(T* target, const float (&dx)[Block<C, kWeights>::kPasses][8],
+                           const Source<T>& source, const Place<C>& at, const Shape& shape) {
   const int channel = slot_channel<C>(lane_slot<C, kWeights>()), width = shape.width;
   const float mean = source.mean(channel);
   float2 sums = make_float2(0.f, 0.f);
@@ -533,7 +533,7 @@ __device__ float2 store_dx(float* target, const float (&dx)[Block<C, kWeights>::
 
 // Grid: (parts, splits, states); a block processes every job of its state whose number leaves blockIdx.y when
 // divided by splits.
-template <int C, bool kWeights, bool kExact>
+template <int C, bool kWeights, typename T, bool kExact>
 __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeights>::kMinBlocks)
     backward_first_kernel(const __grid_constant__ BackwardLaunch launch) {
   extern __shared__ __align__(16) float shared[];
@@ -541,7 +541,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   const Place<C> place(shape, kFirstPad);
   const int first = blockIdx.z == 0 ? 0 : launch.ends[blockIdx.z - 1], end = launch.ends[blockIdx.z];
   const GradJob& common = launch.jobs[first];
-  prepare<C, kWeights>(Memory<C, kWeights>(shape, kFirstPad, shared), common, place, shape);
+  prepare<C, kWeights, T>(Memory<C, kWeights>(shape, kFirstPad, shared), common, place, shape);
   float dx[Block<C, kWeights>::kPasses][8] = {};
 #pragma unroll 1
   for (int j = first + blockIdx.y; j < end; j += launch.splits) {
@@ -552,17 +552,17 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
     Place<C> at = place;
     at.y0 += zero;
     const Memory<C, kWeights> memory(shape, kFirstPad, shared + zero);
-    process<C, kWeights, kExact>(dx, memory, job, at, shape);
+    process<C, kWeights, T, kExact>(dx, memory, job, at, shape);
   }
-  const Source source(common.x, common.x_batch_stride, common.stats, shape, place.picture);
+  const Source<T> source(common.x, common.x_batch_stride, common.stats, shape, place.picture);
   const int64_t picture = int64_t(C) * shape.height * shape.width;
   store_dx<C, kWeights>(
-      reinterpret_cast<float*>(common.dx) + (int64_t(blockIdx.y) * shape.batch + place.picture) * picture, dx, source,
+      reinterpret_cast<T*>(common.dx) + (int64_t(blockIdx.y) * shape.batch + place.picture) * picture, dx, source,
       place, shape);
 }
 
 // Grid: (parts, jobs).
-template <int C, bool kWeights, bool kExact>
+template <int C, bool kWeights, typename T, bool kExact>
 __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeights>::kMinBlocks)
     backward_second_kernel(const __grid_constant__ BackwardLaunch launch) {
   launching::let_next_begin();
@@ -572,13 +572,13 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   const GradJob& job = launch.jobs[blockIdx.y];
   const Place<C> at(shape, kSecondPad);
   const Memory<C, kWeights> memory(shape, kSecondPad, shared);
-  prepare<C, kWeights>(memory, job, at, shape);
+  prepare<C, kWeights, T>(memory, job, at, shape);
   float dx[B::kPasses][8] = {};
-  process<C, kWeights, kExact>(dx, memory, job, at, shape);
+  process<C, kWeights, T, kExact>(dx, memory, job, at, shape);
 
-  const Source source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
+  const Source<T> source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
-  float2 sums = store_dx<C, kWeights>(reinterpret_cast<float*>(job.dx) + picture, dx, source, at, shape);
+  float2 sums = store_dx<C, kWeights>(reinterpret_cast<T*>(job.dx) + picture, dx, source, at, shape);
   sums = make_float2(sum_over_quad(sums.x), sum_over_quad(sums.y));
   float2* by_warp = reinterpret_cast<float2*>(memory.e);  // which nobody reads any more
   const int slot = lane_slot<C, kWeights>();
@@ -628,9 +628,9 @@ bool wants_weights(const std::vector<GradJob>& jobs) { return jobs.front().point
 template <typename F>
 void with_variant(const Shape& shape, const std::vector<GradJob>& jobs, F f) {
   with_channels(shape, [&](auto channels) {
-    with_precision(shape, [&](auto exact) {
-      if (wants_weights(jobs)) f(channels, std::true_type(), exact);
-      else f(channels, std::false_type(), exact);
+    storage::with_precision(shape.bf16, shape.exact, [&](auto type, auto exact) {
+      if (wants_weights(jobs)) f(channels, std::true_type(), type, exact);
+      else f(channels, std::false_type(), type, exact);
     });
   });
 }
@@ -671,10 +671,11 @@ void backward_first(const Shape& shape, const std::vector<GradJob>& jobs, int sp
     parameters.ends[states++] = count += others - rest.begin();
     rest.erase(rest.begin(), others);
   }
-  with_variant(shape, jobs, [&](auto channels, auto weights, auto exact) {
+  with_variant(shape, jobs, [&](auto channels, auto weights, auto type, auto exact) {
+    using T = typename decltype(type)::type;
     constexpr int C = channels();
     constexpr bool kWeights = weights();
-    launch(backward_first_kernel<C, kWeights, exact()>, dim3(tile_count<C>(shape), splits, states),
+    launch(backward_first_kernel<C, kWeights, T, exact()>, dim3(tile_count<C>(shape), splits, states),
            Block<C, kWeights>::kThreads, Memory<C, kWeights>::floats(shape, kFirstPad) * sizeof(float), stream, parameters);
   });
 }
@@ -684,10 +685,11 @@ void backward_second(const Shape& shape, const std::vector<GradJob>& jobs, Addre
     const size_t count = std::min(jobs.size() - first, size_t(kMaxGradJobs));
     BackwardLaunch parameters{shape, 1, {}, {}};
     std::copy_n(jobs.begin() + first, count, parameters.jobs);
-    with_variant(shape, jobs, [&](auto channels, auto weights, auto exact) {
+    with_variant(shape, jobs, [&](auto channels, auto weights, auto type, auto exact) {
+      using T = typename decltype(type)::type;
       constexpr int C = channels();
       constexpr bool kWeights = weights();
-      launch(backward_second_kernel<C, kWeights, exact()>, dim3(tile_count<C>(shape), count),
+      launch(backward_second_kernel<C, kWeights, T, exact()>, dim3(tile_count<C>(shape), count),
              Block<C, kWeights>::kThreads, Memory<C, kWeights>::floats(shape, kSecondPad) * sizeof(float), stream,
              parameters);
     });

@@ -87,37 +87,40 @@ __device__ inline float relu(float x) {
 }
 
 // Four neighbours of a row from column x on; zeros past its end.
-__device__ inline float4 load_row4(const float* row, int x, int width, bool aligned) {
+template <typename T>
+__device__ inline float4 load_row4(const T* row, int x, int width, bool aligned) {
   if (aligned && x + 4 <= width) return load4(row + x);
   float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (x < width) v.x = __ldg(row + x);
-  if (x + 1 < width) v.y = __ldg(row + x + 1);
-  if (x + 2 < width) v.z = __ldg(row + x + 2);
-  if (x + 3 < width) v.w = __ldg(row + x + 3);
+  if (x < width) v.x = storage::load(row + x);
+  if (x + 1 < width) v.y = storage::load(row + x + 1);
+  if (x + 2 < width) v.z = storage::load(row + x + 2);
+  if (x + 3 < width) v.w = storage::load(row + x + 3);
   return v;
 }
 
-__device__ inline void store_row4(float* row, int x, int width, bool aligned, float4 v) {
+template <typename T>
+__device__ inline void store_row4(T* row, int x, int width, bool aligned, float4 v) {
   if (aligned && x + 4 <= width) return store4(row + x, v);
-  if (x < width) row[x] = v.x;
-  if (x + 1 < width) row[x + 1] = v.y;
-  if (x + 2 < width) row[x + 2] = v.z;
-  if (x + 3 < width) row[x + 3] = v.w;
+  if (x < width) storage::store(row + x, v.x);
+  if (x + 1 < width) storage::store(row + x + 1, v.y);
+  if (x + 2 < width) storage::store(row + x + 2, v.z);
+  if (x + 3 < width) storage::store(row + x + 3, v.w);
 }
 
-// Whether every row of every plane starts at a multiple of 16 bytes.
+// Whether every row of every plane starts at a multiple of four pixels.
 __device__ inline bool rows_aligned(const void* base, int64_t batch_stride, int width) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && batch_stride % 4 == 0 && width % 4 == 0;
 }
 
 // The input of a convolution, as it is read: relu(x) or relu((x − mean) · rstd).
+template <typename T>
 struct Source {
-  const float* x;
+  const T* x;
   const float2* stats;
   bool aligned;
 
   __device__ Source(Address x_, int64_t batch_stride, Address stats_, const Shape& shape, int picture)
-      : x(reinterpret_cast<const float*>(x_) + picture * batch_stride),
+      : x(reinterpret_cast<const T*>(x_) + picture * batch_stride),
         stats(reinterpret_cast<const float2*>(stats_)),
         aligned(rows_aligned(reinterpret_cast<const void*>(x_), batch_stride, shape.width)) {}
 
@@ -133,7 +136,8 @@ struct Source {
 };
 
 // Four activated neighbours from column x on, of a row and a channel of the picture; zeros past the row's end.
-__device__ inline float4 load_activated(const Source& source, const float* row, int x, int width, int channel) {
+template <typename T>
+__device__ inline float4 load_activated(const Source<T>& source, const T* row, int x, int width, int channel) {
   float4 v = source.activate(load_row4(row, x, width, false), channel);
   if (x + 1 >= width) v.y = 0.f;
   if (x + 2 >= width) v.z = 0.f;
@@ -144,8 +148,8 @@ __device__ inline float4 load_activated(const Source& source, const float* row, 
 // The activated tile with its halo into shared memory, `pitch` floats a row and `plane` a channel; channel c goes
 // to slot(c). What lies outside the picture is zero: padding comes after the normalisation. A thread takes a place
 // and every kGroups-th channel, so that all of their addresses differ by constants.
-template <int C, int Threads, typename Slot>
-__device__ void load_tile(float* tile, const Source& source, const Place<C>& at, const Shape& shape, int pitch,
+template <int C, int Threads, typename T, typename Slot>
+__device__ void load_tile(float* tile, const Source<T>& source, const Place<C>& at, const Shape& shape, int pitch,
                           int plane, Slot slot) {
   constexpr int kQuads = Tile<C>::kWidth / 4;
   const int width = shape.width, picture_plane = shape.height * width;
@@ -154,7 +158,7 @@ __device__ void load_tile(float* tile, const Source& source, const Place<C>& at,
     constexpr int kBatch = C / kGroups < kMost ? C / kGroups : kMost;
     const int x = at.x0 + 4 * quad;
     const bool inside = row < at.rows && 0 <= x && x < width;
-    const float* from = source.x + first * picture_plane + (at.first + row) * width;
+    const T* from = source.x + first * picture_plane + (at.first + row) * width;
     float* to = tile + slot(first) * plane + row * pitch + kHalo + 4 * quad;
 #pragma unroll
     for (int i = 0; i < C / kGroups; i += kBatch) {
@@ -256,11 +260,6 @@ auto with_channels(const Shape& shape, F f) {
     case 64: return f(std::integral_constant<int, 64>());
     default: throw std::invalid_argument("the cell's convolutions take 16, 32 or 64 channels");
   }
-}
-
-template <typename F>
-auto with_precision(const Shape& shape, F f) {
-  return shape.exact ? f(std::true_type()) : f(std::false_type());
 }
 
 }  // namespace

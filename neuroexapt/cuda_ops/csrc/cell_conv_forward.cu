@@ -16,7 +16,8 @@ constexpr int kMaxGroups = 20;  // of a launch
 
 struct Conv {
   const float *depthwise, *pointwise;
-  float *z, *moments;
+  Address z;
+  float* moments;
 };
 
 struct Group {
@@ -211,10 +212,24 @@ __device__ void store_run(float* plane, const float (&v)[8], int run, const Plac
   store(Run::of(run | 1, at), second);
 }
 
+// Stores this lane's run, half of such a sector, whose other half a neighbouring lane stores.
+template <int C, bool kFull>
+__device__ void store_run(storage::bf16* plane, const float (&v)[8], int run, const Place<C>& at, const Shape& shape,
+                          bool aligned) {
+  const Run to = Run::of(run, at);
+  storage::bf16* row = plane + to.y * shape.width;
+  if constexpr (kFull) {
+    storage::store8(row + to.x, v);
+  } else if (to.y < shape.height) {
+    store_row4(row, to.x, shape.width, aligned, make_float4(v[0], v[1], v[2], v[3]));
+    store_row4(row, to.x + 4, shape.width, aligned, make_float4(v[4], v[5], v[6], v[7]));
+  }
+}
+
 // Stores a unit's sums of one convolution, and their moments a channel into shared memory [unit][C]: of M · 16
 // channels. kFull: all pixels of the unit lie inside the picture, and its rows are aligned.
-template <int C, int M, bool kFull>
-__device__ void store_unit(const Sums<C>& sums, float* z, float2* moments, float* count, int unit,
+template <int C, int M, bool kFull, typename T>
+__device__ void store_unit(const Sums<C>& sums, T* z, float2* moments, float* count, int unit,
                            int first_channel, const Place<C>& at, const Shape& shape) {
   constexpr int kStrip = Unit<C>::kStrip, kLaneRuns = kStrip / 4;
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, plane = shape.height * shape.width;
@@ -259,8 +274,8 @@ __device__ void store_unit(const Sums<C>& sums, float* z, float2* moments, float
 }
 
 // The rare case, out of the way of the instruction cache.
-template <int C, int M>
-__noinline__ __device__ void store_unit_at_border(Sums<C> sums, float* z, float2* moments, float* count, int unit,
+template <int C, int M, typename T>
+__noinline__ __device__ void store_unit_at_border(Sums<C> sums, T* z, float2* moments, float* count, int unit,
                                                   int first_channel, const Place<C>& at, const Shape& shape) {
   store_unit<C, M, false>(sums, z, moments, count, unit, first_channel, at, shape);
 }
@@ -298,7 +313,7 @@ constexpr int blocks_at_a_time() {
 }
 
 // Grid: (parts, groups).
-template <int C, int kGroupSize, bool kExact>
+template <int C, int kGroupSize, typename T, bool kExact>
 __global__ void __launch_bounds__(kForwardThreads, (blocks_at_a_time<C, kGroupSize>()))
     forward_kernel(const __grid_constant__ ForwardLaunch launch) {
   launching::let_next_begin();
@@ -318,7 +333,7 @@ __global__ void __launch_bounds__(kForwardThreads, (blocks_at_a_time<C, kGroupSi
   for (int n = 0; n < kGroupSize; ++n) {
     if (n < group.count) own_taps[n].load(group.convs[n].depthwise, group.kernel_size);
   }
-  const Source source(group.x, group.x_batch_stride, group.stats, shape, at.picture);
+  const Source<T> source(group.x, group.x_batch_stride, group.stats, shape, at.picture);
   load_tile<C, kForwardThreads>(tile, source, at, shape, Geometry<C>::kPitch, geometry.plane,
                                 contraction_slot);
 #pragma unroll
@@ -329,12 +344,12 @@ __global__ void __launch_bounds__(kForwardThreads, (blocks_at_a_time<C, kGroupSi
 
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
   const bool full = at.y0 + Tile<C>::kRows <= shape.height && at.x0 + Tile<C>::kWidth <= shape.width &&
-                    shape.width % 4 == 0;
+                    shape.width % (16 / sizeof(T)) == 0;
   constexpr int kWarps = kForwardThreads / 32, kUnits = Unit<C>::kCount;
   const int warp = threadIdx.x / 32;
   const auto store = [&](const Sums<C>& sums, int n, int unit, auto row_blocks, int first_channel) {
     constexpr int M = decltype(row_blocks)::value;
-    float* z = group.convs[n].z + picture;
+    T* z = reinterpret_cast<T*>(group.convs[n].z) + picture;
     float2* unit_moments = moments + n * kUnits * C;
     float* unit_count = count + n * kUnits;
     if (full) store_unit<C, M, true>(sums, z, unit_moments, unit_count, unit, first_channel, at, shape);
@@ -400,8 +415,8 @@ std::vector<Group> group_jobs(std::vector<Job> jobs, int size) {
       group = groups.end() - 1;
     }
     group->convs[group->count++] = {
-        reinterpret_cast<const float*>(job.depthwise), reinterpret_cast<const float*>(job.pointwise),
-        reinterpret_cast<float*>(job.z), reinterpret_cast<float*>(job.moments)};
+        reinterpret_cast<const float*>(job.depthwise), reinterpret_cast<const float*>(job.pointwise), job.z,
+        reinterpret_cast<float*>(job.moments)};
   }
   return groups;
 }
@@ -421,11 +436,12 @@ void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
     ForwardLaunch parameters{shape, {}};
     std::copy_n(groups.begin() + first, count, parameters.groups);
     with_channels(shape, [&](auto channels) {
-      with_precision(shape, [&](auto exact) {
+      storage::with_precision(shape.bf16, shape.exact, [&](auto type, auto exact) {
+        using T = typename decltype(type)::type;
         constexpr int C = channels();
         const auto run = [&](auto group_size) {
           constexpr int kGroupSize = group_size();
-          launch(forward_kernel<C, kGroupSize, exact()>, dim3(tile_count<C>(shape), count), kForwardThreads,
+          launch(forward_kernel<C, kGroupSize, T, exact()>, dim3(tile_count<C>(shape), count), kForwardThreads,
                  forward_shared_floats<C, kGroupSize>(shape, largest_pad(groups)) * sizeof(float), stream, parameters);
         };
         if (share) run(std::integral_constant<int, Unit<C>::kGroupSize>());

@@ -1,4 +1,4 @@
-// Launchers of the convolution stages of a reduction cell: stride 2, fp32.
+// Launchers of the convolution stages of a reduction cell: stride 2.
 //
 // Legend: as in cell_conv.h, for states x of B pictures of C channels and H x W pixels (W a multiple of 8) with
 // 16-byte aligned planes; what they leave has ceil(H / 2) x W / 2 pixels.
@@ -13,7 +13,8 @@ using Address = std::uintptr_t;
 
 struct Shape {
   int batch, channels, height, width;  // channels: 16, 32 or 64
-  bool exact;  // products of fp32 grade (three TF32 products each) or of TF32 grade
+  bool bf16;
+  bool exact;  // products of fp32 grade (three TF32 products each) or of TF32 grade, as they always are with bf16
 };
 
 int forward_parts(const Shape& shape);

@@ -124,12 +124,12 @@ __device__ void reduce_scatter(float (&values)[N], Owned& owned) {
 }
 
 // relu(x) of the tile with its halo, into planes that are zero before.
-template <int C>
+template <int C, typename T>
 __device__ void load_x(float* planes, const Range& state, const Shape& shape, const Place<C>& at) {
   using Shared = Shared<C>;
   constexpr int kQuads = kWidth<C> / 2, kFirst = -4, kCount = 2 * kRows + 7;
   constexpr int kItems = kChannels * kCount * kQuads, kBatch = 8;
-  const float* x = reinterpret_cast<const float*>(state.x) + at.picture * state.x_batch_stride +
+  const T* x = reinterpret_cast<const T*>(state.x) + at.picture * state.x_batch_stride +
                    int64_t(at.first_channel) * shape.height * shape.width;
   for (int first = threadIdx.x; first < kItems; first += kBatch * kThreads) {
     float4 v[kBatch];
@@ -166,7 +166,7 @@ __device__ void load_x(float* planes, const Range& state, const Shape& shape, co
 
 // What is loaded of a convolution: g and z on the tile with its halo. A thread stays in its row and column, so that
 // little has to be computed for each channel. All at once they would not fit in registers beside the gradients of x.
-template <int C>
+template <int C, typename T>
 struct Loads {
   static constexpr int kQuads = kWidth<C> / 4;
   static constexpr int kChannelsAtOnce = kThreads / (kStoredRows * kQuads);
@@ -190,16 +190,16 @@ struct Loads {
           exists(channel < kChannelsAtOnce && at.from(halo) <= row && row < at.to(halo) && column < at.out_width) {}
   };
 
-  static __device__ const float* g_of(const GradJob& job, const Place<C>& at) {
-    return reinterpret_cast<const float*>(job.g) + at.picture * job.g_batch_stride;
+  static __device__ const T* g_of(const GradJob& job, const Place<C>& at) {
+    return reinterpret_cast<const T*>(job.g) + at.picture * job.g_batch_stride;
   }
-  static __device__ const float* z_of(const GradJob& job, const Place<C>& at) {
-    return reinterpret_cast<const float*>(job.z) + int64_t(at.picture) * C * at.out_height * at.out_width;
+  static __device__ const T* z_of(const GradJob& job, const Place<C>& at) {
+    return reinterpret_cast<const T*>(job.z) + int64_t(at.picture) * C * at.out_height * at.out_width;
   }
 
   __device__ void load(const GradJob& job, const Place<C>& at, int first) {
     const Quad quad(job, at);
-    const float *g_quad = g_of(job, at) + quad.offset, *z_quad = z_of(job, at) + quad.offset;
+    const T *g_quad = g_of(job, at) + quad.offset, *z_quad = z_of(job, at) + quad.offset;
     const int step = kChannelsAtOnce * at.out_height * at.out_width;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -211,7 +211,7 @@ struct Loads {
   static __device__ void prefetch(const GradJob& job, const Place<C>& at) {
     const Quad quad(job, at);
     if (threadIdx.x % 8 != 0) return;
-    const float *g_quad = g_of(job, at) + quad.offset, *z_quad = z_of(job, at) + quad.offset;
+    const T *g_quad = g_of(job, at) + quad.offset, *z_quad = z_of(job, at) + quad.offset;
     const int step = kChannelsAtOnce * at.out_height * at.out_width;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -219,7 +219,7 @@ struct Loads {
     }
   }
 
-  static __device__ void prefetch_line(const float* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+  static __device__ void prefetch_line(const T* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
   template <bool kExact>
   __device__ void store_dz(float* dz, const GradJob& job, const Place<C>& at, int first) const {
@@ -454,8 +454,8 @@ __device__ void pointwise_gradient(float* partial, const float* dz, const float*
 }
 
 // dx = relu'(x) · gradient.
-template <int C>
-__device__ void store_dx(float* dx, const Gradients<C>& gradients, const float* shared, const Shape& shape,
+template <int C, typename T>
+__device__ void store_dx(T* dx, const Gradients<C>& gradients, const float* shared, const Shape& shape,
                          const Place<C>& at) {
   using Shared = Shared<C>;
   const Strips<C> strips;
@@ -477,7 +477,7 @@ __device__ void store_dx(float* dx, const Gradients<C>& gradients, const float* 
         v[2 * t] = even[t] == 0.f ? 0.f : gradients[i][a][0][t];
         v[2 * t + 1] = odd[t] == 0.f ? 0.f : gradients[i][a][1][t];
       }
-      float* target = dx + y * shape.width + 2 * strips.column;
+      T* target = dx + y * shape.width + 2 * strips.column;
       store4(target, make_float4(v[0], v[1], v[2], v[3]));
       store4(target + 4, make_float4(v[4], v[5], v[6], v[7]));
     }
@@ -485,7 +485,7 @@ __device__ void store_dx(float* dx, const Gradients<C>& gradients, const float* 
 }
 
 // Grid: (parts, shares of the channels of every state).
-template <int C, bool kExact>
+template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_constant__ Launch launch) {
   using Shared = Shared<C>;
   extern __shared__ __align__(16) float shared[];
@@ -499,7 +499,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
     reinterpret_cast<float4*>(shared)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   }
   __syncthreads();
-  load_x<C>(shared + Shared::kX, state, shape, at);
+  load_x<C, T>(shared + Shared::kX, state, shape, at);
   Gradients<C> gradients = {};
 #pragma unroll 1
   for (int i = state.first; i < state.first + state.count; ++i) {
@@ -507,17 +507,17 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
     const int from = at.from(halo_of(job)), to = at.to(halo_of(job));
     Weights<C, kExact> weights;
     weights.load(job, at.first_channel);
-    Loads<C> loads;
+    Loads<C, T> loads;
     loads.load(job, at, 0);
     __syncthreads();  // dz and the weights of the convolution before have been read
     weights.store(shared + Shared::kWeight, shared + Shared::kTaps, job.kernel_size);
     loads.template store_dz<kExact>(dz, job, at, 0);
 #pragma unroll
-    for (int first = Loads<C>::kBatch; first < Loads<C>::kCount; first += Loads<C>::kBatch) {
+    for (int first = Loads<C, T>::kBatch; first < Loads<C, T>::kCount; first += Loads<C, T>::kBatch) {
       loads.load(job, at, first);
       loads.template store_dz<kExact>(dz, job, at, first);
     }
-    if (i + 1 < state.first + state.count) Loads<C>::prefetch(launch.jobs[i + 1], at);
+    if (i + 1 < state.first + state.count) Loads<C, T>::prefetch(launch.jobs[i + 1], at);
     __syncthreads();
     compute_e<C, kExact>(shared + Shared::kE, dz, shared + Shared::kWeight, from, to);
     __syncthreads();
@@ -533,13 +533,13 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
         reinterpret_cast<float*>(job.pointwise_partial) + int64_t(blockIdx.x) * C * C + at.first_channel, dz,
         shared + Shared::kDepthwise);
   }
-  store_dx<C>(reinterpret_cast<float*>(state.dx), gradients, shared, shape, at);
+  store_dx<C>(reinterpret_cast<T*>(state.dx), gradients, shared, shape, at);
 }
 
 }  // namespace
 
 bool backward_takes(const Shape& shape) {
-  return specialise(shape, [&](auto channels, auto) { return shape.width / 2 <= kWidth<channels()>; });
+  return specialise(shape, [&](auto channels, auto, auto) { return shape.width / 2 <= kWidth<channels()>; });
 }
 
 int backward_parts(const Shape& shape) { return shape.batch * ceil_div((shape.height + 1) / 2, kRows); }
@@ -556,9 +556,9 @@ void backward(const Shape& shape, const std::vector<StateGrad>& states, Address 
       std::copy(state.jobs.begin(), state.jobs.end(), parameters.jobs + jobs);
       jobs += state.jobs.size();
     }
-    specialise(shape, [&](auto channels, auto exact) {
+    specialise(shape, [&](auto channels, auto type, auto exact) {
       constexpr int C = channels();
-      launch(backward_kernel<C, exact()>, dim3(backward_parts(shape), (last - first) * (C / kChannels)), kThreads,
+      launch(backward_kernel<C, typename decltype(type)::type, exact()>, dim3(backward_parts(shape), (last - first) * (C / kChannels)), kThreads,
              Shared<C>::kFloats * sizeof(float), stream, parameters);
     });
   }

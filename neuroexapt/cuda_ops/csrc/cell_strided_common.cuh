@@ -40,6 +40,14 @@ __device__ inline void store4_if(bool wanted, float* target, float4 v) {
       : "memory");
 }
 
+__device__ inline void store4_if(bool wanted, storage::bf16* target, float4 v) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %3, 0;\n"
+      "@wanted st.global.v2.u32 [%0], {%1, %2};\n}" ::"l"(target),
+      "r"(storage::pack(v.x, v.y)), "r"(storage::pack(v.z, v.w)), "r"(unsigned(wanted))
+      : "memory");
+}
+
 __device__ inline float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
 
 __device__ inline float4 relu4(float4 v) { return make_float4(relu(v.x), relu(v.y), relu(v.z), relu(v.w)); }
@@ -58,11 +66,11 @@ __device__ void load_window(float (&window)[N], const float* source) {
   }
 }
 
-// Calls f with the channels and the precision as compile-time constants.
+// Calls f with the channels, the Type of pictures and the precision of products.
 template <typename F>
 auto specialise(const Shape& shape, F f) {
   const auto with_precision = [&](auto channels) {
-    return shape.exact ? f(channels, std::true_type()) : f(channels, std::false_type());
+    return storage::with_precision(shape.bf16, shape.exact, [&](auto type, auto exact) { return f(channels, type, exact); });
   };
   switch (shape.channels) {
     case 16: return with_precision(std::integral_constant<int, 16>());

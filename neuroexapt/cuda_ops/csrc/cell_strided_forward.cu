@@ -18,11 +18,12 @@ constexpr int kBatch = 8;       // loads in flight: nothing else hides their lat
 
 struct Conv {
   const float *depthwise, *pointwise;
-  float *z, *moments;
+  Address z;
+  float* moments;
 };
 
 struct Group {
-  const float* x;
+  Address x;
   int64_t x_batch_stride;
   int kernel_size, dilation, count;
   Conv convs[kGroupSize];
@@ -91,8 +92,8 @@ struct RowWalk {
   }
 };
 
-template <int C, int K, int D>
-__device__ void load_tile(float* tile, const float* x, const Shape& shape, const Place<C>& at) {
+template <int C, int K, int D, typename T>
+__device__ void load_tile(float* tile, const T* x, const Shape& shape, const Place<C>& at) {
   using Tile = Tile<C, K, D>;
   constexpr int kRowsAtOnce = kThreads / Tile::kQuads;
   const int quad = threadIdx.x % Tile::kQuads, first = threadIdx.x / Tile::kQuads;
@@ -182,8 +183,8 @@ __device__ void convolve(Sums<C>& sums, const float* tile, const float* taps, co
 }
 
 // Stores a unit's sums of one convolution, and their {mean, sum of squared deviations} a channel into `moments`.
-template <int C>
-__device__ void store_unit(const float (&sums)[C / 16][kStrip][4], float* z, float2* moments, float* count,
+template <int C, typename T>
+__device__ void store_unit(const float (&sums)[C / 16][kStrip][4], T* z, float2* moments, float* count,
                            int unit, const Place<C>& at) {
   const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, plane = at.out_height * at.out_width;
   int offsets[2];
@@ -255,7 +256,7 @@ struct Shared {
   static constexpr int kFloats = kTile + C * Tile<C, 5, 1>::kPlane;
 };
 
-template <int C, int K, int D, bool kExact>
+template <int C, int K, int D, typename T, bool kExact>
 __device__ void forward_group(const Launch& launch, const Group& group) {
   extern __shared__ __align__(16) float shared[];
   constexpr int N = kConvsAtOnce<C>;
@@ -271,7 +272,8 @@ __device__ void forward_group(const Launch& launch, const Group& group) {
       taps[(n * C + i / (K * K)) * kTapsPitch + tap_position(i % (K * K), K)] = __ldg(group.convs[n].depthwise + i);
     }
   }
-  load_tile<C, K, D>(tile, group.x + at.picture * group.x_batch_stride, launch.shape, at);
+  const T* x = reinterpret_cast<const T*>(group.x) + at.picture * group.x_batch_stride;
+  load_tile<C, K, D>(tile, x, launch.shape, at);
   __syncthreads();
 
   const int64_t picture = int64_t(at.picture) * C * at.out_height * at.out_width;
@@ -283,7 +285,8 @@ __device__ void forward_group(const Launch& launch, const Group& group) {
     for (int n = 0; n < N; ++n) {
       const int i = first + n, place = i * kUnits<C> + unit;
       if (i >= group.count) break;
-      store_unit<C>(sums[n], group.convs[i].z + picture, moments + place * C, counts + place, unit, at);
+      T* z = reinterpret_cast<T*>(group.convs[i].z) + picture;
+      store_unit<C>(sums[n], z, moments + place * C, counts + place, unit, at);
     }
   }
   __syncthreads();
@@ -295,14 +298,14 @@ __device__ void forward_group(const Launch& launch, const Group& group) {
 }
 
 // Grid: (parts, groups).
-template <int C, bool kExact>
+template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const __grid_constant__ Launch launch) {
   const Group& group = launch.groups[blockIdx.y];
   switch (group.kernel_size * 2 + group.dilation) {
-    case 7: return forward_group<C, 3, 1, kExact>(launch, group);
-    case 8: return forward_group<C, 3, 2, kExact>(launch, group);
-    case 11: return forward_group<C, 5, 1, kExact>(launch, group);
-    default: return forward_group<C, 5, 2, kExact>(launch, group);
+    case 7: return forward_group<C, 3, 1, T, kExact>(launch, group);
+    case 8: return forward_group<C, 3, 2, T, kExact>(launch, group);
+    case 11: return forward_group<C, 5, 1, T, kExact>(launch, group);
+    default: return forward_group<C, 5, 2, T, kExact>(launch, group);
   }
 }
 
@@ -313,17 +316,16 @@ std::vector<Group> group_jobs(std::vector<Job> jobs) {
   });
   std::vector<Group> groups;
   for (const Job& job : jobs) {
-    const float* x = reinterpret_cast<const float*>(job.x);
     auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& candidate) {
-      return candidate.count < kGroupSize && candidate.x == x && candidate.kernel_size == job.kernel_size &&
+      return candidate.count < kGroupSize && candidate.x == job.x && candidate.kernel_size == job.kernel_size &&
              candidate.dilation == job.dilation;
     });
     if (group == groups.end()) {
-      group = groups.insert(group, {x, job.x_batch_stride, job.kernel_size, job.dilation, 0, {}});
+      group = groups.insert(group, {job.x, job.x_batch_stride, job.kernel_size, job.dilation, 0, {}});
     }
     group->convs[group->count++] = {
-        reinterpret_cast<const float*>(job.depthwise), reinterpret_cast<const float*>(job.pointwise),
-        reinterpret_cast<float*>(job.z), reinterpret_cast<float*>(job.moments)};
+        reinterpret_cast<const float*>(job.depthwise), reinterpret_cast<const float*>(job.pointwise), job.z,
+        reinterpret_cast<float*>(job.moments)};
   }
   return groups;
 }
@@ -331,7 +333,7 @@ std::vector<Group> group_jobs(std::vector<Job> jobs) {
 }  // namespace
 
 int forward_parts(const Shape& shape) {
-  return specialise(shape, [&](auto channels, auto) {
+  return specialise(shape, [&](auto channels, auto, auto) {
     return shape.batch * ceil_div((shape.height + 1) / 2, kRows) * ceil_div(shape.width / 2, kWidth<channels()>);
   });
 }
@@ -342,8 +344,8 @@ void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
     const size_t count = std::min(groups.size() - first, size_t(kMaxGroups));
     Launch parameters{shape, {}};
     std::copy_n(groups.begin() + first, count, parameters.groups);
-    specialise(shape, [&](auto channels, auto exact) {
-      launch(forward_kernel<channels(), exact()>, dim3(forward_parts(shape), count), kThreads,
+    specialise(shape, [&](auto channels, auto type, auto exact) {
+      launch(forward_kernel<channels(), typename decltype(type)::type, exact()>, dim3(forward_parts(shape), count), kThreads,
              Shared<channels()>::kFloats * sizeof(float), stream, parameters);
     });
   }

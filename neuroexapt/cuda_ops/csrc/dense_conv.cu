@@ -16,6 +16,7 @@
 
 #include "async_copy.cuh"
 #include "launch.cuh"
+#include "storage.cuh"
 #include "tensor_core.cuh"
 #include "tiles.cuh"
 
@@ -26,19 +27,28 @@ using async_copies::copy4_async;
 using async_copies::copy_async;
 using async_copies::wait_for_copies;
 using launching::launch;
+using storage::load2;
+using storage::load4;
+using storage::store2;
+using storage::store4;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::sum_over_quad;
-using tiles::load4;
 using tiles::pad_to_bank;
-using tiles::store4;
 
 constexpr int kMultiprocessors = 132;  // that launches are cut for
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-__device__ const float* input(Address address) { return reinterpret_cast<const float*>(address); }
-__device__ float* output(Address address) { return reinterpret_cast<float*>(address); }
+template <typename T = float>
+__device__ const T* input(Address address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+template <typename T = float>
+__device__ T* output(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 __device__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
 
@@ -76,8 +86,8 @@ struct Place {
 };
 
 // A thread's part in filling `shared` [kChannels, kPlane] with a tile and kHalo pixels around it, zeros outside the
-// picture: four pixels of every kAtOnce-th channel. They come by copies that are not waited for, and are replaced in
-// shared memory by the thread that copied them.
+// picture: four pixels of every kAtOnce-th channel. They come by copies that are not waited for (of bf16 that are), and
+// are replaced in shared memory by the thread that copied them.
 template <int C, int kChannels, int kPlane, int kHalo, int kThreads>
 struct Filling {
   static constexpr int kQuads = Tile<C>::kColumns / 4 + 2 * kHalo, kQuadsOfTile = kQuads * (Tile<C>::kRows + 2 * kHalo);
@@ -99,8 +109,9 @@ struct Filling {
   }
 
   // `picture`: that of the first channel.
-  __device__ void copy(const float* picture) const {
-    const float* source = picture + offset;
+  template <typename T>
+  __device__ void copy(const T* picture) const {
+    const T* source = picture + offset;
 #pragma unroll 4
     for (int c = first; c < kChannels; c += kAtOnce) {
       if (left) copy4_async(target + c * kPlane + 3, source + c * plane + 3, inside);
@@ -134,10 +145,11 @@ struct Filling {
   }
 
   // Makes dz of g.
+  template <typename T>
   __device__ void differentiate(const GradJob& job, int picture) const {
     constexpr int kInFlight = 8;
     if (!inside) return;
-    const float* z = input(job.z) + int64_t(picture) * C * plane + offset;
+    const T* z = input<T>(job.z) + int64_t(picture) * C * plane + offset;
 #pragma unroll 1
     for (int channel = first; channel < kChannels; channel += kInFlight * kAtOnce) {
       float4 zs[kInFlight];
@@ -341,12 +353,12 @@ __device__ void store_moments(float* target, float* shared, const Sums<C>& sums,
   target[3 * channel + 2] = sum_of_groups<C>(squares_of_groups, channel);
 }
 
-template <int C>
+template <typename T, int C>
 __device__ void store_outputs(const Job& job, const Shape& shape, const Place<C>& place, int first_out,
                               const Sums<C>& sums, float* sums_of_groups) {
   using F = Forward<C>;
   const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, plane = shape.height * shape.width;
-  float* z = output(job.z) + (int64_t(place.picture) * C + first_out + g) * plane;
+  T* z = output<T>(job.z) + (int64_t(place.picture) * C + first_out + g) * plane;
   bool inside[F::N];
 #pragma unroll
   for (int n = 0; n < F::N; ++n) {
@@ -357,8 +369,8 @@ __device__ void store_outputs(const Job& job, const Shape& shape, const Place<C>
     for (int m = 0; m < F::M; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float* target = z + int64_t(m * 16 + h * 8) * plane + y * shape.width + x;
-        *reinterpret_cast<float2*>(target) = make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]);
+        T* target = z + int64_t(m * 16 + h * 8) * plane + y * shape.width + x;
+        store2(target, make_float2(sums[m][n][2 * h], sums[m][n][2 * h + 1]));
       }
     }
   }
@@ -367,7 +379,7 @@ __device__ void store_outputs(const Job& job, const Shape& shape, const Place<C>
 }
 
 // Shared memory: relu(x) [C, kPlane], W [kOut, weight_pitch], sums of groups. Grid: (parts, slices of pairs of jobs).
-template <int C, bool kExact>
+template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(Block<C>::kThreads, Forward<C>::kBlocks)
     fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
   using F = Forward<C>;
@@ -390,7 +402,7 @@ __global__ void __launch_bounds__(Block<C>::kThreads, Forward<C>::kBlocks)
     });
     if (i == first) {
       const Filling<C, C, F::kPlane, 1, F::kThreads> filling(tile, shape, place);
-      filling.copy(input(launch.input.x) + place.picture * launch.input.batch_stride);
+      filling.copy(input<T>(launch.input.x) + place.picture * launch.input.batch_stride);
       filling.activate();
     }
     wait_for_copies();
@@ -405,7 +417,7 @@ __global__ void __launch_bounds__(Block<C>::kThreads, Forward<C>::kBlocks)
       });
     });
     add_shares<C>(sums, weights);
-    store_outputs<C>(job, shape, place, first_out, sums, shared + F::kSums);
+    store_outputs<T, C>(job, shape, place, first_out, sums, shared + F::kSums);
   }
 }
 
@@ -429,7 +441,7 @@ struct GradientLaunch {
 };
 
 // Shared memory: dz [C, kPlane], W [C, weight_pitch]. Grid: (tiles, slices of input channels, splits of the jobs).
-template <int C, bool kExact>
+template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(Block<C>::kThreads, 4 / Block<C>::kShares)
     dx_kernel(const __grid_constant__ GradientLaunch launch) {
   using G = InputGradient<C>;
@@ -452,8 +464,8 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4 / Block<C>::kShares)
       const float* source = input(job.weight) + first_in * kTaps;
       copy_rows_async<C, G::kOut * kTaps, kPitch, G::kThreads>(weights, source, C * kTaps);
       const Filling<C, C, G::kPlane, K / 2, G::kThreads> filling(tile, shape, place);
-      filling.copy(input(job.g) + place.picture * job.g_batch_stride);
-      filling.differentiate(job, place.picture);
+      filling.copy(input<T>(job.g) + place.picture * job.g_batch_stride);
+      filling.template differentiate<T>(job, place.picture);
       wait_for_copies();
       __syncthreads();
       const int first_out = G::share() * G::kChannels + q;
@@ -468,8 +480,8 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4 / Block<C>::kShares)
   add_shares<C>(sums, tile);
   if (G::share() != 0) return;
   const int64_t first_plane = first_in + g;
-  const float* x = input(launch.input.x) + place.picture * launch.input.batch_stride + first_plane * plane;
-  float* dx = output(launch.dx) + ((int64_t(blockIdx.z) * shape.batch + place.picture) * C + first_plane) * plane;
+  const T* x = input<T>(launch.input.x) + place.picture * launch.input.batch_stride + first_plane * plane;
+  T* dx = output<T>(launch.dx) + ((int64_t(blockIdx.z) * shape.batch + place.picture) * C + first_plane) * plane;
 #pragma unroll
   for (int n = 0; n < G::N; ++n) {
     const int row = place.y + G::row(n), column = place.x + G::column(n) + 2 * q;
@@ -479,10 +491,10 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4 / Block<C>::kShares)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int64_t offset = int64_t(m * 16 + h * 8) * plane + row * shape.width + column;
-        const float2 at = __ldg(reinterpret_cast<const float2*>(x + offset));
+        const float2 at = load2(x + offset);
         // NaN lets gradients pass, as in PyTorch.
         const float2 v = make_float2(at.x <= 0.f ? 0.f : sums[m][n][2 * h], at.y <= 0.f ? 0.f : sums[m][n][2 * h + 1]);
-        *reinterpret_cast<float2*>(dx + offset) = v;
+        store2(dx + offset, v);
       }
     }
   }
@@ -529,7 +541,7 @@ __device__ void add_tile(float (&sums)[C / 16][K][4], const float* dz, const flo
 
 // Shared memory: dz [C, kPlane], relu(x) [kIn, kPlane]; then the sums [C, out_pitch].
 // Grid: (parts, slices of input channels, jobs).
-template <int C, bool kExact>
+template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 3)
     dw_kernel(const __grid_constant__ GradientLaunch launch) {
   using G = WeightGradient<C>;
@@ -552,9 +564,9 @@ __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 3)
       if (i > first) __syncthreads();  // the tiles before have been read
       const Filling<C, C, G::kPlane, 0, G::kThreads> dz(dz_tile, shape, place);
       const Filling<C, G::kIn, G::kPlane, K / 2, G::kThreads> x(x_tile, shape, place);
-      dz.copy(input(job.g) + place.picture * job.g_batch_stride);
-      x.copy(input(launch.input.x) + place.picture * launch.input.batch_stride + int64_t(first_in) * plane);
-      dz.differentiate(job, place.picture);
+      dz.copy(input<T>(job.g) + place.picture * job.g_batch_stride);
+      x.copy(input<T>(launch.input.x) + place.picture * launch.input.batch_stride + int64_t(first_in) * plane);
+      dz.template differentiate<T>(job, place.picture);
       x.activate();
       __syncthreads();
       if (ky >= K) continue;
@@ -583,11 +595,11 @@ __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 3)
   });
 }
 
-// Calls f with the number of channels and the precision as compile-time constants.
+// Calls f with the number of channels, the Type of pictures and the precision of products.
 template <typename F>
 auto specialise(const Shape& shape, F f) {
   const auto with_precision = [&](auto C) {
-    return shape.exact ? f(C, std::true_type()) : f(C, std::false_type());
+    return storage::with_precision(shape.bf16, shape.exact, [&](auto type, auto exact) { return f(C, type, exact); });
   };
   switch (shape.channels) {
     case 16: return with_precision(std::integral_constant<int, 16>());
@@ -612,15 +624,15 @@ void put_jobs(Launch& parameters, const std::vector<J>& jobs) {
 }  // namespace
 
 int forward_parts(const Shape& shape) {
-  return specialise(shape, [&](auto C, auto) { return tiles_of<C()>(shape); });
+  return specialise(shape, [&](auto C, auto, auto) { return tiles_of<C()>(shape); });
 }
 
 int backward_parts(const Shape& shape) {
-  return specialise(shape, [&](auto C, auto) { return ceil_div(tiles_of<C()>(shape), tiles_of_block<C()>(shape)); });
+  return specialise(shape, [&](auto C, auto, auto) { return ceil_div(tiles_of<C()>(shape), tiles_of_block<C()>(shape)); });
 }
 
 int dx_splits(const Shape& shape, int jobs) {
-  return specialise(shape, [&](auto C, auto) {
+  return specialise(shape, [&](auto C, auto, auto) {
     const int blocks = tiles_of<C()>(shape) * Block<C()>::kSlices;
     return std::min(jobs, ceil_div(2 * kMultiprocessors, blocks));
   });
@@ -629,10 +641,11 @@ int dx_splits(const Shape& shape, int jobs) {
 void forward(const Shape& shape, const Input& input, const std::vector<Job>& jobs, Address stream) {
   ForwardLaunch parameters{shape, input, int(jobs.size()), {}};
   put_jobs(parameters, jobs);
-  specialise(shape, [&](auto C, auto exact) {
+  specialise(shape, [&](auto C, auto type, auto exact) {
+    using T = typename decltype(type)::type;
     using F = Forward<C()>;
     const dim3 grid(tiles_of<C()>(shape), ceil_div(jobs.size(), kJobsOfBlock) * F::kSlices);
-    launch(fwd_kernel<C(), exact()>, grid, F::kThreads, F::kFloats * sizeof(float), stream, parameters);
+    launch(fwd_kernel<C(), T, exact()>, grid, F::kThreads, F::kFloats * sizeof(float), stream, parameters);
   });
 }
 
@@ -640,19 +653,21 @@ void input_gradient(const Shape& shape, const Input& input, const std::vector<Gr
                     Address stream) {
   GradientLaunch parameters{shape, input, int(jobs.size()), splits, dx, 0, {}};
   put_jobs(parameters, jobs);
-  specialise(shape, [&](auto C, auto exact) {
+  specialise(shape, [&](auto C, auto type, auto exact) {
+    using T = typename decltype(type)::type;
     using G = InputGradient<C()>;
-    launch(dx_kernel<C(), exact()>, dim3(tiles_of<C()>(shape), G::kSlices, splits), G::kThreads,
+    launch(dx_kernel<C(), T, exact()>, dim3(tiles_of<C()>(shape), G::kSlices, splits), G::kThreads,
            G::kFloats * sizeof(float), stream, parameters);
   });
 }
 
 void weight_gradients(const Shape& shape, const Input& input, const std::vector<GradJob>& jobs, Address stream) {
-  specialise(shape, [&](auto C, auto exact) {
+  specialise(shape, [&](auto C, auto type, auto exact) {
+    using T = typename decltype(type)::type;
     using G = WeightGradient<C()>;
     GradientLaunch parameters{shape, input, tiles_of<C()>(shape), 1, 0, tiles_of_block<C()>(shape), {}};
     put_jobs(parameters, jobs);
-    launch(dw_kernel<C(), exact()>, dim3(backward_parts(shape), G::kSlices, jobs.size()), G::kThreads,
+    launch(dw_kernel<C(), T, exact()>, dim3(backward_parts(shape), G::kSlices, jobs.size()), G::kThreads,
            G::kFloats * sizeof(float), stream, parameters);
   });
 }

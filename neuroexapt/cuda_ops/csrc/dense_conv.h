@@ -1,7 +1,8 @@
-// Launchers of 1x1 and 3x3 convolutions of relu(x), stride 1, zeros around the picture, and of their gradients, fp32.
+// Launchers of 1x1 and 3x3 convolutions of relu(x), stride 1, zeros around the picture, and of their gradients.
 //
 // Legend: B pictures of C channels (16, 32 or 64), in and out, and H x W pixels, W a multiple of 4; planes are
 // contiguous and 16-byte aligned and only the distance of two pictures varies (`*_batch_stride`, in elements).
+// Pictures (x, z, g, dx) are fp32 or, where a shape says `bf16`, bf16; all else is fp32.
 // All convolutions of a launch have one input. A part is what one block leaves of a sum over all pixels, to be merged
 // in a fixed order by a later launch. Addresses travel as integers, as in softmax_sum.h.
 #pragma once
@@ -15,7 +16,8 @@ using Address = std::uintptr_t;
 
 struct Shape {
   int batch, channels, height, width;
-  bool exact;  // products of fp32 grade (three TF32 products each) or of TF32 grade
+  bool bf16;
+  bool exact;  // products of fp32 grade (three TF32 products each) or of TF32 grade, as they always are with bf16
 };
 
 struct Input {

@@ -1,8 +1,8 @@
-// Launchers of what a fused search cell does besides its convolutions, fp32: pools, BatchNorm statistics, the sum
-// that makes a node, and their gradients.
+// Launchers of what a fused search cell does besides its convolutions: pools, BatchNorm statistics, the sum that makes
+// a node, and their gradients.
 //
 // Legend: B pictures of C channels; a tensor's planes are contiguous and only the distance of two pictures varies
-// (in elements). `stats` (float2 [C]): mean and 1 / sqrt(variance + eps) of a BatchNorm. `moments` [parts, C] of
+// (in elements). Tensors of pictures are fp32 or, where a shape says `bf16`, bf16; all else is fp32. `stats` (float2 [C]): mean and 1 / sqrt(variance + eps) of a BatchNorm. `moments` [parts, C] of
 // {count, mean, sum of squared deviations}: each of the parts of a sum over all pictures leaves its own, and a
 // later launch merges them in a fixed order. Addresses travel as integers, 0 for what is absent, as in
 // softmax_sum.h.
@@ -22,6 +22,7 @@ struct Tensor {
 
 struct Shape {
   int batch, channels, pixels;  // of a plane
+  bool bf16;
 };
 
 constexpr int kMaxTerms = 96;    // of a node
@@ -48,6 +49,7 @@ void finalize(int channels, float eps, float momentum, const std::vector<StatsJo
 // Windows of kernel_size (3) pixels square, padded by half of it, stride 1 or 2.
 struct PoolShape {
   int batch, channels, height, width, out_height, out_width, kernel_size, stride;
+  bool bf16;
 };
 int pool_parts(const PoolShape& shape);
 

@@ -11,11 +11,13 @@
 
 #include "launch.cuh"
 #include "node.h"
+#include "storage.cuh"
 
 namespace node {
 
 using launching::launch;
 using launching::launch_early;
+using storage::with_storage;
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 128;
@@ -52,25 +54,26 @@ template <int V>
 struct Values {
   float v[V];
 
-  __device__ static Values load(const float* source) {
+  template <typename T>
+  __device__ static Values load(const T* source) {
     Values values;
     if constexpr (V == 4) {
-      const float4 bits = __ldg(reinterpret_cast<const float4*>(source));
+      const float4 bits = storage::load4(source);
       values.v[0] = bits.x, values.v[1] = bits.y, values.v[2] = bits.z, values.v[3] = bits.w;
     } else if constexpr (V == 2) {
-      const float2 bits = __ldg(reinterpret_cast<const float2*>(source));
+      const float2 bits = storage::load2(source);
       values.v[0] = bits.x, values.v[1] = bits.y;
     } else {
-      values.v[0] = __ldg(source);
+      values.v[0] = storage::load(source);
     }
     return values;
   }
 
-  __device__ void store(float* target) const {
-    // Intrinsics, since the compiler splits a plain assignment into narrow stores.
-    if constexpr (V == 4) __stwb(reinterpret_cast<float4*>(target), make_float4(v[0], v[1], v[2], v[3]));
-    else if constexpr (V == 2) __stwb(reinterpret_cast<float2*>(target), make_float2(v[0], v[1]));
-    else target[0] = v[0];
+  template <typename T>
+  __device__ void store(T* target) const {
+    if constexpr (V == 4) storage::store4(target, make_float4(v[0], v[1], v[2], v[3]));
+    else if constexpr (V == 2) storage::store2(target, make_float2(v[0], v[1]));
+    else storage::store(target, v[0]);
   }
 };
 
@@ -92,11 +95,13 @@ struct Position {
     return {int(picture), int(i - picture * per_plane) * V};
   }
 
-  __device__ const float* in(const Tensor& tensor, int channel, const Shape& shape) const {
-    return pointer<const float>(tensor.data) + picture * tensor.batch_stride + offset(channel, shape);
+  template <typename T>
+  __device__ T* in(const Tensor& tensor, int channel, const Shape& shape) const {
+    return pointer<T>(tensor.data) + picture * tensor.batch_stride + offset(channel, shape);
   }
-  __device__ float* in_contiguous(Address data, int channel, const Shape& shape) const {
-    return pointer<float>(data) + int64_t(picture) * shape.channels * shape.pixels + offset(channel, shape);
+  template <typename T>
+  __device__ T* in_contiguous(Address data, int channel, const Shape& shape) const {
+    return pointer<T>(data) + int64_t(picture) * shape.channels * shape.pixels + offset(channel, shape);
   }
 
  private:
@@ -123,11 +128,11 @@ struct Share {
     }
   }
 
-  __device__ void load(Values<V> (&values)[kSlots], const Tensor& tensor, int channel,
-                       const Shape& shape) const {
+  template <typename T>
+  __device__ void load(Values<V> (&values)[kSlots], const Tensor& tensor, int channel, const Shape& shape) const {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      if (slot < count) values[slot] = Values<V>::load(at[slot].in(tensor, channel, shape));
+      if (slot < count) values[slot] = Values<V>::load(at[slot].template in<const T>(tensor, channel, shape));
     }
   }
 };
@@ -169,11 +174,13 @@ bool all_wide(const Items& items, Tensor_ tensor) {
   return std::all_of(items.begin(), items.end(), [&](const auto& item) { return wide(tensor(item)); });
 }
 
-// Calls f with the number of neighbours that a thread takes.
+// Calls f with the Type that pictures are stored as and the number of neighbours that a thread takes.
 template <typename F>
-void with_width(bool is_wide, F f) {
-  if (is_wide) f(std::integral_constant<int, 4>());
-  else f(std::integral_constant<int, 1>());
+void with_variant(bool is_bf16, bool is_wide, F f) {
+  with_storage(is_bf16, [&](auto storage) {
+    if (is_wide) f(storage, std::integral_constant<int, 4>());
+    else f(storage, std::integral_constant<int, 1>());
+  });
 }
 
 // Calls f(first, jobs of this launch) as often as it takes to run all jobs.

@@ -17,7 +17,7 @@ struct PoolLaunch {
 };
 
 // Grid: (parts / kWarps, channels, jobs).
-template <int K, int S, int V>
+template <typename T, int K, int S, int V>
 __global__ void __launch_bounds__(kThreads, 5) pool_kernel(const __grid_constant__ PoolLaunch launch) {
   launching::let_next_begin();
   const PoolShape& shape = launch.shape;
@@ -31,14 +31,14 @@ __global__ void __launch_bounds__(kThreads, 5) pool_kernel(const __grid_constant
 #pragma unroll
   for (int slot = 0; slot < PoolShare::kSlots; ++slot) {
     const Position at = share.at[slot];
-    const float* plane = pointer<const float>(job.x.data) + at.picture * job.x.batch_stride +
-                         int64_t(channel) * shape.height * shape.width;
+    const T* plane = pointer<const T>(job.x.data) + at.picture * job.x.batch_stride +
+                     int64_t(channel) * shape.height * shape.width;
     const Windows<K, S, V> windows(plane, at.pixel / shape.out_width, at.pixel % shape.out_width, shape);
 #pragma unroll
     for (int v = 0; v < V; ++v) max[slot].v[v] = windows.max[v], avg[slot].v[v] = windows.avg[v];
     if (slot >= share.count) continue;
-    if (job.max != 0) max[slot].store(at.in_contiguous(job.max, channel, out));
-    if (job.avg != 0) avg[slot].store(at.in_contiguous(job.avg, channel, out));
+    if (job.max != 0) max[slot].store(at.in_contiguous<T>(job.max, channel, out));
+    if (job.avg != 0) avg[slot].store(at.in_contiguous<T>(job.avg, channel, out));
   }
   const int64_t moments = (int64_t(part) * out.channels + channel) * 3;
   if (job.max_moments != 0) store_moments(pointer<float>(job.max_moments) + moments, max, share.count);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 5) pool_kernel(const __grid_constant
 
 struct State {
   Tensor x;
-  float* dx;
+  Address dx;
   int edges, addends;
   bool max, avg, identities;  // whether there are such
   StateEdge edge[kMaxEdges];
@@ -201,7 +201,7 @@ __device__ void gather_row(Values<V>& dx, const WindowGradients& windows, int ro
 
 // Grid: (planes / Tile::planes times bands, states). Phase one leaves the gradients of windows, W of them a thread,
 // in shared memory; phase two gathers for every pixel of x, V of them a thread, those of the windows that hold it.
-template <int K, int S, int W, int V>
+template <typename T, int K, int S, int W, int V>
 __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_constant__ StateLaunch launch) {
   launching::let_next_begin();
   extern __shared__ __align__(16) float shared[];
@@ -234,8 +234,7 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
       const int plane = first_plane + in_block, y = first_window + below;
       const int picture = tile.channels.divide(plane), channel = plane - picture * shape.channels;
       const Windows<K, S, W> pooled(
-          pointer<const float>(state.x.data) + picture * state.x.batch_stride + channel * plane_pixels, y, x,
-          shape);
+          pointer<const T>(state.x.data) + picture * state.x.batch_stride + channel * plane_pixels, y, x, shape);
       const int target = windows.column(row, x);
 #pragma unroll
       for (int v = 0; v < W; ++v) windows.first_maximum[target + v] = pooled.first_maximum(v);
@@ -248,7 +247,7 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
 #pragma unroll
         for (int e = 0; e < kAtOnce; ++e) {
           const Tensor& source = state.edge[min(first + e, state.edges - 1)].g;
-          g[e] = Values<W>::load(pointer<const float>(source.data) + picture * source.batch_stride + window);
+          g[e] = Values<W>::load(pointer<const T>(source.data) + picture * source.batch_stride + window);
         }
 #pragma unroll
         for (int e = 0; e < kAtOnce; ++e) {
@@ -277,7 +276,7 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
     const int pixel = channel * plane_pixels + y * shape.width + x;
     Values<V> dx = {};
     const auto load = [&](const Tensor& tensor) {
-      return Values<V>::load(pointer<const float>(tensor.data) + picture * tensor.batch_stride + pixel);
+      return Values<V>::load(pointer<const T>(tensor.data) + picture * tensor.batch_stride + pixel);
     };
     const auto add = [&](const Values<V>& values, float weight) {
 #pragma unroll
@@ -310,17 +309,19 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
         gather_row<K, S>(dx, windows, window_plane + window_y / S, ky, x);
       }
     }
-    dx.store(state.dx + int64_t(picture) * shape.channels * plane_pixels + pixel);
+    dx.store(pointer<T>(state.dx) + int64_t(picture) * shape.channels * plane_pixels + pixel);
   }
 }
 
-// Calls f with window size and stride and how many windows a thread takes, which are one or those of a row's four
-// pixels.
+// Calls f with the Type that pictures are stored as, window size and stride, and how many windows a thread takes, which
+// are one or those of a row's four pixels.
 template <typename F>
 void with_windows(const PoolShape& shape, bool is_wide, F f) {
   const auto with_width = [&](auto size, auto stride) {
-    if (is_wide && shape.width % 4 == 0) f(size, stride, std::integral_constant<int, 4 / stride()>());
-    else f(size, stride, std::integral_constant<int, 1>());
+    with_storage(shape.bf16, [&](auto storage) {
+      if (is_wide && shape.width % 4 == 0) f(storage, size, stride, std::integral_constant<int, 4 / stride()>());
+      else f(storage, size, stride, std::integral_constant<int, 1>());
+    });
   };
   const auto with_stride = [&](auto size) {
     if (shape.stride == 2) with_width(size, std::integral_constant<int, 2>());
@@ -332,7 +333,7 @@ void with_windows(const PoolShape& shape, bool is_wide, F f) {
 }
 
 State state_of(const StateJob& job) {
-  State state{job.x, reinterpret_cast<float*>(job.dx), int(job.edges.size()), int(job.addends.size())};
+  State state{job.x, job.dx, int(job.edges.size()), int(job.addends.size())};
   copy_into(state.edge, job.edges, "too many edges leave one state");
   copy_into(state.addend, job.addends, "too many addends in one state's gradient");
   for (const StateEdge& edge : job.edges) {
@@ -363,15 +364,17 @@ void pool(const PoolShape& shape, const std::vector<PoolJob>& jobs, Address stre
   PoolLaunch parameters{shape, {}};
   in_batches(jobs, kMaxPools, [&](size_t first, size_t count) {
     std::copy_n(jobs.begin() + first, count, parameters.jobs);
-    with_windows(shape, are_wide(jobs), [&](auto K, auto S, auto V) {
-      launch(pool_kernel<K(), S(), V()>, dim3(ceil_div(pool_parts(shape), kWarps), shape.channels, count), kThreads,
-             0, stream, parameters);
+    with_windows(shape, are_wide(jobs), [&](auto storage, auto K, auto S, auto V) {
+      using T = typename decltype(storage)::type;
+      launch(pool_kernel<T, K(), S(), V()>, dim3(ceil_div(pool_parts(shape), kWarps), shape.channels, count),
+             kThreads, 0, stream, parameters);
     });
   });
 }
 
 void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, Address stream) {
-  with_windows(shape, are_wide(jobs), [&](auto K, auto S, auto W) {
+  with_windows(shape, are_wide(jobs), [&](auto storage, auto K, auto S, auto W) {
+    using T = typename decltype(storage)::type;
     constexpr int V = W() == 1 ? 1 : 4;
     const Tile<K(), S()> tile(shape);
     StateLaunch parameters{shape, TileOfLaunch(tile, shape, V, W()), {}};
@@ -386,7 +389,7 @@ void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, 
       const int groups = ceil_div(shape.batch * shape.channels, tile.planes);
       const int window_rows = has_pools ? tile.planes * tile.window_rows(shape) : 0;
       const int bytes = EdgeMemory::bytes(tile.planes, edges) + WindowGradients::bytes(window_rows, shape.out_width);
-      launch(state_kernel<K(), S(), W(), V>, dim3(groups * tile.bands(shape), count), kStateThreads, bytes, stream,
+      launch(state_kernel<T, K(), S(), W(), V>, dim3(groups * tile.bands(shape), count), kStateThreads, bytes, stream,
              parameters);
     });
   });

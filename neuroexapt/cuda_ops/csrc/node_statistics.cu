@@ -11,7 +11,7 @@ struct MomentsLaunch {
 };
 
 // Grid: (parts / kWarps, channels, jobs).
-template <int V>
+template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) moments_kernel(const __grid_constant__ MomentsLaunch launch) {
   launching::let_next_begin();
   const Shape& shape = launch.shape;
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(const __grid_constant
   if (part >= part_count(shape)) return;
   const Share<V> share(part, shape);
   Values<V> values[Share<V>::kSlots];
-  share.load(values, job.z, channel, shape);
+  share.template load<T>(values, job.z, channel, shape);
   store_moments(pointer<float>(job.moments) + (int64_t(part) * shape.channels + channel) * 3, values,
                 share.count);
 }
@@ -139,9 +139,9 @@ void plane_moments(const Shape& shape, const std::vector<MomentsJob>& jobs, Addr
   MomentsLaunch parameters{shape, {}};
   in_batches(jobs, kMaxTerms, [&](size_t first, size_t count) {
     std::copy_n(jobs.begin() + first, count, parameters.jobs);
-    with_width(is_wide, [&](auto V) {
-      launch(moments_kernel<V()>, dim3(ceil_div(parts(shape), kWarps), shape.channels, count), kThreads, 0, stream,
-             parameters);
+    with_variant(shape.bf16, is_wide, [&](auto storage, auto V) {
+      launch(moments_kernel<typename decltype(storage)::type, V()>,
+             dim3(ceil_div(parts(shape), kWarps), shape.channels, count), kThreads, 0, stream, parameters);
     });
   });
 }

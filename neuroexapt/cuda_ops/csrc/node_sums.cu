@@ -16,7 +16,7 @@ struct SumLaunch {
 };
 
 // Grid: (blocks of a channel's pixels, channels).
-template <int V>
+template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumLaunch launch) {
   __shared__ float2 scales[kMaxTerms];  // mean and weight · rstd
   const Shape& shape = launch.shape;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
   const auto load = [&](int first) {
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      if (first + j < count) z[j] = Values<V>::load(at.in(launch.terms[first + j].z, channel, shape));
+      if (first + j < count) z[j] = Values<V>::load(at.in<const T>(launch.terms[first + j].z, channel, shape));
     }
   };
   load(0);  // on its way while the scales are computed
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
     }
     load(first + kInFlight);
   }
-  if (i < end) y.store(const_cast<float*>(at.in(launch.y, channel, shape)));
+  if (i < end) y.store(at.in<T>(launch.y, channel, shape));
 }
 
 struct DotsLaunch {
@@ -63,15 +63,15 @@ struct DotsLaunch {
 
 // Σ g · (max − mean) and Σ g · (avg − mean) over a thread's share of a part, with the pools of stride S formed from x
 // once more: they are not kept.
-template <int S, int V>
+template <typename T, int S, int V>
 __device__ float2 pooled_dots(const DotsLaunch& launch, const PooledTerms& pool, int part, int channel) {
   constexpr int W = V == 1 ? 1 : V / S;  // windows that are formed together
   const Shape& shape = launch.shape;
   const PoolShape plane_shape{shape.batch, shape.channels, pool.height, pool.width, 0, 0, kPoolSize, S};
   const unsigned first = unsigned(part) * (kSpan / V) + threadIdx.x;
   const unsigned end = min(unsigned(shape.batch) * shape.pixels, unsigned(part + 1) * kSpan) / V;
-  const float* x_planes = pointer<const float>(pool.x.data) + int64_t(channel) * pool.height * pool.width;
-  const float* g_planes = pointer<const float>(launch.g.data) + int64_t(channel) * shape.pixels;
+  const T* x_planes = pointer<const T>(pool.x.data) + int64_t(channel) * pool.height * pool.width;
+  const T* g_planes = pointer<const T>(launch.g.data) + int64_t(channel) * shape.pixels;
   const float max_mean = stats_of(pool.max_stats, channel).x, avg_mean = stats_of(pool.avg_stats, channel).x;
   float2 sums = make_float2(0.f, 0.f);
 #pragma unroll 1
@@ -80,7 +80,7 @@ __device__ float2 pooled_dots(const DotsLaunch& launch, const PooledTerms& pool,
     if (i >= end) break;
     const unsigned row = launch.across.divide(i), picture = launch.rows.divide(row);
     const int x = (i - row * launch.across.divisor) * V, y = row - picture * launch.rows.divisor;
-    const float* plane = x_planes + picture * pool.x.batch_stride;
+    const T* plane = x_planes + picture * pool.x.batch_stride;
     const Values<V> g = Values<V>::load(g_planes + picture * launch.g.batch_stride + i * V - picture * shape.pixels);
 #pragma unroll
     for (int w = 0; w < V; w += W) {
@@ -104,8 +104,9 @@ constexpr int kDotBlocks = 7;
 
 // Grid: (parts, channels, splits). All warps of a block share the windows of a pool, which take as long as a dozen
 // terms; terms go to the warps of all splits in turns.
-template <int V>
-__global__ void __launch_bounds__(kThreads, V == 4 ? kDotBlocks : 3) dots_kernel(const __grid_constant__ DotsLaunch launch) {
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, V == 4 ? kDotBlocks : 3)
+    dots_kernel(const __grid_constant__ DotsLaunch launch) {
   launching::let_next_begin();
   constexpr int kSlots = Share<V>::kSlots;
   const Shape& shape = launch.shape;
@@ -121,8 +122,8 @@ __global__ void __launch_bounds__(kThreads, V == 4 ? kDotBlocks : 3) dots_kernel
   const auto visit_pools = [&] {
     for (int k = blockIdx.z; k < launch.pool_count; k += gridDim.z) {
       const PooledTerms& pool = launch.pools[k];
-      const float2 sums = pool.stride == 1 ? pooled_dots<1, V>(launch, pool, part, channel)
-                                           : pooled_dots<2, V>(launch, pool, part, channel);
+      const float2 sums = pool.stride == 1 ? pooled_dots<T, 1, V>(launch, pool, part, channel)
+                                           : pooled_dots<T, 2, V>(launch, pool, part, channel);
       const float2 of_warp = make_float2(warp_sum(sums.x), warp_sum(sums.y));
       if (threadIdx.x % kWarp == 0) pool_sums[k][warp] = of_warp;
     }
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, V == 4 ? kDotBlocks : 3) dots_kernel
   const auto visit_terms = [&] {
     const Share<V> share(part, shape);
     Values<V> g[kSlots] = {};
-    share.load(g, launch.g, channel, shape);
+    share.template load<T>(g, launch.g, channel, shape);
     if (blockIdx.z == 0 && warp == 0) {
       float sum = 0.f;
 #pragma unroll
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, V == 4 ? kDotBlocks : 3) dots_kernel
     for (int k = blockIdx.z * kWarps + warp; k < launch.count; k += gridDim.z * kWarps) {
       const DotTerm& term = launch.terms[k];
       Values<V> z[kSlots] = {};
-      share.load(z, term.z, channel, shape);
+      share.template load<T>(z, term.z, channel, shape);
       const float mean = stats_of(term.stats, channel).x;
       float sum = 0.f;
 #pragma unroll
@@ -236,7 +237,7 @@ struct AffineLaunch {
 };
 
 // Grid: (blocks of a channel's pixels, channels, jobs).
-template <int V>
+template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) affine_kernel(const __grid_constant__ AffineLaunch launch) {
   const Shape& shape = launch.shape;
   const AffineJob& job = launch.jobs[blockIdx.z];
@@ -244,13 +245,13 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(const __grid_constant_
   const unsigned i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= unsigned(shape.batch) * shape.pixels / V) return;
   const Position at = Position::of<V>(i, shape);
-  const Values<V> g = Values<V>::load(at.in(job.g, channel, shape));
-  const Values<V> z = Values<V>::load(at.in(job.z, channel, shape));
+  const Values<V> g = Values<V>::load(at.in<const T>(job.g, channel, shape));
+  const Values<V> z = Values<V>::load(at.in<const T>(job.z, channel, shape));
   const float4 coef = __ldg(pointer<const float4>(job.coef) + channel);
   Values<V> dz;
 #pragma unroll
   for (int v = 0; v < V; ++v) dz.v[v] = fmaf(coef.x, g.v[v], fmaf(coef.y, z.v[v], coef.z));
-  dz.store(at.in_contiguous(job.dz, channel, shape));
+  dz.store(at.in_contiguous<T>(job.dz, channel, shape));
 }
 
 }  // namespace
@@ -260,8 +261,9 @@ void sum(const Shape& shape, const std::vector<Term>& terms, Tensor y, Address s
       shape.pixels % 4 == 0 && wide(y) && all_wide(terms, [](const Term& term) { return term.z; });
   SumLaunch parameters{shape, int(terms.size()), y, {}};
   copy_into(parameters.terms, terms, "too many terms in one node");
-  with_width(is_wide, [&](auto V) {
-    launch(sum_kernel<V()>, dim3(blocks_of(shape, V()), shape.channels), kThreads, 0, stream, parameters);
+  with_variant(shape.bf16, is_wide, [&](auto storage, auto V) {
+    using T = typename decltype(storage)::type;
+    launch(sum_kernel<T, V()>, dim3(blocks_of(shape, V()), shape.channels), kThreads, 0, stream, parameters);
   });
 }
 
@@ -277,12 +279,13 @@ void dots(const Shape& shape, int width, const std::vector<DotTerm>& terms, cons
   const int blocks = parts(shape) * shape.channels;
   const int most_splits = std::max(1, ceil_div(terms.size() + pools.size(), kWarps));
   const int splits = std::clamp(ceil_div(kWantedBlocks, blocks), 1, most_splits);
-  with_width(is_wide, [&](auto V) {
+  with_variant(shape.bf16, is_wide, [&](auto storage, auto V) {
+    using T = typename decltype(storage)::type;
     DotsLaunch parameters{shape, int(terms.size()), int(pools.size()), Divisor(std::max(1, width / V())),
                           Divisor(shape.pixels / width), g, reinterpret_cast<float*>(dots), {}, {}};
     copy_into(parameters.terms, terms, "too many terms in one node");
     copy_into(parameters.pools, pools, "too many pools in one node");
-    launch(dots_kernel<V()>, dim3(parts(shape), shape.channels, splits), kThreads, 0, stream, parameters);
+    launch(dots_kernel<T, V()>, dim3(parts(shape), shape.channels, splits), kThreads, 0, stream, parameters);
   });
 }
 
@@ -301,8 +304,9 @@ void affine_gradient(const Shape& shape, const std::vector<AffineJob>& jobs, Add
   AffineLaunch parameters{shape, {}};
   in_batches(jobs, std::size(parameters.jobs), [&](size_t first, size_t count) {
     std::copy_n(jobs.begin() + first, count, parameters.jobs);
-    with_width(is_wide, [&](auto V) {
-      launch(affine_kernel<V()>, dim3(blocks_of(shape, V()), shape.channels, count), kThreads, 0, stream,
+    with_variant(shape.bf16, is_wide, [&](auto storage, auto V) {
+      using T = typename decltype(storage)::type;
+      launch(affine_kernel<T, V()>, dim3(blocks_of(shape, V()), shape.channels, count), kThreads, 0, stream,
              parameters);
     });
   });

@@ -8,7 +8,7 @@ namespace node {
 constexpr int kPoolSize = 3;  // the only one that there is
 
 __host__ __device__ inline Shape output_shape(const PoolShape& shape) {
-  return {shape.batch, shape.channels, shape.out_height * shape.out_width};
+  return {shape.batch, shape.channels, shape.out_height * shape.out_width, shape.bf16};
 }
 
 // Lets NaN through.
@@ -29,9 +29,10 @@ struct Windows {
   float share[V];  // of each pixel in the average: 1 / those inside the picture
 
   // Those of the output pixels (y, x), (y, x + 1), …
-  __device__ Windows(const float* plane, int y, int x, const PoolShape& shape) {
+  template <typename T>
+  __device__ Windows(const T* plane, int y, int x, const PoolShape& shape) {
     const int left = x * S - kRadius, top = y * S - kRadius;
-    const float* row = plane + top * shape.width + left;
+    const T* row = plane + top * shape.width + left;
 #pragma unroll
     for (int ky = 0; ky < K; ++ky, row += shape.width) {
       load_row(ky, row, unsigned(top + ky) < unsigned(shape.height), left, shape);
@@ -83,11 +84,12 @@ struct Windows {
     return is_center(column) || unsigned(left + column) < unsigned(shape.width);
   }
 
-  __device__ void load_row(int ky, const float* row, bool inside, int left, const PoolShape& shape) {
+  template <typename T>
+  __device__ void load_row(int ky, const T* row, bool inside, int left, const PoolShape& shape) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       pixels[ky][i] = -kInfinity;
-      if (!is_center(i) && inside && in_picture(i, left, shape)) pixels[ky][i] = __ldg(row + i);
+      if (!is_center(i) && inside && in_picture(i, left, shape)) pixels[ky][i] = storage::load(row + i);
     }
     if (V > 1 && inside) {
       const Values<4> center = Values<4>::load(row + kRadius);

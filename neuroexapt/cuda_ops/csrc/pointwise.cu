@@ -18,6 +18,7 @@
 
 #include "async_copy.cuh"
 #include "launch.cuh"
+#include "storage.cuh"
 #include "tensor_core.cuh"
 
 namespace pointwise {
@@ -27,6 +28,9 @@ using async_copies::copy4_async;
 using async_copies::copy_async;
 using async_copies::wait_for_copies;
 using launching::launch;
+using storage::load2;
+using storage::load4;
+using storage::store4;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::sum_over_quad;
@@ -38,17 +42,14 @@ constexpr int kMultiprocessors = 132;  // that launches are cut for
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-__device__ const float* input(Address address) { return reinterpret_cast<const float*>(address); }
-__device__ float* output(Address address) { return reinterpret_cast<float*>(address); }
+template <typename T = float>
+__device__ const T* input(Address address) {
+  return reinterpret_cast<const T*>(address);
+}
 
-__device__ float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
-
-__device__ float2 load2(const float* source) { return __ldg(reinterpret_cast<const float2*>(source)); }
-
-// Written out: the compiler splits a float4 that it gathers from scattered registers.
-__device__ void store4(float* target, float4 v) {
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
+template <typename T = float>
+__device__ T* output(Address address) {
+  return reinterpret_cast<T*>(address);
 }
 
 __device__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
@@ -129,13 +130,13 @@ struct ForwardLaunch {
 };
 
 // A warp's operands: x of kChunksInFlight chunks, of which a lane holds a quad of four channels each.
-template <int Stride>
+template <typename T, int Stride>
 struct Operands {
   float4 v[kChunksInFlight][4];
 
   __device__ void load(const Job& job, const Shape& shape, int quad, int first, int shares) {
     const Pixels<Stride> pixels(shape, Quad(shape, quad), job.x_batch_stride, job.corner);
-    const float* x = input(job.x) + pixels.offset + (Stride == 1 ? 0 : job.corner);
+    const T* x = input<T>(job.x) + pixels.offset + (Stride == 1 ? 0 : job.corner);
     const int q = threadIdx.x % 4, plane = shape.height * shape.width;
 #pragma unroll
     for (int i = 0; i < kChunksInFlight; ++i) {
@@ -143,13 +144,14 @@ struct Operands {
       if (channel >= shape.C) break;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float* source = x + int64_t(channel + k) * plane;
+        const T* source = x + int64_t(channel + k) * plane;
         if constexpr (Stride == 1) {
           v[i][k] = load4(source);
         } else {
           v[i][k] = make_float4(0.f, 0.f, 0.f, 0.f);
           if (!pixels.exist) continue;
-          v[i][k] = make_float4(__ldg(source), __ldg(source + 2), __ldg(source + 4), __ldg(source + 6));
+          using storage::load;
+          v[i][k] = make_float4(load(source), load(source + 2), load(source + 4), load(source + 6));
         }
       }
     }
@@ -243,7 +245,7 @@ __device__ int pixels_of_group(const Shape& shape, int group) {
 }
 
 // Adds up the shares of this warp's items and stores them; `moments` [O] of the group take in those of this iteration.
-template <int M>
+template <typename T, int M>
 __device__ void store_items(const Job& job, const Shape& shape, const Role& role, int iteration,
                             const float4* shared, float2* moments) {
   constexpr int kItems = 2 * M;
@@ -252,7 +254,7 @@ __device__ void store_items(const Job& job, const Shape& shape, const Role& role
   for (int item = role.share; item < kItems && item * 8 < shape.O; item += role.shares) {
     const int channel = item * 8 + lane / 4;
     const float4* summands = shared + (role.group * role.shares * kItems + item) * 64 + lane;
-    float* z = output(job.z) + int64_t(channel) * pixels_of(shape);
+    T* z = output<T>(job.z) + int64_t(channel) * pixels_of(shape);
     float4 v[2];
     bool exists[2];
 #pragma unroll
@@ -286,7 +288,7 @@ __device__ void store_moments(float* target, const float2* moments, const Shape&
 }
 
 // Grid: (parts, jobs).
-template <int M, int Stride, bool kExact>
+template <int M, int Stride, typename T, bool kExact>
 __global__ void __launch_bounds__(Block<M>::kThreads) fwd_kernel(const __grid_constant__ ForwardLaunch launch) {
   launching::let_next_begin();
   constexpr int kSummands = 2 * M * 64;  // of a warp
@@ -300,7 +302,7 @@ __global__ void __launch_bounds__(Block<M>::kThreads) fwd_kernel(const __grid_co
   const auto quad_of = [&](int iteration) {
     return role.group_of_grid(role.group, iteration) * (kGroup / 4) + quad_of_column(lane / 4);
   };
-  Operands<Stride> operands;
+  Operands<T, Stride> operands;
   operands.load(job, shape, quad_of(0), role.share, role.shares);
   for (int iteration = 0; iteration < role.iterations; ++iteration) {
     Sums<M> sums = {};
@@ -320,7 +322,7 @@ __global__ void __launch_bounds__(Block<M>::kThreads) fwd_kernel(const __grid_co
     __syncthreads();  // the sums of the iteration before have been read
     share_sums<M>(shared + threadIdx.x / 32 * kSummands, sums);
     __syncthreads();
-    store_items<M>(job, shape, role, iteration, shared, moments + role.group * shape.O);
+    store_items<T, M>(job, shape, role, iteration, shared, moments + role.group * shape.O);
   }
   __syncthreads();
   const int channel = threadIdx.x;
@@ -366,12 +368,13 @@ struct BackwardLaunch {
 };
 
 // dz = A · g + B · z + D of the tile's pixels; zero for those past the last.
+template <typename T>
 __device__ void load_dz(float* target, const Source& job, const Shape& shape, const Quad& quad, int row,
                         int row_step, int pitch) {
   constexpr int kBatch = 4;  // rows in flight
   const int pixels = pixels_of(shape);
-  const float* g = input(job.g) + quad.offset(job.g_batch_stride);
-  const float* z = input(job.z) + quad.offset(job.z_batch_stride);
+  const T* g = input<T>(job.g) + quad.offset(job.g_batch_stride);
+  const T* z = input<T>(job.z) + quad.offset(job.z_batch_stride);
   for (; row < shape.O; row += kBatch * row_step) {
     float4 gs[kBatch], zs[kBatch];
 #pragma unroll
@@ -440,7 +443,7 @@ __device__ void add_input_gradient(InputSums& sums, const float* dz, const float
 }
 
 // dx = relu'(x) · sums.
-template <int Stride>
+template <typename T, int Stride>
 __device__ void store_input_gradient(const TargetOfLaunch& target, const InputSums& sums, const float* x,
                                      const Shape& shape, const Tile& tile, int first_channel, int first_quad) {
   const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, plane = shape.height * shape.width;
@@ -454,7 +457,7 @@ __device__ void store_input_gradient(const TargetOfLaunch& target, const InputSu
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int c = channel + h * 8 + g, r = h * 2 + e;
-        float* dx = output(target.dx) + pixels.offset + int64_t(first_channel + c) * plane;
+        T* dx = output<T>(target.dx) + pixels.offset + int64_t(first_channel + c) * plane;
         const float4 v = masked(make_float4(sums[i][0][r], sums[i][1][r], sums[i][2][r], sums[i][3][r]),
                                 read4(x + c * tile.pitch() + 4 * column));
         if constexpr (Stride == 1) {
@@ -518,7 +521,7 @@ __device__ void weight_gradient(float* partial, const float* x, const float* dz,
 
 // Shared memory: x [channels, pitch], dz [O, pitch], W [O, weight_pitch].
 // Grid: (parts, blocks of channels, targets).
-template <int M, int Stride, bool kExact>
+template <int M, int Stride, typename T, bool kExact>
 __global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_constant__ BackwardLaunch launch) {
   launching::let_next_begin();
   const Shape& shape = launch.shape;
@@ -535,9 +538,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_c
   const int plane = shape.height * shape.width;
   const Quad quad(shape, first_quad + column);
   const Pixels<Stride> pixels(shape, quad, target.x_batch_stride, target.corner);
-  const float* picture = input(target.x) + pixels.offset + int64_t(first_channel) * plane;
+  const T* picture = input<T>(target.x) + pixels.offset + int64_t(first_channel) * plane;
   for (int c = row; c < tile.channels; c += row_step) {
-    const float* source = picture + int64_t(c) * plane;
+    const T* source = picture + int64_t(c) * plane;
     float* place = x + c * pitch + 4 * column;
     if constexpr (Stride == 1) {
       copy_async(place, source, pixels.exist);
@@ -556,7 +559,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_c
       const int o = k / weight_quads, c = k % weight_quads * 4;
       copy_async(weight + o * tile.weight_pitch() + c, input(source.weight) + o * shape.C + first_channel + c, true);
     }
-    load_dz(dz + 4 * column, source, shape, quad, row, row_step, pitch);
+    load_dz<T>(dz + 4 * column, source, shape, quad, row, row_step, pitch);
     wait_for_copies();
     __syncthreads();
     if (target.dx != 0) add_input_gradient<kExact>(sums, dz, weight, shape, tile);
@@ -565,14 +568,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_c
       weight_gradient<M, kExact>(partial, x, dz, shape, tile);
     }
   }
-  if (target.dx != 0) store_input_gradient<Stride>(target, sums, x, shape, tile, first_channel, first_quad);
+  if (target.dx != 0) store_input_gradient<T, Stride>(target, sums, x, shape, tile, first_channel, first_quad);
 }
 
-// Calls f with the tiles of 16 output channels, the stride and the precision as compile-time constants.
+// Calls f with the tiles of 16 output channels, the stride, the Type of pictures and the precision of products.
 template <typename F>
 auto specialise(const Shape& shape, F f) {
   const auto with_precision = [&](auto M, auto stride) {
-    return shape.exact ? f(M, stride, std::true_type()) : f(M, stride, std::false_type());
+    return storage::with_precision(shape.bf16, shape.exact, [&](auto type, auto exact) { return f(M, stride, type, exact); });
   };
   const auto with_stride = [&](auto M) {
     return shape.stride == 1 ? with_precision(M, std::integral_constant<int, 1>())
@@ -590,7 +593,7 @@ void check_room(bool there_is) {
 }  // namespace
 
 int forward_parts(const Shape& shape) {
-  return specialise(shape, [&](auto M, auto, auto) { return split_of(shape, Block<M()>::kWarps).parts; });
+  return specialise(shape, [&](auto M, auto, auto, auto) { return split_of(shape, Block<M()>::kWarps).parts; });
 }
 
 int backward_parts(const Shape& shape) {
@@ -599,12 +602,13 @@ int backward_parts(const Shape& shape) {
 
 void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
   check_room(jobs.size() <= kMaxJobs);
-  specialise(shape, [&](auto M, auto stride, auto exact) {
+  specialise(shape, [&](auto M, auto stride, auto type, auto exact) {
+    using T = typename decltype(type)::type;
     constexpr int kWarps = Block<M()>::kWarps;
     ForwardLaunch parameters{shape, split_of(shape, kWarps), {}};
     std::copy(jobs.begin(), jobs.end(), parameters.jobs);
     const int moments = kWarps / parameters.split.shares * shape.O * sizeof(float2);
-    launch(fwd_kernel<M(), stride(), exact()>, dim3(parameters.split.parts, jobs.size()), Block<M()>::kThreads,
+    launch(fwd_kernel<M(), stride(), T, exact()>, dim3(parameters.split.parts, jobs.size()), Block<M()>::kThreads,
            kWarps * 2 * M() * 64 * sizeof(float4) + moments, stream, parameters);
   });
 }
@@ -622,8 +626,9 @@ void backward(const Shape& shape, const std::vector<Target>& targets, Address st
     std::copy(target.sources.begin(), target.sources.end(), parameters.sources + count);
     count += own;
   }
-  specialise(shape, [&](auto M, auto stride, auto exact) {
-    launch(bwd_kernel<M(), stride(), exact()>,
+  specialise(shape, [&](auto M, auto stride, auto type, auto exact) {
+    using T = typename decltype(type)::type;
+    launch(bwd_kernel<M(), stride(), T, exact()>,
            dim3(backward_parts(shape), shape.C / tile.channels, targets.size()), kBackwardThreads,
            tile.shared_floats(shape) * sizeof(float), stream, parameters);
   });

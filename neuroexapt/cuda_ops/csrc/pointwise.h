@@ -1,9 +1,10 @@
-// Launchers of 1x1 convolutions of relu(x) and of their gradients, fp32.
+// Launchers of 1x1 convolutions of relu(x) and of their gradients.
 //
 // Legend: B pictures of C channels (a multiple of 16) and H x W pixels in, O channels (of 8, at most 64) out. At stride
 // 2 they read the pixels (2i + corner, 2j + corner) of every picture, zeros past its last row, for both corners, 0 and
 // 1; W is a multiple of 8 then, and at stride 1 H · W one of 4. Planes are contiguous and 16-byte aligned and only the
 // distance of two pictures varies (`*_batch_stride`, in elements).
+// Pictures (x, z, g, dx) are fp32 or, where a shape says `bf16`, bf16; all else is fp32.
 // A part is what one block leaves of a sum over all pixels, to be merged in a fixed order by a later launch.
 // Addresses travel as integers, as in softmax_sum.h.
 #pragma once
@@ -17,7 +18,8 @@ using Address = std::uintptr_t;
 
 struct Shape {
   int batch, C, O, height, width, stride;
-  bool exact;  // products of fp32 grade (three TF32 products each) or of TF32 grade
+  bool bf16;
+  bool exact;  // products of fp32 grade (three TF32 products each) or of TF32 grade, as they always are with bf16
 };
 
 constexpr int kMaxJobs = 32;     // of one launch

@@ -1,19 +1,16 @@
 // Tiles in shared memory and their ways in and out, for the convolution stages of fused cells.
 #pragma once
 
+#include "storage.cuh"
+
 namespace tiles {
+
+using storage::load4;
+using storage::store4;
 
 // The least number from `floats` on that leaves `remainder` when divided by the 32 banks.
 __host__ __device__ constexpr int pad_to_bank(int floats, int remainder) {
   return floats + ((remainder - floats) % 32 + 32) % 32;
-}
-
-__device__ inline float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
-
-// Written out: the compiler splits a float4 that it gathers from scattered registers.
-__device__ inline void store4(float* target, float4 v) {
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
 }
 
 constexpr int kTapsPitch = 28;  // of a channel's depthwise weights
