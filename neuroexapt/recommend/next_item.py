@@ -34,7 +34,12 @@ class NextItem(Task):
         if not queries.is_cuda:  # a step that is captured there needs shapes that stay
             queries, targets = queries[targets > 0], targets[targets > 0]
         if self.positions is not None:
-            asked = (targets > 0).byte().sort(descending=True, stable=True).indices[: self.positions * len(labels)]
+            asked = (
+                (targets > 0)
+                .byte()
+                .sort(descending=True, stable=True)
+                .indices[: self.positions * len(labels)]
+            )
             queries, targets = queries[asked], targets[asked]
         if self.negatives:
             losses = self._sampled_losses(queries, output.items, targets)
