@@ -10,8 +10,8 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from _harness import Results, Spread, copy_gbps
-from _sequences import Comparison, Op, compare, start, time_op
+from _harness import Spread, copy_gbps
+from _sequences import Comparison, Op, compare, compile_in_parallel, run_once, start, time_op
 from torch import Tensor
 
 from neuroexapt.kernels import sequence_recommendation_interaction as definition
@@ -70,34 +70,37 @@ def sweep() -> None:
     triton._blocks, triton._CHUNK_LENGTH = standard
 
 
-def compare_case(results: Results, case: tuple[int, int, int], quick: bool, gbps: float) -> bool:
+def comparisons(case: tuple[int, int, int], quick: bool) -> list[Comparison]:
     """Full sequences with times, then sequences of all lengths."""
-    torch.compiler.reset()
     batch, length, width = case
     name = f"b{batch}-n{length}-d{width}"
-    # Forward reads the items, backward reads them and writes their gradient.
-    floor = Spread.exactly(3 * batch * length * width * 2 / gbps / 1e6)
-    results.add(f"{name}/full", "floor", "bfloat16", "device_ms", "ms", floor)
     times = torch.rand(batch, length, device="cuda", dtype=torch.float64).cumsum(1)
-    full = {"timestamps": times}
-    ragged = full | {"lengths": torch.linspace(0, length, batch, device="cuda").round().long()}
+    lengths = torch.linspace(0, length, batch, device="cuda").round().long()
+    make = functools.partial(make_inputs, *case)
     plain, kernels = (
         definition.sequence_recommendation_interaction,
         triton.sequence_recommendation_interaction,
     )
-    make = functools.partial(make_inputs, *case)
-    chunks = functools.partial(in_chunks, timestamps=times)
 
-    def implementations(arguments: dict[str, Tensor]) -> dict[str, Op]:
+    def comparison(kind: str, rivals: dict[str, Op], **arguments: Tensor) -> Comparison:
         eager = functools.partial(plain, **arguments)
-        mine = {"fused": functools.partial(kernels, **arguments), "eager": eager}
-        return mine if quick else mine | {"compile": torch.compile(eager, dynamic=False)}
+        mine: dict[str, Op] = {"fused": functools.partial(kernels, **arguments), "eager": eager}
+        if not quick:
+            mine |= rivals | {"compile": torch.compile(eager, dynamic=False)}
+        return Comparison(f"{name}/{kind}", mine, eager, make)
 
-    of_full, of_ragged = implementations(full), implementations(ragged)
-    if not quick:
-        of_full |= {"chunks": chunks, "chunks-compile": torch.compile(chunks, dynamic=False)}
-    right = compare(results, Comparison(f"{name}/full", of_full, of_full["eager"], make))
-    return compare(results, Comparison(f"{name}/ragged", of_ragged, of_ragged["eager"], make)) & right
+    chunks = functools.partial(in_chunks, timestamps=times)
+    rivals: dict[str, Op] = {"chunks": chunks, "chunks-compile": torch.compile(chunks, dynamic=False)}
+    return [
+        comparison("full", rivals, timestamps=times),
+        comparison("ragged", {}, timestamps=times, lengths=lengths),
+    ]
+
+
+def compile_one(case: tuple[int, int, int], index: int, name: str) -> None:
+    """Fill the caches with what one implementation needs."""
+    comparison = comparisons(case, quick=False)[index]
+    run_once(comparison.implementations[name], comparison.make_inputs())
 
 
 def main() -> int:
@@ -106,8 +109,25 @@ def main() -> int:
         if arguments.sweep:
             sweep()
             return 0
+        compared = {case: comparisons(case, arguments.quick) for case in CASES}
+        compile_in_parallel(
+            compile_one,
+            [
+                (case, index, name)
+                for case, pair in compared.items()
+                for index, comparison in enumerate(pair)
+                for name in comparison.implementations
+                if name not in ("eager", "chunks")
+            ],
+        )
         gbps = copy_gbps().median
-        rights = [compare_case(results, case, arguments.quick, gbps) for case in CASES]
+        rights = []
+        for (batch, length, width), pair in compared.items():
+            torch.compiler.reset()
+            # Forward reads the items, backward reads them and writes their gradient.
+            floor = Spread.exactly(3 * batch * length * width * 2 / gbps / 1e6)
+            results.add(pair[0].name, "floor", "bfloat16", "device_ms", "ms", floor)
+            rights += [compare(results, comparison) for comparison in pair]
     return int(not all(rights))
 
 
