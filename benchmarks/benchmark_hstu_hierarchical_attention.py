@@ -1,11 +1,12 @@
 """HSTU's attention with its position table against the ways to write it in PyTorch, forward and backward.
 
-``python benchmarks/benchmark_hstu_hierarchical_attention.py [--length N] [--quick] [--sweep KERNEL …]`` takes
-about three minutes on one GPU, most of it for compiling; ``--quick`` leaves out what torch.compile compiles.
-Each implementation is held to the definition in fp64, its result and every gradient, before it is timed; one
-that fails is reported, not timed, and makes the exit code 1. Lengths of jagged sequences spread evenly from
-half to all of N. What takes padded input alone is not timed again there: it would do the same work.
-``--sweep`` times kernels by themselves with other tiles than their table's.
+``python benchmarks/benchmark_hstu_hierarchical_attention.py [--length N …] [--quick] [--sweep KERNEL …]``
+takes about three minutes on one GPU, most of it for compiling; ``--quick`` leaves out what torch.compile
+compiles. Each implementation is held to the definition in fp64, its result and every gradient, before it is
+timed: ours to 0.04 of the largest value, others to 0.1, since PyTorch sums the table's gradient in bf16. One
+that fails is recorded and not timed; if it is ours, the exit code is 1. Lengths of jagged sequences spread
+evenly from half to all of N. What takes padded input alone is not timed again there: it would do the same
+work. ``--sweep`` times kernels by themselves with other tiles than their table's.
 
 FlexAttention has a softmax, which log(SiLU(s) + c) as score and the log-sum-exp undo: they give
 Σ (SiLU(s) + c) v, from which c Σ v is taken. ``public`` is the Triton kernel of meta-recsys's
@@ -14,6 +15,7 @@ package is installed, from N = 1,024 on, since it tunes itself for minutes.
 """
 
 import functools
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -42,6 +44,7 @@ from neuroexapt.kernels.hstu_hierarchical_attention import hstu_hierarchical_att
 BENCHMARK = "hstu_hierarchical_attention"
 DTYPE = torch.bfloat16
 TOLERANCE = 4e-2
+RIVALS_TOLERANCE = 1e-1
 # More than the 0.2785 below zero that SiLU never falls under.
 _SHIFT = 0.3
 
@@ -129,8 +132,11 @@ def eager(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhd->bihd", weights, value)
 
 
-def flex(length: int) -> Implementation:
+def flex(case: Case) -> Implementation:
     """By FlexAttention."""
+    length = case.length
+    # With more, the table's entries, copied ahead as keys are, overflow shared memory where heads are wider.
+    options = {"num_stages": 1} if case.width // case.heads > 32 else None
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, length, length, "cuda")
 
@@ -140,8 +146,9 @@ def flex(length: int) -> Implementation:
             return torch.log(s * torch.sigmoid(s) + _SHIFT)
 
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        with_lse = AuxRequest(lse=True)
-        y, sums = compiled(query, key, value, score_mod=score, block_mask=mask, return_aux=with_lse)
+        y, sums = compiled(
+            query, key, value, score, mask, kernel_options=options, return_aux=AuxRequest(lse=True)
+        )
         total = y.float() * torch.exp(sums.lse)[..., None] - _SHIFT * value.float().cumsum(2)
         return (total / length).to(query.dtype).transpose(1, 2)
 
@@ -182,7 +189,7 @@ def implementations(case: Case, quick: bool) -> dict[str, Callable[[], Implement
     if not case.is_jagged and not quick:
         torch.compiler.reset()
         makers["compile"] = lambda: Implementation(torch.compile(eager, fullgraph=True, dynamic=False))
-        makers["flex"] = lambda: flex(case.length)
+        makers["flex"] = lambda: flex(case)
     if not quick and case.length >= 1024 and importlib.util.find_spec("generative_recommenders"):
         makers["public"] = lambda: public(case)
     return makers
@@ -209,10 +216,11 @@ def measure(implementation: Implementation, case: Case) -> dict[tuple[str, str],
     sets = [implementation.inputs(case) for _ in range(sets_beyond_l2(case.bytes()))]
     calls = [functools.partial(implementation.gradients, *inputs) for inputs in sets]
     calls[0]()
+    gc.collect()  # else what is freed during the call would count as room for it
     return {
+        ("peak_bytes", "bytes"): Spread.exactly(peak_bytes(calls[0])),
         ("device_ms", "ms"): device_ms(calls),
         ("step_ms", "ms"): wall_ms(calls[0]),
-        ("peak_bytes", "bytes"): Spread.exactly(peak_bytes(calls[0])),
     }
 
 
@@ -266,14 +274,21 @@ def time_alone(case: Case, wanted: tuple[int, ...]) -> Spread:
 
 
 def compare(results: Results, case: Case, quick: bool) -> bool:
-    """Time every implementation that is right; whether all are."""
+    """Time every implementation that is right; whether ours are."""
     are_right = True
     for name, make in implementations(case, quick).items():
-        implementation = make()
-        error = largest_error(implementation, case)
-        if not error <= TOLERANCE:
+        is_ours = name.startswith("triton")
+        try:
+            implementation = make()
+            error = largest_error(implementation, case)
+        except Exception as failure:
+            if is_ours:
+                raise
+            results.add_status(case.name, name, "bfloat16", str(failure).strip().splitlines()[0][:200])
+            continue
+        if not error <= (TOLERANCE if is_ours else RIVALS_TOLERANCE):
             results.add_status(case.name, name, "bfloat16", f"error {error:.1e}, so it is not timed")
-            are_right = False
+            are_right = are_right and not is_ours
             continue
         for (metric, unit), spread in measure(implementation, case).items():
             results.add(case.name, name, "bfloat16", metric, unit, spread, error)
@@ -282,12 +297,12 @@ def compare(results: Results, case: Case, quick: bool) -> bool:
 
 def main() -> int:
     parser = results_parser(BENCHMARK, __doc__ or "")
-    parser.add_argument("--length", type=int, help="only sequences of this length")
+    parser.add_argument("--length", type=int, nargs="+", help="only sequences of these lengths")
     parser.add_argument("--quick", action="store_true", help="leave out what torch.compile compiles")
     parser.add_argument("--sweep", nargs="+", choices=SWEEP, help="time these kernels with several tiles")
     arguments = parser.parse_args()
     results = open_results(BENCHMARK, arguments)
-    cases = [case for case in CASES if arguments.length in (None, case.length)]
+    cases = [case for case in CASES if case.length in (arguments.length or [case.length])]
     # One stream for forward, backward and capture: autograd runs a backward where its forward ran.
     with torch.cuda.stream(torch.cuda.Stream()):
         if arguments.sweep:
