@@ -116,13 +116,14 @@ def test_twenty_runs_give_the_same_bits():
 
 
 def test_runs_compiled_and_captured():
-    arguments = places(8, 150)
-    tensors = [x.requires_grad_() for x in inputs(8, 150, 32)]
+    arguments, tensors = places(8, 150), inputs(8, 150, 32)
 
     def step(op: Callable[..., Any]) -> list[Tensor]:
-        pools, similarity = op(*tensors, **arguments)
-        gradients = torch.autograd.grad(pools.sum() + similarity.square().sum(), tensors)
-        return [pools, similarity, *gradients]
+        # Leaves of its own: autograd runs a leaf's backward on the stream where it first met the leaf.
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        pools, similarity = op(*leaves, **arguments)
+        gradients = torch.autograd.grad(pools.sum() + similarity.square().sum(), leaves)
+        return [pools.detach(), similarity.detach(), *gradients]
 
     expected = step(by_kernel)
     with use_backend("cuda:triton"):
@@ -130,6 +131,7 @@ def test_runs_compiled_and_captured():
     for got, wanted in zip(compiled, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         step(by_kernel)
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
