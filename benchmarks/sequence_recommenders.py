@@ -7,8 +7,8 @@ tune        trains the hand-built SASRec and HSTU with each of a few settings, a
             best in the mean of both is used from there on
 controls    trains SASRec, HSTU and a random genotype from every one of ``--seeds``
 search      searches from several seeds by several strategies, for networks of no more parameters than the
-            better hand-built one has; trains each found genotype from one seed; trains the one that validates
-            best from all seeds
+            better hand-built one has; trains what they found for ``--candidate-epochs``; trains the one that
+            validates best then from all seeds
 movielens   trains HSTU with and without its bias by time
 
 Figures are HR@10 and NDCG@10 over the whole catalogue, leaving one out; what is tested is the network of the
@@ -86,7 +86,8 @@ VARIANTS = [
 ]
 POSITIONS = {"beauty": 12, "ml-100k": None}
 """Of a history that are trained at most, in the mean of a batch: twice what Amazon Beauty has."""
-SEARCH_BATCH = 256
+SEARCH = {"batch_size": 256, "learning_rate": 2e-3, "arch_learning_rate": 2e-2, "warmup_epochs": 2}
+"""Settings of searches, which are short."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,14 @@ def run_search(wanted: Search) -> dict[str, Any]:
             **(wanted.variant.settings | wanted.settings),
         )
     alpha = found.curves["search"]["alpha"][-1]
-    genotypes = [str(genotype) for genotype in within_limit(wanted, alpha)]
+    genotypes = list(dict.fromkeys(str(genotype) for genotype in within_limit(wanted, alpha)))
     seconds = time.perf_counter() - start
     unlimited = {"unlimited": str(found.genotype)}
     return {**found.result, **unlimited, "genotypes": genotypes, "alpha": alpha, "seconds": seconds}
 
 
 def within_limit(wanted: Search, alpha: dict[str, list[list[float]]]) -> Iterator[AnyGenotype]:
-    """What α stands for within the limit, as it is and with a weight of 0 for ``none``."""
+    """What α stands for within the limit, with and without ``none``, with its head and the plain one."""
     data = load_sequences(Path(wanted.dataset.removeprefix("seq:")))
     sizes = {**SEQREC.defaults, **wanted.variant.settings}
     shape = data.facts | {"channels": sizes["init_channels"], "layers": sizes["layers"]}
@@ -169,9 +170,10 @@ def within_limit(wanted: Search, alpha: dict[str, list[list[float]]]) -> Iterato
         make_network,
     )
     weights = {cell: torch.tensor(rows) for cell, rows in alpha.items()}
-    yield resources.fit(weights)
-    weights["cell"][:, SEQREC.primitives.index("none")] = 0
-    yield resources.fit(weights)
+    without_none, last = weights["cell"].clone(), torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    without_none[:, SEQREC.primitives.index("none")] = 0
+    for cell, head in itertools.product((weights["cell"], without_none), (weights["head"], last)):
+        yield resources.fit({"cell": cell, "head": head})
 
 
 class Pool:
@@ -280,9 +282,9 @@ def search_and_train(
     results: Results, pool: Pool, dataset: str, limit: int, variant: Variant, arguments: argparse.Namespace
 ) -> None:
     start = time.perf_counter()
-    settings = {"epochs": arguments.search_epochs}
+    settings: dict[str, Any] = {"epochs": arguments.search_epochs}
     if not arguments.quick:
-        settings |= {"batch_size": SEARCH_BATCH, "warmup_epochs": arguments.search_epochs // 5}
+        settings |= SEARCH
     searches = [
         Search(strategy, dataset, seed, settings, limit, variant)
         for seed in range(arguments.searches)
@@ -295,7 +297,8 @@ def search_and_train(
         }
         results.record("beauty", wanted.strategy, "tf32", "search", seed=wanted.seed, limit=limit, **kept)
     genotypes = list(dict.fromkeys(itertools.chain(*(result["genotypes"] for result in found))))
-    candidates = pool.train(results, [Training(g, g, dataset, arguments.seeds, variant) for g in genotypes])
+    briefly = variant | Variant({"epochs": arguments.candidate_epochs})
+    candidates = pool.train(results, [Training(g, g, dataset, arguments.seeds, briefly) for g in genotypes])
     chosen = max(genotypes, key=lambda genotype: candidates[genotype][0]["valid_ndcg"])
     results.add("beauty", "searched", "tf32", "search_s", "s", Spread.exactly(time.perf_counter() - start))
     trainings = [Training("searched", chosen, dataset, s, variant) for s in range(arguments.seeds)]
@@ -324,9 +327,10 @@ def arguments_from_command_line() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="trainings and searches at a time")
     parser.add_argument("--epochs", type=int, default=40, help="at most, of each training")
     parser.add_argument("--patience", type=int, default=8, help="epochs after the one that validates best")
-    parser.add_argument("--strategies", nargs="+", default=["darts", "drnas"], help="of the searches")
+    parser.add_argument("--strategies", nargs="+", default=["darts"], help="of the searches")
     parser.add_argument("--searches", type=int, default=1, help="seeds of each strategy")
-    parser.add_argument("--search-epochs", type=int, default=15)
+    parser.add_argument("--search-epochs", type=int, default=12)
+    parser.add_argument("--candidate-epochs", type=int, default=10, help="of what the searches found")
     parser.add_argument("--no-more-than", choices=HAND_BUILT, help="whose parameters limit the searched one")
     parser.add_argument(
         "--variants",
