@@ -67,6 +67,7 @@ def start(benchmark: str, description: str) -> tuple[Results, argparse.Namespace
     """The results file and the options: --quick times few cases, --sweep the kernels' block sizes."""
     parser = results_parser(benchmark, description)
     parser.add_argument("--quick", action="store_true", help="only eager, the best rivals and the kernels")
+    parser.add_argument("--cases", default="", help="only cases whose names begin with this pattern")
     parser.add_argument("--sweep", action="store_true", help="time block sizes instead, recording nothing")
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ wrong is not timed. From the repository's root: ``python benchmarks/benchmark_fu
 
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -93,9 +94,14 @@ def by_flex(sequences: Sequences) -> Op:
     return torch.compile(run, dynamic=False)
 
 
+def name_of(batch: int, length: int, width: int, heads: int) -> str:
+    """As results are recorded under."""
+    return f"b{batch}-n{length}-d{width}-h{heads}"
+
+
 def comparisons(batch: int, length: int, width: int, heads: int, quick: bool) -> list[Comparison]:
     """Padded, all sequences full; then jagged, half as long in the mean."""
-    case = f"b{batch}-n{length}-d{width}-h{heads}"
+    case = name_of(batch, length, width, heads)
     plain, kernels = definition.fused_attention_layernorm, triton.fused_attention_layernorm
     sequences = Sequences(batch, length)
     by_padding = sequences.padded(plain, SEQUENCES)
@@ -172,7 +178,8 @@ def main() -> int:
         if arguments.sweep:
             sweep()
             return 0
-        compared = {case: comparisons(*case, arguments.quick) for case in CASES}
+        cases = [case for case in CASES if re.match(arguments.cases, name_of(*case))]
+        compared = {case: comparisons(*case, arguments.quick) for case in cases}
         compile_in_parallel(
             compile_one,
             [
@@ -184,10 +191,10 @@ def main() -> int:
             ],
         )
         bandwidth = copy_gbps().median
-        for batch, length, width, heads in CASES:
+        for batch, length, width, heads in cases:
             # Forward reads x, Q, K, V and writes y; backward reads Q, K, V, z, dy and writes four gradients.
             floor = Spread.exactly(14 * batch * length * width * 2 / bandwidth / 1e6)
-            case_name = f"b{batch}-n{length}-d{width}-h{heads}/padded"
+            case_name = f"{name_of(batch, length, width, heads)}/padded"
             results.add(case_name, "floor", "bfloat16", "device_ms", "ms", floor)
         pairs = reversed(compared.values())  # what is measured with most interest comes first
         rights = [compare(results, comparison) for pair in pairs for comparison in pair]

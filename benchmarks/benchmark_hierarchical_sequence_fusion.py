@@ -6,6 +6,7 @@ repository's root: ``python benchmarks/benchmark_hierarchical_sequence_fusion.py
 
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -63,9 +64,14 @@ def jagged_inputs(rows: int, width: int) -> list[Tensor]:
     return [x[0].detach().requires_grad_(), *weights]
 
 
+def name_of(batch: int, length: int, width: int) -> str:
+    """As results are recorded under."""
+    return f"b{batch}-n{length}-d{width}"
+
+
 def comparisons(batch: int, length: int, width: int, quick: bool) -> list[Comparison]:
     """Padded, all sequences full; then jagged, half as long in the mean."""
-    case = f"b{batch}-n{length}-d{width}"
+    case = name_of(batch, length, width)
     plain, kernels = definition.hierarchical_sequence_fusion, triton.hierarchical_sequence_fusion
     sequences = Sequences(batch, length)
     by_padding = sequences.padded(plain, 1)
@@ -134,7 +140,8 @@ def main() -> int:
         if arguments.sweep:
             sweep()
             return 0
-        compared = {case: comparisons(*case, arguments.quick) for case in CASES}
+        cases = [case for case in CASES if re.match(arguments.cases, name_of(*case))]
+        compared = {case: comparisons(*case, arguments.quick) for case in cases}
         compile_in_parallel(
             compile_one,
             [
@@ -146,10 +153,12 @@ def main() -> int:
             ],
         )
         bandwidth = copy_gbps().median
-        for batch, length, width in CASES:
+        for batch, length, width in cases:
             # Forward reads x and writes y, backward reads x and dy and writes dx.
             floor = Spread.exactly(5 * batch * length * width * 2 / bandwidth / 1e6)
-            results.add(f"b{batch}-n{length}-d{width}/padded", "floor", "bfloat16", "device_ms", "ms", floor)
+            results.add(
+                f"{name_of(batch, length, width)}/padded", "floor", "bfloat16", "device_ms", "ms", floor
+            )
         pairs = reversed(compared.values())  # what is measured with most interest comes first
         rights = [compare(results, comparison) for pair in pairs for comparison in pair]
         return int(not all(rights))

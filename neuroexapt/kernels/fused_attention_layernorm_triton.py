@@ -6,10 +6,10 @@ program owns BM rows.
 Why it is built this way:
 
 - Projection, dropout, residual and LayerNorm are one kernel: a row's D sums stay in registers until they are
-  normalised (rows too wide for that are projected by PyTorch). Forward reads attended rows and x, writes y
-  and ``z = x + Drop(W_o a + b_o)``; backward reads z and dy and writes dx, the projection's gradient and,
-  through ``W_o``, that of the attended rows. Mean and deviation are cheaper to take again from z, which is
-  read anyway, than to keep.
+  normalised (wide rows, which would leave room for one program a multiprocessor, PyTorch projects). Forward
+  reads attended rows and x, writes y and ``z = x + Drop(W_o a + b_o)``; backward reads z and dy and writes
+  dx, the projection's gradient and, through ``W_o``, that of the attended rows. Mean and deviation are
+  cheaper to take again from z, which is read anyway, than to keep.
 - The dropout mask is never stored: forward and backward draw it from a Philox generator. Its seed is a tensor
   on the device, drawn by PyTorch's generator, so that a CUDA graph draws a new one each replay; the place in
   its stream is the element's place.
@@ -36,8 +36,8 @@ from neuroexapt.kernels.registration import define, differentiable_once, set_aut
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 2048
-# Up to this width the projection is done in the kernels, whose rows' sums then fit in registers.
-_NARROW = 256
+# Up to this width the projection is done in the kernels, several of which then fit on a multiprocessor.
+_NARROW = 128
 # Of which wide rows' gradients of biases and norm are summed up in registers.
 _ROWS_OF_A_SHARE = 64
 _MAX_HEAD = 256
@@ -133,16 +133,17 @@ def project_add_norm_bwd_kernel(
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
     columns = tl.arange(0, DP)
     norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    dnorm_weight = tl.zeros([DP], tl.float32)
-    dnorm_bias = tl.zeros([DP], tl.float32)
-    dbias = tl.zeros([DP], tl.float32)
+    # Added up across a program's threads once, not once a block.
+    dnorm_weight = tl.zeros([BM, DP], tl.float32)
+    dnorm_bias = tl.zeros([BM, DP], tl.float32)
+    dbias = tl.zeros([BM, DP], tl.float32)
     for block in range(0, TILE, BM):
         rows = tl.program_id(0).to(tl.int64) * TILE + block + tl.arange(0, BM)
         valid = _valid_rows(rows, count, lengths, max_length)
         dy = _tile(dy_ptr, rows, columns, D, valid).to(tl.float32)
         z, rstd = _normalised(_tile(z_ptr, rows, columns, D, valid).to(tl.float32), D, DP, eps)
-        dnorm_weight += tl.sum(dy * z, axis=0)
-        dnorm_bias += tl.sum(dy, axis=0)
+        dnorm_weight += dy * z
+        dnorm_bias += dy
         dz = dy * norm_weight[None, :]
         dz -= (tl.sum(dz, axis=1) / D)[:, None] + z * (tl.sum(dz * z, axis=1) / D)[:, None]
         dz = tl.where((columns < D)[None, :], dz * rstd[:, None], 0.0)
@@ -152,7 +153,7 @@ def project_add_norm_bwd_kernel(
         if seed_ptr is not None:
             dz = _drop(dz, seed_ptr, rows, columns, dropout, D)
             tl.store(dprojected_ptr + places, dz.to(dtype), mask=mask)
-        dbias += tl.sum(dz, axis=0)
+        dbias += dz
         if NARROW:
             dprojected = dz.to(dtype)
             for chunk in range(0, INNER, BK):
@@ -162,9 +163,9 @@ def project_add_norm_bwd_kernel(
                 inner_mask = (rows < count)[:, None] & (inner < INNER)[None, :]
                 tl.store(dattended_ptr + rows[:, None] * INNER + inner[None, :], dattended, mask=inner_mask)
     partial_ptr += tl.program_id(0).to(tl.int64) * 3 * D + columns
-    tl.store(partial_ptr, dnorm_weight, mask=columns < D)
-    tl.store(partial_ptr + D, dnorm_bias, mask=columns < D)
-    tl.store(partial_ptr + 2 * D, dbias, mask=columns < D)
+    tl.store(partial_ptr, tl.sum(dnorm_weight, axis=0), mask=columns < D)
+    tl.store(partial_ptr + D, tl.sum(dnorm_bias, axis=0), mask=columns < D)
+    tl.store(partial_ptr + 2 * D, tl.sum(dbias, axis=0), mask=columns < D)
 
 
 @functools.cache
@@ -177,7 +178,7 @@ def _blocks(width: int, inner: int, itemsize: int) -> dict[str, int]:
         "D": width,
         "DP": padded,
         "INNER": inner,
-        "BM": rows if is_narrow else 4096 // padded,
+        "BM": rows if is_narrow else 2048 // padded,
         "BK": min(max(16, triton.next_power_of_2(inner)), 32 if is_fp32 else 64),
         "NARROW": is_narrow,
         "num_warps": 8 if padded > 64 else 4,
