@@ -2,10 +2,9 @@
 //
 // A stage runs many separable convolutions (relu or normalise + relu, depthwise K x K of dilation D, pointwise)
 // in one launch. Legend: B pictures of C channels and H x W pixels; a tensor's planes are contiguous and only
-// the distance of two pictures varies (`*_batch_stride`, in elements). Pictures (x, z, g, dx) are fp32 or, where a shape
-// says `bf16`, bf16; all else is fp32. A part is one tile of one picture:
-// every sum over pictures is left as one partial sum a part, merged in a fixed order by a later launch.
-// Addresses travel as integers, as in softmax_sum.h.
+// the distance of two pictures varies (`*_batch_stride`, in elements). Pictures (x, z, g, dx) are fp32 or, where a
+// shape says `bf16`, bf16; all else is fp32. A part is one tile of one picture: every sum over pictures is left as one
+// partial sum a part, merged in a fixed order by a later launch. Addresses travel as integers, as in softmax_sum.h.
 #pragma once
 
 #include <cstdint>

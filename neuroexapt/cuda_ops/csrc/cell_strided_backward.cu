@@ -558,7 +558,8 @@ void backward(const Shape& shape, const std::vector<StateGrad>& states, Address 
     }
     specialise(shape, [&](auto channels, auto type, auto exact) {
       constexpr int C = channels();
-      launch(backward_kernel<C, typename decltype(type)::type, exact()>, dim3(backward_parts(shape), (last - first) * (C / kChannels)), kThreads,
+      launch(backward_kernel<C, typename decltype(type)::type, exact()>,
+             dim3(backward_parts(shape), (last - first) * (C / kChannels)), kThreads,
              Shared<C>::kFloats * sizeof(float), stream, parameters);
     });
   }

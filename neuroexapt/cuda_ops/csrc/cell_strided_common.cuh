@@ -70,7 +70,8 @@ __device__ void load_window(float (&window)[N], const float* source) {
 template <typename F>
 auto specialise(const Shape& shape, F f) {
   const auto with_precision = [&](auto channels) {
-    return storage::with_precision(shape.bf16, shape.exact, [&](auto type, auto exact) { return f(channels, type, exact); });
+    return storage::with_precision(shape.bf16, shape.exact,
+                                   [&](auto type, auto exact) { return f(channels, type, exact); });
   };
   switch (shape.channels) {
     case 16: return with_precision(std::integral_constant<int, 16>());

@@ -345,8 +345,9 @@ void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream) {
     Launch parameters{shape, {}};
     std::copy_n(groups.begin() + first, count, parameters.groups);
     specialise(shape, [&](auto channels, auto type, auto exact) {
-      launch(forward_kernel<channels(), typename decltype(type)::type, exact()>, dim3(forward_parts(shape), count), kThreads,
-             Shared<channels()>::kFloats * sizeof(float), stream, parameters);
+      launch(forward_kernel<channels(), typename decltype(type)::type, exact()>,
+             dim3(forward_parts(shape), count), kThreads, Shared<channels()>::kFloats * sizeof(float), stream,
+             parameters);
     });
   }
 }

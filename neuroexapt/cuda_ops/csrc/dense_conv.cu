@@ -628,7 +628,9 @@ int forward_parts(const Shape& shape) {
 }
 
 int backward_parts(const Shape& shape) {
-  return specialise(shape, [&](auto C, auto, auto) { return ceil_div(tiles_of<C()>(shape), tiles_of_block<C()>(shape)); });
+  return specialise(shape, [&](auto C, auto, auto) {
+    return ceil_div(tiles_of<C()>(shape), tiles_of_block<C()>(shape));
+  });
 }
 
 int dx_splits(const Shape& shape, int jobs) {

@@ -2,10 +2,10 @@
 // a node, and their gradients.
 //
 // Legend: B pictures of C channels; a tensor's planes are contiguous and only the distance of two pictures varies
-// (in elements). Tensors of pictures are fp32 or, where a shape says `bf16`, bf16; all else is fp32. `stats` (float2 [C]): mean and 1 / sqrt(variance + eps) of a BatchNorm. `moments` [parts, C] of
-// {count, mean, sum of squared deviations}: each of the parts of a sum over all pictures leaves its own, and a
-// later launch merges them in a fixed order. Addresses travel as integers, 0 for what is absent, as in
-// softmax_sum.h.
+// (in elements). Pictures are fp32 or, where a shape says `bf16`, bf16; all else is fp32. `stats` (float2 [C]): mean
+// and 1 / sqrt(variance + eps) of a BatchNorm. `moments` [parts, C] of {count, mean, sum of squared deviations}: each
+// of the parts of a sum over all pictures leaves its own, and a later launch merges them in a fixed order. Addresses
+// travel as integers, 0 for what is absent, as in softmax_sum.h.
 #pragma once
 
 #include <cstdint>

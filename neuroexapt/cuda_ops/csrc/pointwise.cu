@@ -575,7 +575,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2) bwd_kernel(const __grid_c
 template <typename F>
 auto specialise(const Shape& shape, F f) {
   const auto with_precision = [&](auto M, auto stride) {
-    return storage::with_precision(shape.bf16, shape.exact, [&](auto type, auto exact) { return f(M, stride, type, exact); });
+    return storage::with_precision(shape.bf16, shape.exact,
+                                   [&](auto type, auto exact) { return f(M, stride, type, exact); });
   };
   const auto with_stride = [&](auto M) {
     return shape.stride == 1 ? with_precision(M, std::integral_constant<int, 1>())

@@ -13,9 +13,9 @@ __device__ inline float load(const float* source) { return __ldg(source); }
 __device__ inline float2 load2(const float* source) { return __ldg(reinterpret_cast<const float2*>(source)); }
 __device__ inline float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
 
-// Intrinsics, since the compiler splits the assignment of what it gathers from scattered registers into narrow stores.
+// Intrinsics, since the compiler splits the assignment of four values from scattered registers into narrow stores.
 __device__ inline void store(float* target, float v) { *target = v; }
-__device__ inline void store2(float* target, float2 v) { __stwb(reinterpret_cast<float2*>(target), v); }
+__device__ inline void store2(float* target, float2 v) { *reinterpret_cast<float2*>(target) = v; }
 __device__ inline void store4(float* target, float4 v) { __stwb(reinterpret_cast<float4*>(target), v); }
 
 // Two values in a word, the first in its lower half.
