@@ -81,7 +81,7 @@ def test_forward_matches_fp64(shape, count, grade):
         assert_close(z, wanted, grade)
     bns = [nn.BatchNorm2d(shape[1], affine=False, device="cuda") for _ in zs]
     stats = cell_kernels.statistics(bns, moments, True)
-    # Of z before it is rounded to bf16, which alone moves 1 / σ of four values by 2 % if they are close together.
+    # Of z before it is rounded to bf16, which by itself may move 1 / σ of four values by 2 %.
     of_z = [z.float() for z in expected] if grade == "bf16" else zs
     close = {"rtol": 1e-2, "atol": 1e-3} if grade == "bf16" else {"rtol": 1e-5, "atol": 1e-6}
     expected_stats = cell_kernels.statistics(bns, cell_kernels.plane_moments(of_z), True)
