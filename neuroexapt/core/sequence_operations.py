@@ -29,7 +29,9 @@ CROSSED = 8
 
 @dataclass(frozen=True)
 class SequenceSize:
-    """What all operations of a network share. ``dropout`` is that of every operation's output."""
+    """What all operations of a network share. ``dropout`` is that of what an operation, or a head, adds to
+    its input: before the sum, and before the norm of the sum where there is one.
+    """
 
     width: int
     max_length: int
@@ -130,11 +132,15 @@ class AttentionLayerNorm(SequenceOperation):
 
 
 class HierarchicalFusion(SequenceOperation):
-    """Means over several windows, weighed position by position and gated into x (see ``functional``)."""
+    """Means over several windows, weighed position by position and gated into x (see ``functional``).
+
+    The features of ``W_o f`` that are dropped are the same for a whole batch: that takes rows off W_o and
+    needs nothing of the kernels, which make the sum and its norm in one go.
+    """
 
     def __init__(self, size: SequenceSize, windows: Sequence[int]) -> None:
         super().__init__()
-        self.windows = tuple(windows)
+        self.windows, self.dropout = tuple(windows), size.dropout
         self.scales = nn.Linear(size.width, len(windows), bias=False)
         self.gate = nn.Linear(2 * size.width, size.width)
         self.project_out = nn.Linear(size.width, size.width, bias=False)
@@ -146,7 +152,7 @@ class HierarchicalFusion(SequenceOperation):
             self.scales.weight,
             self.gate.weight,
             self.gate.bias,
-            self.project_out.weight,
+            F.dropout1d(self.project_out.weight, self.dropout, self.training),  # whole rows of [D, D]
             self.norm.weight,
             self.norm.bias,
             windows=self.windows,
@@ -202,6 +208,7 @@ class ShortLong(SequenceOperation):
 
     def __init__(self, size: SequenceSize) -> None:
         super().__init__()
+        self.dropout = size.dropout
         self.target = nn.Linear(size.width, size.width)
         self.log_decay = nn.Parameter(torch.tensor(-3.0))
         self.project_out = nn.Linear(3 * size.width, size.width)
@@ -216,7 +223,7 @@ class ShortLong(SequenceOperation):
             window=POOLED,
             lengths=places.lengths,
         )
-        return last + self.project_out(pools.flatten(1))
+        return last + F.dropout(self.project_out(pools.flatten(1)), self.dropout, self.training)
 
 
 class DotInteraction(SequenceOperation):
@@ -224,11 +231,13 @@ class DotInteraction(SequenceOperation):
 
     def __init__(self, size: SequenceSize) -> None:
         super().__init__()
+        self.dropout = size.dropout
         self.project_out = nn.Linear(size.width + CROSSED * (CROSSED - 1) // 2, size.width)
 
     def run(self, x: Tensor, places: Places) -> Tensor:
         states = newest(x, places, CROSSED)
-        return states[:, 0] + self.project_out(functional.interaction_operator(states))
+        change = self.project_out(functional.interaction_operator(states))
+        return states[:, 0] + F.dropout(change, self.dropout, self.training)
 
 
 class MlpConcat(SequenceOperation):
@@ -236,13 +245,15 @@ class MlpConcat(SequenceOperation):
 
     def __init__(self, size: SequenceSize) -> None:
         super().__init__()
+        self.dropout = size.dropout
         self.project_in = nn.Linear(2 * size.width, size.width)
         self.project_out = nn.Linear(size.width, size.width)
 
     def run(self, x: Tensor, places: Places) -> Tensor:
         last = newest(x, places, 1)[:, 0]
         mean = x.sum(dim=1) / places.lengths.clamp_min(1)[:, None]
-        return last + self.project_out(F.silu(self.project_in(torch.cat([last, mean], dim=1))))
+        change = self.project_out(F.silu(self.project_in(torch.cat([last, mean], dim=1))))
+        return last + F.dropout(change, self.dropout, self.training)
 
 
 def newest(x: Tensor, places: Places, count: int) -> Tensor:

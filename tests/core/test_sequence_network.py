@@ -32,9 +32,9 @@ def make_call() -> tuple[Tensor, Places]:
     return places.clear_rest(torch.randn(4, 20, 8)), places
 
 
-def make_op(name: str) -> torch.nn.Module:
+def make_op(name: str, size: SequenceSize = SIZE) -> torch.nn.Module:
     torch.manual_seed(1)
-    op = make_sequence_op(name, SIZE, {**SEQUENCE_OPS, **HEADS})
+    op = make_sequence_op(name, size, {**SEQUENCE_OPS, **HEADS})
     for parameter in op.parameters():  # tables of biases start at zero, where nothing depends on them
         torch.nn.init.normal_(parameter, std=0.3)
     return op.eval()
@@ -68,6 +68,19 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
     assert places.times is not None
     alone = op(x[1:2], Places(LENGTHS[1:2], places.times[1:2]))
     torch.testing.assert_close(alone[0], op(x, places)[1])
+
+
+@pytest.mark.parametrize("name", [*EDGE_OPS, *HEADS])
+def test_dropout_is_of_what_is_added_and_leaves_the_input(name: str) -> None:
+    """Where next to everything is dropped, nothing is left but the input, or the last one, and its norm."""
+    x, places = make_call()
+    op = make_op(name, dataclasses.replace(SIZE, dropout=1 - 1e-7)).train()
+    expected = newest(x, places, 1)[:, 0] if name in HEADS else x
+    if name in ("attn_ln_2h", "hier_fusion_1_3_7_15"):
+        expected = places.clear_rest(op.norm(x))
+    torch.testing.assert_close(op(x, places), expected)
+    if name not in ("skip_connect", "last"):
+        assert not torch.equal(op.eval()(x, places), expected)
 
 
 @pytest.mark.parametrize("name", HEADS)
