@@ -11,14 +11,9 @@ from start to end, ``search_s`` the epochs of the search, validation included.
 
 import argparse
 import json
-import os
-import queue
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +23,7 @@ from typing import Any
 
 import torch
 from _harness import RESULTS, Results, Spread, open_results, results_parser
+from _processes import Run, carry_out_all, read_records
 
 from neuroexapt.benchmarks import Table, load_table, random_search, regularized_evolution
 from neuroexapt.core.genotypes import CellGenotype
@@ -51,8 +47,6 @@ METRIC = "table_cifar10_test"
 FIGURE = RESULTS.parent.parent / "docs" / "images" / "nas_bench_201.png"
 STRATEGY_COLOURS = {"sep_conv", "contrast", "skip", "accent", "dil_conv", "avg_pool", "conv", "max_pool"}
 """Of the report's theme."""
-STOP_SECONDS = 20
-"""How long a search may take to write its checkpoint when it is told to stop."""
 
 
 @dataclass(frozen=True)
@@ -63,95 +57,33 @@ class Search:
     seed: int
     folder: Path
 
-    def run(self, options: Sequence[str], gpu: int | None, deadline: float) -> float | None:
-        """Seconds that it took; None if the deadline came first."""
-        command = [sys.executable, "-m", "neuroexapt", "search", "--space=nas-bench-201", "--train-epochs=0"]
-        command += [f"--strategy={self.strategy}", f"--seed={self.seed}", f"--out={self.folder}", *options]
-        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible_gpu(gpu)}
-        start = time.monotonic()
-        with open(self.folder.with_suffix(".log"), "w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-            try:
-                code = process.wait(max(0.0, deadline - start))
-            except subprocess.TimeoutExpired:
-                _stop(process)
-                return None
-        if code:
-            raise SystemExit(f"{' '.join(command)} failed:\n{self.folder.with_suffix('.log').read_text()}")
-        return time.monotonic() - start
+    def run(self, options: Sequence[str]) -> Run:
+        fixed = (
+            "--space=nas-bench-201",
+            "--train-epochs=0",
+            f"--strategy={self.strategy}",
+            f"--seed={self.seed}",
+        )
+        return Run("search", self.folder, (*fixed, *options))
 
     def curve(self) -> tuple[list[float], list[float]]:
         """Seconds at the end of each epoch so far, and the true accuracy of its genotype."""
-        metrics, timing = (_read(self.folder / f"{name}.jsonl") for name in ("metrics", "timing"))
+        metrics, timing = (read_records(self.folder / f"{name}.jsonl") for name in ("metrics", "timing"))
         seconds = [record["seconds"] for record in timing if record["phase"] == "search"]
         return list(accumulate(seconds)), [record[METRIC] for record in metrics if METRIC in record]
+
+    def describe(self, seconds: float | None) -> str:
+        _, accuracies = self.curve()
+        found = f"{accuracies[-1]:.2%} after {len(accuracies)} epochs" if accuracies else "no epoch done"
+        if seconds is None:
+            return f"cut short by the limit, {found}"
+        return f"{found}, {seconds:.0f} s"
 
     def config(self) -> dict[str, Any]:
         return json.loads((self.folder / "config.json").read_text())
 
     def genotype_id(self) -> int:
         return id_of_genotype(CellGenotype.from_dict(json.loads((self.folder / "genotype.json").read_text())))
-
-
-def visible_gpu(number: int) -> str:
-    """What a process has to see to have the GPU of this number among those that this one sees."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[number] if visible else str(number)
-
-
-def _stop(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def run_all(
-    searches: Sequence[Search], options: Sequence[str], jobs: int, deadline: float
-) -> dict[Search, float | None]:
-    """Seconds of each search, None of those that the deadline cut short or did not let start."""
-    waiting: queue.SimpleQueue[Search] = queue.SimpleQueue()
-    for search in searches:
-        waiting.put(search)
-    seconds: dict[Search, float | None] = dict.fromkeys(searches)
-    failures: list[SystemExit] = []
-    gpus = torch.cuda.device_count()
-
-    def work(worker: int) -> None:
-        gpu = worker % gpus if gpus else None
-        while not failures and time.monotonic() < deadline:
-            try:
-                search = waiting.get_nowait()
-                seconds[search] = search.run(options, gpu, deadline)
-            except queue.Empty:
-                return
-            except SystemExit as failure:
-                failures.append(failure)
-                return
-            print(f"{search.strategy} seed {search.seed}: {_describe(search, seconds[search])}", flush=True)
-
-    workers = [threading.Thread(target=work, args=(worker,)) for worker in range(jobs)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if failures:
-        print(failures[0], file=sys.stderr)
-    return seconds
-
-
-def _describe(search: Search, seconds: float | None) -> str:
-    _, accuracies = search.curve()
-    found = f"{accuracies[-1]:.2%} after {len(accuracies)} epochs" if accuracies else "no epoch done"
-    if seconds is None:
-        return f"cut short by the limit, {found}"
-    return f"{found}, {seconds:.0f} s"
 
 
 def record_searches(
@@ -167,7 +99,7 @@ def record_searches(
             record_strategy(results, case, done, [seconds[search] or 0.0 for search in done], share)
         for search in mine:
             if search not in done:
-                status = f"seed {search.seed}: {_describe(search, None)}"
+                status = f"seed {search.seed}: {search.describe(None)}"
                 results.add_status(dataset, strategy, "as shipped", status)
 
 
@@ -214,7 +146,7 @@ def draw(path: Path, figure_path: Path) -> None:
 
     from neuroexapt.report.style import INK, RC_PARAMS
 
-    lines = _read(path)
+    lines = read_records(path)
     with matplotlib.rc_context(RC_PARAMS):
         figure = Figure(figsize=(10, 5.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -315,7 +247,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             options.append(f"--{name.replace('_', '-')}={getattr(arguments, name)}")
     jobs = arguments.jobs or max(1, gpus)
     searches = list(searches_of(arguments, folder))
-    seconds = run_all(searches, options, jobs, time.monotonic() + arguments.limit)
+    of_run = {search.run(options): search for search in searches}
+    deadline = time.monotonic() + arguments.limit
+    taken = carry_out_all(list(of_run), jobs, deadline, lambda run, taken: of_run[run].describe(taken))
+    seconds = {of_run[run]: found for run, found in taken.items()}
     record_searches(results, seconds, arguments.dataset, jobs / max(1, gpus))
 
 

@@ -199,6 +199,29 @@ def test_nas_bench_201_records_what_its_limit_cuts_short(tmp_path):
 
 
 @pytest.mark.slow
+def test_darts_cells_go_on_where_the_limit_stopped_them(tmp_path):
+    out, figure = tmp_path / "results.jsonl", tmp_path / "figure.png"
+    small = ["init-channels=2", "layers=3", "batch-size=8", "epochs=1", "backend=cpu"]
+    data, runs = write_tiny_npz(tmp_path / "tiny.npz"), tmp_path / "runs"
+    arguments = [
+        "darts_cells.py", f"--dataset=npz:{data}", f"--runs={runs}", f"--out={out}",
+        f"--figure={figure}", "--strategies", "gdas", "--seeds=1", "--jobs=2",
+        "--search-options", *small, "--training-options", "no-auxiliary", *small,
+    ]  # fmt: skip
+    stopped = run_benchmark(*arguments, "--limit=0")
+    assert stopped.returncode == 1
+    assert "start again" in stopped.stderr
+    done = run_benchmark(*arguments)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    names = {line["implementation"] for line in lines if line["metric"] == "accuracy"}
+    assert names == {"gdas", "random", "resnet18"}
+    (found,) = (line for line in lines if (line["implementation"], line["metric"]) == ("gdas", "genotypes"))
+    assert found["values"] == [json.loads((runs / "search-gdas-0/genotype.json").read_text())]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_train_step_times_a_derived_network_in_every_way(tmp_path):
     out = tmp_path / "results.jsonl"
     done = run_benchmark(

@@ -1,0 +1,115 @@
+"""Runs of ``neuroexapt`` side by side, each in a process of its own, shared out over the GPUs."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STOP_SECONDS = 20
+"""How long a run may take to write its checkpoint when it is told to stop."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """``neuroexapt VERB`` in a folder of its own; one that broke off there goes on."""
+
+    verb: str
+    folder: Path
+    options: tuple[str, ...]
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    @property
+    def was_begun(self) -> bool:
+        return any((self.folder / "checkpoints").glob("*.safetensors"))
+
+    def command(self) -> Iterator[str]:
+        yield from (sys.executable, "-m", "neuroexapt", self.verb)
+        if self.was_begun:
+            yield f"--resume={self.folder}"
+        else:
+            yield from (f"--out={self.folder}", "--overwrite", *self.options)
+
+    def carry_out(self, gpu: int | None, deadline: float) -> float | None:
+        """Seconds that it took; None if the deadline came first."""
+        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible_gpu(gpu)}
+        start, command = time.monotonic(), list(self.command())
+        with open(self.folder.with_suffix(".log"), "a") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            try:
+                code = process.wait(max(0.0, deadline - start))
+            except subprocess.TimeoutExpired:
+                _stop(process)
+                return None
+        if code:
+            raise SystemExit(f"{' '.join(command)} failed:\n{self.folder.with_suffix('.log').read_text()}")
+        return time.monotonic() - start
+
+
+def visible_gpu(number: int) -> str:
+    """What a process has to see to have the GPU of this number among those that this one sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[number] if visible else str(number)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def carry_out_all(
+    runs: Sequence[Run], jobs: int, deadline: float, describe: Callable[[Run, float | None], str]
+) -> dict[Run, float | None]:
+    """Seconds of each run, ``jobs`` at a time; None where the deadline came before its end.
+
+    One that fails is printed, and none is started after it.
+    """
+    waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
+    for run in runs:
+        waiting.put(run)
+    seconds: dict[Run, float | None] = dict.fromkeys(runs)
+    failures: list[SystemExit] = []
+    gpus = torch.cuda.device_count()
+
+    def work(worker: int) -> None:
+        gpu = worker % gpus if gpus else None
+        while not failures and time.monotonic() < deadline:
+            try:
+                run = waiting.get_nowait()
+                seconds[run] = run.carry_out(gpu, deadline)
+            except queue.Empty:
+                return
+            except SystemExit as failure:
+                failures.append(failure)
+                return
+            print(f"{run.folder.name}: {describe(run, seconds[run])}", flush=True)
+
+    workers = [threading.Thread(target=work, args=(worker,)) for worker in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failures:
+        print(failures[0], file=sys.stderr)
+    return seconds
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

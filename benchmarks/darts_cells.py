@@ -1,0 +1,204 @@
+"""Are the cells that searches find better than random ones? Strategies over seeds, each cell trained alike.
+
+``python benchmarks/darts_cells.py [--dataset cifar10 --data-root DIR] --runs FOLDER`` searches in the space
+``darts`` with every strategy and seed, trains the network of every genotype from scratch by the fast recipe,
+and by the same recipe as many random genotypes and torchvision's ResNet-18; ``--jobs`` runs at a time, shared
+out over the GPUs. That takes hours. What the ``--limit`` cuts short goes on when the script is started again
+with the same folder, so it can be done in pieces; figures are recorded when all is there.
+
+``accuracy`` is that of the test pictures after the last epoch, ``search_s`` and ``train_s`` are the seconds
+of the phases over all pieces. ``--draw`` only draws what the results hold.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from _harness import RESULTS, Results, Spread, open_results, results_parser
+from _processes import Run, carry_out_all, read_records
+
+from neuroexapt.spaces import get_space
+from neuroexapt.strategies import STRATEGIES
+
+STRATEGIES_COMPARED = ("darts", "drnas", "beta-darts", "p-darts")
+RANDOM, RESNET = "random", "resnet18"
+FIGURE = RESULTS.parent.parent / "docs" / "images" / "darts_cells.png"
+LAYERS = 20
+"""Of the networks that are trained, as published."""
+
+
+def search_runs(arguments: argparse.Namespace) -> Iterator[Run]:
+    for seed in range(arguments.seeds):
+        for strategy in arguments.strategies:
+            own = f"--strategy={strategy}", f"--seed={seed}", "--train-epochs=0", "--no-control"
+            more = more_options(arguments, arguments.search_options)
+            yield Run("search", arguments.runs / f"search-{strategy}-{seed}", (*own, *more))
+
+
+def training_runs(arguments: argparse.Namespace) -> Iterator[tuple[str, Run]]:
+    """By the name under which its figures are recorded; the first one trains the ResNet beside its own."""
+    controls = [f"--controls={RESNET}"]
+    for name, seed, genotype in genotypes(arguments):
+        own = "--recipe=fast", f"--genotype={genotype}", f"--seed={seed}", *controls
+        more = more_options(arguments, arguments.training_options)
+        yield name, Run("evaluate", arguments.runs / f"train-{name}-{seed}", (*own, *more))
+        controls = []
+
+
+def genotypes(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Path]]:
+    """Those that were found, then random ones, as many as the seeds of all strategies."""
+    for seed in range(arguments.seeds):
+        for strategy in arguments.strategies:
+            yield strategy, seed, arguments.runs / f"search-{strategy}-{seed}" / "genotype.json"
+    for number in range(arguments.seeds * len(arguments.strategies)):
+        path = arguments.runs / f"random-{number}.json"
+        drawn = get_space("darts").random_genotype(torch.Generator().manual_seed(number), LAYERS)
+        path.write_text(json.dumps(drawn.to_dict()))
+        yield RANDOM, number, path
+
+
+def more_options(arguments: argparse.Namespace, chosen: Sequence[str]) -> list[str]:
+    given = {"dataset": arguments.dataset, "data-root": arguments.data_root}
+    data = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return data + [f"--{option}" for option in chosen]
+
+
+def carry_out(runs: Sequence[Run], jobs: int, deadline: float) -> bool:
+    """Whether all runs have come to their end."""
+    carry_out_all([run for run in runs if not run.is_done], jobs, deadline, describe)
+    return all(run.is_done for run in runs)
+
+
+def describe(run: Run, seconds: float | None) -> str:
+    if seconds is None:
+        return "goes on next time"
+    return f"test accuracy {result_of(run)['test_accuracy']:.2%}, {seconds:.0f} s"
+
+
+def result_of(run: Run) -> dict[str, Any]:
+    return json.loads((run.folder / "result.json").read_text())
+
+
+def record(
+    results: Results, case: str, searches: Sequence[Run], trainings: Sequence[tuple[str, Run]]
+) -> None:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, run in trainings:
+        found.setdefault(name, []).append(result_of(run))
+    (_, first), *_ = trainings
+    found[RESNET] = [result_of(first)["controls"][RESNET]]
+    for name, of_name in found.items():
+        metrics = {"accuracy": "test_accuracy", "parameters": "parameters", "train_s": "training_seconds"}
+        for metric, key in metrics.items():
+            add(results, case, name, metric, [result[key] for result in of_name])
+        results.record(
+            case, name, "as shipped", "genotypes", values=[result.get("genotype") for result in of_name]
+        )
+    for run in searches:
+        strategy = json.loads((run.folder / "config.json").read_text())["strategy"]
+        add(results, case, strategy, "search_s", [result_of(run)["seconds_by_phase"]["search"]])
+    print(verdict(found))
+
+
+def add(results: Results, case: str, name: str, metric: str, values: list[float]) -> None:
+    spread = Spread.of(values) if len(values) > 1 else Spread.exactly(values[0])
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    figures = {"mean": statistics.fmean(values), "deviation": deviation, "values": values}
+    results.record(case, name, "as shipped", metric, **asdict(spread), **figures)
+    print(f"{case:28} {name:13} {metric:10} {figures['mean']:12.4f}  {values}", flush=True)
+
+
+def verdict(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Which strategies' mean lies above that of random genotypes by more than its deviation."""
+    accuracies = {name: [result["test_accuracy"] for result in of_name] for name, of_name in found.items()}
+    of_random = accuracies.pop(RANDOM)
+    bar = statistics.fmean(of_random) + (statistics.stdev(of_random) if len(of_random) > 1 else 0.0)
+    lines = [f"random genotypes' mean and deviation end at {bar:.2%}"]
+    for name, values in accuracies.items():
+        where = "above" if statistics.fmean(values) > bar else "not above"
+        lines.append(f"{name}: {statistics.fmean(values):.2%}, {where}")
+    return "\n".join(lines)
+
+
+def draw(path: Path, figure_path: Path) -> None:
+    """A dot a training, a line a mean, a strip of what random genotypes reach."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    from neuroexapt.report.style import ACCENT, CONTRAST, MUTED, RC_PARAMS
+
+    latest = {line["implementation"]: line for line in read_records(path) if line["metric"] == "accuracy"}
+    if not latest:
+        print("nothing to draw: the results hold no accuracies")
+        return
+    with matplotlib.rc_context(RC_PARAMS):
+        figure = Figure(figsize=(7.5, 4), layout="constrained")
+        axes = figure.subplots()
+        for place, (name, line) in enumerate(latest.items()):
+            colour = {RANDOM: MUTED, RESNET: CONTRAST}.get(name, ACCENT)
+            axes.plot([place] * len(line["values"]), line["values"], "o", color=colour, alpha=0.7)
+            axes.plot([place - 0.25, place + 0.25], [line["mean"]] * 2, color=colour, linewidth=2)
+        if RANDOM in latest:
+            mean, deviation = latest[RANDOM]["mean"], latest[RANDOM]["deviation"] or 0.0
+            axes.axhspan(mean - deviation, mean + deviation, color=MUTED, alpha=0.15, linewidth=0)
+        axes.set_xticks(range(len(latest)), list(latest))
+        axes.set(ylabel="test accuracy", title="cells trained alike, by the strategy that found them")
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
+        figure.savefig(figure_path, dpi=160)
+
+
+def arguments_from_command_line() -> argparse.Namespace:
+    parser = results_parser("darts_cells", __doc__)
+    parser.add_argument("--dataset", default="cifar10", help="of neuroexapt search and evaluate")
+    parser.add_argument("--data-root", type=Path, help="of neuroexapt search and evaluate")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES_COMPARED, choices=STRATEGIES)
+    parser.add_argument("--seeds", type=int, default=2, help="searches of each strategy")
+    parser.add_argument("--search-options", nargs="+", default=[], help="of neuroexapt search, undashed")
+    parser.add_argument("--training-options", nargs="+", default=[], help="of neuroexapt evaluate, undashed")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one for each GPU)")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds until all are interrupted")
+    parser.add_argument("--runs", type=Path, help="run folders, also those of a call before")
+    parser.add_argument("--figure", type=Path, default=FIGURE, help="file to draw to")
+    parser.add_argument("--draw", action="store_true", help="only draw what the results hold")
+    arguments = parser.parse_args()
+    if arguments.runs is None and not arguments.draw:
+        parser.error("give the folder of the --runs, or --draw what the results hold")
+    return arguments
+
+
+def measure(arguments: argparse.Namespace) -> bool:
+    """Whether all runs came to their end and were recorded."""
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    gpus, deadline = torch.cuda.device_count(), time.monotonic() + arguments.limit
+    jobs = arguments.jobs or max(1, gpus)
+    searches = list(search_runs(arguments))
+    if not carry_out(searches, jobs, deadline):
+        return False
+    trainings = list(training_runs(arguments))
+    if not carry_out([run for _, run in trainings], jobs, deadline):
+        return False
+    results = open_results("darts_cells", arguments, "cuda" if gpus else "cpu")
+    epochs = json.loads((trainings[0][1].folder / "config.json").read_text())["epochs"]
+    record(results, f"{Path(arguments.dataset).stem}-{epochs}epochs", searches, trainings)
+    return True
+
+
+def main() -> int:
+    arguments = arguments_from_command_line()
+    if not arguments.draw and not measure(arguments):
+        print("not all runs have ended: start again with the same --runs", file=sys.stderr)
+        return 1
+    draw(arguments.out, arguments.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
