@@ -10,6 +10,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,18 +31,22 @@ class Decision:
     reason: str
 
 
+Observer = Callable[[Decision, Callable[..., Any], tuple, dict], Any]
+
 _calls: Counter[Decision] = Counter()
-_observer: Callable[[Decision, Callable[..., Any], tuple, dict], Any] | None = None
+_observer: ContextVar[Observer | None] = ContextVar("neuroexapt_observer", default=None)
 
 
 def dispatch(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run ``op`` with the implementation that ``explain`` names."""
     decision = explain(op, *args, **kwargs)
-    if not torch.compiler.is_compiling():
-        _calls[decision] += 1
-        _log_once(decision)
     run = registry.IMPLEMENTATIONS[op, decision.impl].fn
-    return run(*args, **kwargs) if _observer is None else _observer(decision, run, args, kwargs)
+    if torch.compiler.is_compiling():
+        return run(*args, **kwargs)
+    _calls[decision] += 1
+    _log_once(decision)
+    observer = _observer.get()
+    return run(*args, **kwargs) if observer is None else observer(decision, run, args, kwargs)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
@@ -77,14 +82,16 @@ def reset_dispatch_report() -> None:
 
 
 @contextlib.contextmanager
-def observed(observer: Callable[[Decision, Callable[..., Any], tuple, dict], Any]) -> Iterator[None]:
-    """Inside, ``observer(decision, run, args, kwargs)`` takes the place of ``run(*args, **kwargs)``."""
-    global _observer
-    _observer = observer
+def observed(observer: Observer) -> Iterator[None]:
+    """Inside, ``observer(decision, run, args, kwargs)`` takes the place of ``run(*args, **kwargs)``.
+
+    Holds for this thread, and not for what ``torch.compile`` has traced. Of nested ones the innermost counts.
+    """
+    token = _observer.set(observer)
     try:
         yield
     finally:
-        _observer = None
+        _observer.reset(token)
 
 
 def _is_channels_last(x: Tensor) -> bool:

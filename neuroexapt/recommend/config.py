@@ -24,14 +24,14 @@ def section(config: Mapping[str, Any], name: str, known: Iterable[str]) -> dict[
         UserError: it is no mapping, or has a key that is not in ``known``; the message names the closest.
     """
     content = config.get(name, {})
-    if not isinstance(content, Mapping):
-        raise UserError(f"config[{name!r}] must be a mapping, not {content!r}")
     refuse_unknown(content, known, f"config[{name!r}]")
     return dict(content)
 
 
 def refuse_unknown(content: Mapping[str, Any], known: Iterable[str], place: str) -> None:
-    """Raise a UserError for a key that is not in ``known``, naming the closest of them."""
+    """Raise a UserError for a key that is not in ``known``, naming the closest of them, or for no mapping."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{place} must be a mapping, not {content!r}")
     known = tuple(known)
     for key in content:
         if key not in known:

@@ -74,6 +74,13 @@ class IntegratedController:
         with self._lock:
             self._prepared()
 
+    def retry(self) -> None:
+        """Prepare and measure the strategies again, kernels and strategies that failed before included."""
+        with self._lock:
+            self.triton_manager.retry_kernels()
+            self._execution = None
+            self._prepared()
+
     def infer_with_optimal_strategy(
         self,
         user_id: Any,
@@ -127,7 +134,8 @@ class IntegratedController:
         """What ran, how often and how fast.
 
         ``inference_counts``: runs by strategy; ``requests``; ``latencies``: median and 99th percentile of the
-        latest runs by strategy, ms; ``failures`` with their reasons; ``triton_stats``: the manager's calls.
+        latest runs by strategy, ms; ``failures`` with their reasons; ``triton_stats``: the manager's, with the
+        recommender's calls except those inside of what was compiled, captured or exported.
         Once warmed up also ``warm_up``: what was measured, by strategy and batch size, ms; ``optimizations``:
         the kernels that each strategy runs on; ``unavailable_strategies`` with their reasons.
         """
@@ -146,8 +154,9 @@ class IntegratedController:
 
     def _prepared(self) -> Execution:
         if self._execution is None:
-            with self.triton_manager.switched():
-                self._execution = Execution(self.model, self._device, self._names, self.largest_batch)
+            self._execution = Execution(
+                self.model, self._device, self._names, self.largest_batch, self.triton_manager
+            )
         return self._execution
 
     def _infer(self, requests: Sequence[Request], strategy: str) -> list[dict[str, Any]]:
@@ -178,8 +187,7 @@ class IntegratedController:
         if strategy == REFERENCE:
             return execution.run(REFERENCE, inputs), REFERENCE
         try:
-            with self.triton_manager.switched():
-                return execution.run(strategy, inputs), strategy
+            return execution.run(strategy, inputs), strategy
         except Exception as error:  # a kernel, a replay or a session that fails, each in its own way
             failure = strategy, in_one_line(error)
             if failure not in self._failures:
@@ -233,6 +241,8 @@ def _trained_model(given: Any, device: torch.device) -> SequenceRecommender | No
         return None
     if isinstance(given, (str, Path)):
         given = SequenceRecommender.load(Path(given))
+    if not hasattr(given, "scores"):
+        raise UserError(f"model must be a file or a SequenceRecommender, not {given!r}")
     return given.to(device).eval().requires_grad_(False)
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt import functional
-from neuroexapt.backend import dispatch_report, get_backend
+from neuroexapt.backend import get_backend, registry
 from neuroexapt.backend.candidates import candidates, without_kernels
+from neuroexapt.backend.dispatch import Decision, observed
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.core.sequence_operations import (
     AttentionLayerNorm,
@@ -38,7 +39,8 @@ class TritonOperatorManager(nn.Module):
     """Applies the operators; made by ``create_triton_operator_manager``.
 
     An operator that is switched off runs in plain PyTorch. One whose kernel fails does so, too, with the same
-    weights, and the failure is recorded. The weights are made when an operator is first applied, of the width
+    weights, from that call on until ``retry_kernels``, and the failure is recorded; what a kernel raises in
+    the backward pass is raised there. The weights are made when an operator is first applied, of the width
     in the configuration or else the input's, in the input's dtype and on its device; from then on they are
     parameters of this module, and its mode decides about dropout.
 
@@ -59,6 +61,7 @@ class TritonOperatorManager(nn.Module):
         self.sequence_fusion: HierarchicalFusion | None = None
         self.log_decay = nn.Parameter(torch.tensor(_LOG_DECAY))
         self._implementations: dict[str, Counter[str]] = {operator: Counter() for operator in OPERATORS}
+        self._failures: dict[str, str] = {}
         self._fallbacks: dict[str, Counter[str]] = {operator: Counter() for operator in OPERATORS}
         self._check_sizes()
 
@@ -69,9 +72,7 @@ class TritonOperatorManager(nn.Module):
         size = self._size_for(hidden_states)
         if self.attention_layernorm is None:
             self.attention_layernorm = AttentionLayerNorm(size).to(hidden_states).train(self.training)
-        return self._on_sequences(
-            "fused_attention_layernorm", _of_lengths(self.attention_layernorm), attention_mask, hidden_states
-        )
+        return self._on_sequences(_of_lengths(self.attention_layernorm), attention_mask, hidden_states)
 
     def apply_hierarchical_sequence_fusion(
         self, sequence_features: Tensor, attention_mask: Tensor | None = None
@@ -80,12 +81,7 @@ class TritonOperatorManager(nn.Module):
         size = self._size_for(sequence_features)
         if self.sequence_fusion is None:
             self.sequence_fusion = HierarchicalFusion(size, _WINDOWS).to(sequence_features)
-        return self._on_sequences(
-            "hierarchical_sequence_fusion",
-            _of_lengths(self.sequence_fusion),
-            attention_mask,
-            sequence_features,
-        )
+        return self._on_sequences(_of_lengths(self.sequence_fusion), attention_mask, sequence_features)
 
     def apply_hstu_hierarchical_attention(
         self,
@@ -123,9 +119,7 @@ class TritonOperatorManager(nn.Module):
             )
 
         times = () if timestamps is None else (timestamps,)
-        return self._on_sequences(
-            "hstu_hierarchical_attention", attend, attention_mask, query, key, value, *times
-        ).reshape(shape)
+        return self._on_sequences(attend, attention_mask, query, key, value, *times).reshape(shape)
 
     def apply_sequence_recommendation_interaction(
         self,
@@ -146,18 +140,20 @@ class TritonOperatorManager(nn.Module):
                 items, candidate_items, decay, timestamps=times[0] if times else None, lengths=lengths
             )
 
-        operator = "sequence_recommendation_interaction"
         times = () if timestamps is None else (timestamps,)
         if attention_mask is None:
-            return self._run(operator, lambda: pool(user_sequences, *times, lengths=None))
+            with self.in_charge():
+                return pool(user_sequences, *times, lengths=None)
         order, lengths = _valid_first(attention_mask, user_sequences)
         packed = [_taken(x, order) for x in (user_sequences, *times)]
-        pools, similarity = self._run(operator, lambda: pool(*packed, lengths=lengths))
+        with self.in_charge():
+            pools, similarity = pool(*packed, lengths=lengths)
         return pools, _taken(similarity, order.argsort(dim=1))
 
     def apply_interaction_operator(self, features: Tensor) -> Tensor:
         """The first of a sample's vectors [B, F, D] and all products of two: [B, D + F · (F − 1) / 2]."""
-        return self._run("interaction_operator", lambda: functional.interaction_operator(features))
+        with self.in_charge():
+            return functional.interaction_operator(features)
 
     def get_operator_availability(self) -> dict[str, bool]:
         """Which operators can run on kernels here; ``get_operator_reasons`` says why others cannot."""
@@ -170,7 +166,7 @@ class TritonOperatorManager(nn.Module):
     def get_operator_stats(self) -> dict[str, dict[str, Any]]:
         """By operator: ``enabled``, ``calls``, ``implementations`` that ran with counts, and ``fallbacks``.
 
-        The last are calls whose kernel failed, as ``{reason: count}``.
+        The last are calls whose kernel failed, as ``{reason: count}``; later ones do not try it.
         """
         return {
             operator: {
@@ -182,9 +178,35 @@ class TritonOperatorManager(nn.Module):
             for operator in OPERATORS
         }
 
-    def switched(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, operators that are switched off run in plain PyTorch, wherever they are called from."""
-        return without_kernels(operator for operator, on in self.enabled.items() if not on)
+    def kernels_used(self) -> Counter[str]:
+        """Calls that ran on kernels, by ``tier:operator``."""
+        return Counter(
+            {
+                f"{implementation}:{operator}": count
+                for operator, counts in self._implementations.items()
+                for implementation, count in counts.items()
+                if implementation != "torch"
+            }
+        )
+
+    def retry_kernels(self) -> None:
+        """Give kernels that failed another try, as after an update of the driver; their record stays."""
+        self._failures.clear()
+
+    @contextlib.contextmanager
+    def in_charge(self) -> Iterator[None]:
+        """Inside, operators follow the switches and are watched over, wherever they are called from."""
+        with without_kernels(name for name in OPERATORS if self._why_off(name)), observed(self._run):
+            yield
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Calls inside are no calls of the user's; failures are kept."""
+        kept = {operator: Counter(counts) for operator, counts in self._implementations.items()}
+        try:
+            yield
+        finally:
+            self._implementations = kept
 
     def benchmark_all_operators(
         self, test_data: Mapping[str, Tensor] | None = None, num_iterations: int = 20
@@ -212,40 +234,55 @@ class TritonOperatorManager(nn.Module):
             self.train(was_training)
 
     def _on_sequences(
-        self, operator: str, run: Callable[..., Tensor], attention_mask: Tensor | None, *tensors: Tensor
+        self, run: Callable[..., Tensor], attention_mask: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         """``run(*tensors, lengths=…)`` on the valid positions of tensors [B, N, …]."""
         if attention_mask is None:
-            return self._run(operator, lambda: run(*tensors, lengths=None))
+            with self.in_charge():
+                return run(*tensors, lengths=None)
         order, lengths = _valid_first(attention_mask, tensors[0])
         packed = [_taken(x, order) for x in tensors]
-        return _taken(self._run(operator, lambda: run(*packed, lengths=lengths)), order.argsort(dim=1))
+        with self.in_charge():
+            result = run(*packed, lengths=lengths)
+        return _taken(result, order.argsort(dim=1))
 
-    def _run(self, operator: str, call: Callable[[], Any]) -> Any:
-        """What ``call`` returns, in plain PyTorch where a kernel of ``operator`` fails."""
-        before = dispatch_report()
+    def _run(self, decision: Decision, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """What the dispatch decided to call; an operator whose kernel fails, now or before, in PyTorch."""
+        operator = decision.op
+        if operator not in OPERATORS:
+            return run(*args, **kwargs)
+        implementation = "torch" if operator in self._failures else decision.impl
         try:
-            with self.switched():
-                result = call()
-            implementation = _implementation(operator, before)
+            result = registry.IMPLEMENTATIONS[operator, implementation].fn(*args, **kwargs)
         except UserError:
             raise
         except Exception as error:  # a kernel fails to compile, to launch or to run, each in its own way
-            if _implementation(operator, before) == "torch":
+            if implementation == "torch":
                 raise
-            reason = in_one_line(error)
-            if reason not in self._fallbacks[operator]:
-                logger.warning("%s runs in plain PyTorch, its kernel failed: %s", operator, reason)
-            self._fallbacks[operator][reason] += 1
-            with without_kernels([operator]):
-                result = call()
             implementation = "torch"
+            result = registry.IMPLEMENTATIONS[operator, "torch"].fn(*args, **kwargs)
+            # Not before: where PyTorch fails as well, the kernel is not at fault.
+            self._give_up(operator, in_one_line(error))
         self._implementations[operator][implementation] += 1
         return result
 
-    def _why_not(self, operator: str) -> str:
+    def _give_up(self, operator: str, reason: str) -> None:
+        """Run ``operator`` in PyTorch from now on: to try again could take a compilation at every call."""
+        logger.warning("%s runs in plain PyTorch from now on, its kernel failed: %s", operator, reason)
+        self._failures[operator] = reason
+        self._fallbacks[operator][reason] += 1
+
+    def _why_off(self, operator: str) -> str:
+        """Why ``operator`` is not to run on kernels, wherever it is; empty where it is."""
         if not self.enabled[operator]:
             return f"enable_{operator} is off"
+        if operator in self._failures:
+            return f"its kernel failed: {self._failures[operator]}; retry_kernels gives it another try"
+        return ""
+
+    def _why_not(self, operator: str) -> str:
+        if self._why_off(operator):
+            return self._why_off(operator)
         backend = get_backend()
         if backend.device != "cuda":
             return f"the kernels need an NVIDIA GPU; the backend is {backend.value}"
@@ -259,8 +296,8 @@ class TritonOperatorManager(nn.Module):
         if x.dim() != 3:
             raise UserError(f"sequences are [B, N, D], not {[*x.shape]}")
         if self.d_model is None:
+            self._heads_of(x)
             self.d_model = x.shape[-1]
-            self._check_sizes()
         if x.shape[-1] != self.d_model:
             raise UserError(
                 f"the operators have d_model {self.d_model}, the input has {x.shape[-1]} features"
@@ -273,9 +310,9 @@ class TritonOperatorManager(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
     def _check_sizes(self) -> None:
-        for name in ("d_model", "num_heads"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+        for name, value in (("d_model", self.d_model), ("num_heads", self.num_heads)):
+            left_open = name == "d_model" and value is None
+            if not left_open and (not isinstance(value, int) or value < 1):
                 raise UserError(f"hstu: {name} must be an integer from 1 on, not {value!r}")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise UserError(f"hstu: dropout must be from 0 to below 1, not {self.dropout!r}")
@@ -306,9 +343,11 @@ class TritonOperatorManager(nn.Module):
 
     def _benchmark(self, operator: str, call: Callable[[], Any], calls: int) -> dict[str, Any]:
         """Times of ``call``, as it runs here and in plain PyTorch, once both have agreed."""
-        with self._stats_kept():
+        with self.uncounted():
             before = self._implementations[operator].copy()
             results = _tensors(call())
+            if operator in self._failures:
+                return {"status": self._why_off(operator), "implementation": "torch"}
             (implementation,) = self._implementations[operator] - before
             with without_kernels([operator]):
                 expected = _tensors(call())
@@ -328,15 +367,6 @@ class TritonOperatorManager(nn.Module):
             "p80_ms": timing.p80_ms,
             "reference_median_ms": reference.median_ms,
         }
-
-    @contextlib.contextmanager
-    def _stats_kept(self) -> Iterator[None]:
-        """Calls inside are no calls of the user's."""
-        kept = {operator: Counter(counts) for operator, counts in self._implementations.items()}
-        try:
-            yield
-        finally:
-            self._implementations = kept
 
 
 def create_triton_operator_manager(config: Mapping[str, Any]) -> TritonOperatorManager:
@@ -370,16 +400,6 @@ def _taken(x: Tensor, order: Tensor) -> Tensor:
     """x [B, N, …] with the positions of each row in this order."""
     index = order.reshape(*order.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index.expand_as(x))
-
-
-def _implementation(operator: str, before: Mapping[Any, int]) -> str:
-    """What ran ``operator`` since ``before``, an earlier dispatch report."""
-    new = [
-        decision.impl
-        for decision, count in dispatch_report().items()
-        if decision.op == operator and count > before.get(decision, 0)
-    ]
-    return new[-1] if new else "torch"
 
 
 def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

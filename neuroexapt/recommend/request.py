@@ -1,7 +1,8 @@
 """What is asked of a recommender, checked and in one form; several such requests as tensors."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,29 +38,32 @@ def make_request(
         UserError: an id is out of range, the timestamps decrease or are not as many as the items, or less
             than one recommendation is asked for.
     """
-    if not _is_integer(num_recommendations) or num_recommendations < 1:
-        raise UserError(f"num_recommendations must be an integer from 1 on, not {num_recommendations!r}")
-    for item in items:
-        if not _is_integer(item) or not 1 <= item <= num_items:
-            raise UserError(f"item ids are integers from 1 to {num_items}, not {item!r}")
-    if timestamps is not None:
-        _check_timestamps(timestamps, len(items))
-    return Request(
-        tuple(items), tuple(timestamps) if timestamps is not None else None, num_recommendations, exclude_seen
+    (count,) = _integers(
+        [num_recommendations], range(1, 2**62), "num_recommendations must be an integer from 1 on"
     )
+    ids = _integers(items, range(1, num_items + 1), f"item ids are integers from 1 to {num_items}")
+    if timestamps is not None:
+        timestamps = _integers(timestamps, range(2**62), "timestamps are seconds, integers from 0 on")
+        _check_timestamps(timestamps, len(ids))
+    return Request(ids, timestamps, count, exclude_seen)
 
 
 def split_behaviors(behaviors: Sequence[Any]) -> tuple[list[Any], list[Any] | None]:
     """Items and timestamps of a history of ids or of mappings with ``item_id`` and perhaps ``timestamp``.
 
     Raises:
-        UserError: some have a timestamp and some have none.
+        UserError: some have a timestamp and some have none, or one is neither an id nor has one.
     """
+    if isinstance(behaviors, Mapping) or not isinstance(behaviors, Iterable):
+        raise UserError(f"user_behaviors must be a sequence, not {behaviors!r}")
     records = [entry if isinstance(entry, Mapping) else {"item_id": entry} for entry in behaviors]
+    for entry in records:
+        if "item_id" not in entry:
+            raise UserError(f"a behavior is an item id or a mapping with item_id, not {entry!r}")
     timestamps = [entry["timestamp"] for entry in records if "timestamp" in entry]
     if timestamps and len(timestamps) < len(records):
         raise UserError("give a timestamp with every item of a history or with none")
-    return [entry.get("item_id") for entry in records], timestamps or None
+    return [entry["item_id"] for entry in records], timestamps or None
 
 
 def to_tensors(requests: Sequence[Request], rows: int, length: int, has_times: bool) -> tuple[Tensor, ...]:
@@ -80,15 +84,23 @@ def to_tensors(requests: Sequence[Request], rows: int, length: int, has_times: b
     return (items, lengths, timestamps) if has_times else (items, lengths)
 
 
-def _check_timestamps(timestamps: Sequence[Any], items: int) -> None:
+def _check_timestamps(timestamps: Sequence[int], items: int) -> None:
     if len(timestamps) != items:
         raise UserError(f"a history of {items} items has as many timestamps, not {len(timestamps)}")
-    for time in timestamps:
-        if not _is_integer(time) or not 0 <= time < 2**62:
-            raise UserError(f"timestamps are seconds, integers from 0 on, not {time!r}")
     if any(later < earlier for earlier, later in itertools.pairwise(timestamps)):
         raise UserError("timestamps decrease; give the history in order of time, the oldest item first")
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _integers(values: Iterable[Any], allowed: range, expectation: str) -> tuple[int, ...]:
+    """``values``, which may be NumPy's or of tensors, as Python's integers."""
+    return tuple(_integer(value, allowed, expectation) for value in values)
+
+
+def _integer(value: Any, allowed: range, expectation: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:  # no integer
+        number = -1
+    if number not in allowed or isinstance(value, bool):
+        raise UserError(f"{expectation}, not {value!r}")
+    return number

@@ -1,5 +1,6 @@
 """Ways to execute a recommender's scoring of the catalogue, and the choice between them by measurement."""
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -8,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuroexapt.backend import PersistentKernel, Timing, dispatch_report
+from neuroexapt.backend import PersistentKernel, Timing
 from neuroexapt.backend.candidates import without_kernels
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.errors import BackendUnavailableError, UserError
 from neuroexapt.recommend.config import OPERATORS
 from neuroexapt.recommend.failures import in_one_line
+from neuroexapt.recommend.manager import TritonOperatorManager
 
 Inputs = tuple[Tensor, ...]
 """items [B, N], lengths [B] and, for models that look at times, timestamps [B, N]; all int64."""
@@ -96,6 +98,8 @@ INPUT_NAMES = ("items", "lengths", "timestamps")
 
 def check_names(names: Sequence[str]) -> None:
     """Raise a UserError for what is no strategy's name."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise UserError(f"strategies must be a list of names, not {names!r}")
     for name in names:
         if name not in STRATEGIES:
             raise UserError(f"unknown strategy {name!r}; choose auto or of {', '.join(STRATEGIES)}")
@@ -109,24 +113,36 @@ class Execution:
         device: where it is.
         names: of the strategies to prepare.
         largest_batch: batches are padded to powers of two up to this one.
+        manager: in charge of the operators, except of what ``REFERENCE`` runs.
 
     ``timings``: by strategy and batch size. ``optimizations``: by strategy, what it is more than PyTorch's
     operations one by one, with the kernels as ``tier:operator``. ``unavailable``: why a strategy cannot run.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, names: Sequence[str], largest_batch: int
+        self,
+        model: nn.Module,
+        device: torch.device,
+        names: Sequence[str],
+        largest_batch: int,
+        manager: TritonOperatorManager,
     ) -> None:
         self.device = device
+        self._manager = manager
         self.batch_sizes = _powers_of_two(largest_batch)
         self.unavailable: dict[str, str] = {}
         self.timings: dict[str, dict[int, Timing]] = {}
         self.optimizations: dict[str, tuple[str, ...]] = {}
         self._runs: dict[str, Run] = {REFERENCE: _reference(Scorer(model))}
         samples = [_sample(model, size, device) for size in self.batch_sizes]
-        with torch.no_grad():
+        with torch.no_grad(), manager.uncounted():
+            # Kernels that fail are found here and left out of what is compiled next.
+            with contextlib.suppress(Exception), manager.in_charge():
+                for sample in samples:
+                    Scorer(model)(*sample)
             for name in names:
-                self._prepare(name, Scorer(model), samples)
+                with manager.in_charge():
+                    self._prepare(name, Scorer(model), samples)
 
     def fastest(self, batch_size: int) -> str:
         """The strategy whose median was the lowest at this size; ``REFERENCE`` where none is left."""
@@ -134,7 +150,7 @@ class Execution:
 
     def run(self, name: str, inputs: Inputs) -> Tensor:
         """Scores of a batch of one of ``batch_sizes``."""
-        with torch.no_grad():
+        with torch.no_grad(), self._manager.in_charge():
             return self._runs[name](*(x.to(self.device) for x in inputs))
 
     def require(self, name: str) -> None:
@@ -162,7 +178,7 @@ class Execution:
         }
 
     def _prepare(self, name: str, scorer: Scorer, samples: list[Inputs]) -> None:
-        before = dispatch_report()
+        before = self._manager.kernels_used()
         try:
             run = STRATEGIES[name](scorer, samples)
             timings = {
@@ -173,11 +189,7 @@ class Execution:
             self.unavailable[name] = _reason(error)
             return
         self._runs[name], self.timings[name] = run, timings
-        kernels = {
-            f"{decision.impl}:{decision.op}"
-            for decision, calls in dispatch_report().items()
-            if decision.impl != "torch" and calls > before.get(decision, 0)
-        }
+        kernels = self._manager.kernels_used() - before
         self.optimizations[name] = (*([name] if name != "eager" else []), *sorted(kernels))
 
 

@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from neuroexapt.core.genotypes import CellGenotype, RecommenderGenotype
+from neuroexapt.core.genotypes import RECOMMENDERS, CellGenotype, RecommenderGenotype
 from neuroexapt.errors import BackendUnavailableError, UserError
+from neuroexapt.kernels import reference
 from neuroexapt.recommend import IntegratedController, create_integrated_controller, strategies
 from neuroexapt.recommend.model import SequenceRecommender
 from neuroexapt.recommend.request import split_behaviors
@@ -72,6 +74,14 @@ def test_behaviors_may_carry_timestamps(controller):
     assert timed["recommendations"] == plain["recommendations"]
 
 
+@pytest.mark.parametrize("history", [np.array([4, 5]), torch.tensor([4, 5]), (4, np.int32(5))])
+def test_histories_may_be_arrays(controller, history):
+    plain = controller.infer_with_optimal_strategy(0, [4, 5], 3)
+    found = controller.infer_with_optimal_strategy(0, history, np.int64(3))
+    assert found["recommendations"] == plain["recommendations"]
+    assert {type(item) for item in controller.make_request(history).items} == {int}
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -79,7 +89,12 @@ def test_behaviors_may_carry_timestamps(controller):
         ({"user_behaviors": [0]}, "item ids are integers from 1 to 30, not 0"),
         ({"user_behaviors": ["7"]}, "not '7'"),
         ({"user_behaviors": [True]}, "not True"),
-        ({"user_behaviors": [{"timestamp": 3}]}, "not None"),
+        (
+            {"user_behaviors": [{"item": 3}]},
+            "a behavior is an item id or a mapping with item_id, not {'item': 3}",
+        ),
+        ({"user_behaviors": None}, "user_behaviors must be a sequence, not None"),
+        ({"user_behaviors": {1: 2}}, "user_behaviors must be a sequence, not {1: 2}"),
         ({"user_behaviors": [1], "num_recommendations": 0}, "num_recommendations must be an integer from 1"),
         (
             {"user_behaviors": [{"item_id": 1, "timestamp": 1}, 2]},
@@ -109,6 +124,10 @@ def test_without_a_model_it_says_how_to_get_one():
     [
         ({"modle": "x"}, "config has no key 'modle'; did you mean 'model'?"),
         ({"serving": {"strategies": ["egaer"]}}, "unknown strategy 'egaer'"),
+        ({"serving": {"strategies": "eager"}}, "strategies must be a list of names, not 'eager'"),
+        ({"serving": {"strategies": None}}, "strategies must be a list of names, not None"),
+        ({"model": 5}, "model must be a file or a SequenceRecommender, not 5"),
+        ([], r"config must be a mapping, not \[\]"),
         ({"serving": {"max_batch_size": 0}}, "max_batch_size must be an integer from 1 on"),
     ],
 )
@@ -196,6 +215,56 @@ def test_a_strategy_that_fails_later_gives_way_to_pytorch_and_is_recorded(monkey
     assert controller.infer_with_optimal_strategy(0, [1])["inference_strategy"] == "reference"
     with pytest.raises(BackendUnavailableError, match=reason):
         controller.infer_with_optimal_strategy(0, [1], strategy="fragile")
+
+
+def test_an_operator_whose_kernel_fails_takes_no_strategy_with_it(kernel_on_cpu):
+    def failing(*args, **kwargs):
+        raise RuntimeError("no such instruction")
+
+    expected = sasrec_controller().infer_with_optimal_strategy(0, [1, 2, 3])
+    kernel_on_cpu("fused_attention_layernorm", failing)
+    controller = sasrec_controller()
+    found = controller.infer_with_optimal_strategy(0, [1, 2, 3])
+    assert found["inference_strategy"] == "eager"
+    assert found["recommendations"] == expected["recommendations"]
+    stats = controller.get_comprehensive_stats()
+    assert (stats["unavailable_strategies"], stats["failures"]) == ({}, [])
+    assert stats["optimizations"] == {"eager": ()}
+    reason = "RuntimeError: no such instruction"
+    assert stats["triton_stats"]["fused_attention_layernorm"]["fallbacks"] == {reason: 1}
+
+
+def test_the_kernels_that_a_strategy_runs_on_are_named_and_counted(kernel_on_cpu):
+    kernel_on_cpu("fused_attention_layernorm", reference.fused_attention_layernorm)
+    controller = sasrec_controller()
+    for _ in range(3):
+        answer = controller.infer_with_optimal_strategy(0, [1, 2, 3])
+    assert answer["optimizations_applied"] == ["triton:fused_attention_layernorm"]
+    operator = controller.get_comprehensive_stats()["triton_stats"]["fused_attention_layernorm"]
+    assert operator["implementations"] == {"triton": 3 * 2}  # two layers, the warm-up not counted
+
+
+def test_what_failed_gets_another_try_when_asked_to(monkeypatch):
+    works = [False]
+
+    def fragile(scorer, samples):
+        if not works[0]:
+            raise LookupError("no compiler")
+        return scorer
+
+    monkeypatch.setitem(strategies.STRATEGIES, "fragile", fragile)
+    controller = make_controller("fragile")
+    assert controller.infer_with_optimal_strategy(0, [1])["inference_strategy"] == "reference"
+    works[0] = True
+    controller.retry()
+    assert controller.infer_with_optimal_strategy(0, [1])["inference_strategy"] == "fragile"
+    assert controller.get_comprehensive_stats()["unavailable_strategies"] == {}
+
+
+def sasrec_controller() -> IntegratedController:
+    torch.manual_seed(0)
+    sizes = {"num_items": 30, "max_length": 6, "has_times": False, "channels": 8, "layers": 2}
+    return make_controller(model=SequenceRecommender(SEQREC.network(RECOMMENDERS["SASRec"], **sizes)))
 
 
 def _slowed(scorer):

@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from neuroexapt import functional
-from neuroexapt.backend import registry
-from neuroexapt.backend.registry import Backend, Support
 from neuroexapt.errors import UserError
 from neuroexapt.recommend import create_triton_operator_manager
 from neuroexapt.recommend.config import OPERATORS
@@ -92,12 +90,21 @@ def test_hstu_passes_biases_times_and_windows_on(x):
         ({"hstu": {"d_modell": 8}}, "did you mean 'd_model'?"),
         ({"hstu": {"d_model": 9, "num_heads": 2}}, "d_model 9 cannot be split among 2 heads"),
         ({"hstu": {"d_model": 0}}, "d_model must be an integer from 1 on"),
+        ({"hstu": {"num_heads": None}}, "num_heads must be an integer from 1 on"),
         ({"hstu": {"dropout": 1.0}}, "dropout must be from 0 to below 1"),
+        (None, "config must be a mapping, not None"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(config, reason):
     with pytest.raises(UserError, match=reason):
         create_triton_operator_manager(config)
+
+
+def test_an_input_that_is_refused_does_not_decide_about_the_width(x):
+    manager = make_manager()
+    with pytest.raises(UserError, match="9 features cannot be split among 2 heads"):
+        manager.apply_fused_attention_layernorm(torch.zeros(B, N, 9))
+    assert manager.apply_fused_attention_layernorm(x).shape == x.shape
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -127,33 +134,11 @@ def test_inputs_that_do_not_fit_are_refused(x):
         manager.apply_hstu_hierarchical_attention(*[torch.zeros(B, N, 9)] * 3)
 
 
-@pytest.fixture
-def kernel_on_cpu(monkeypatch):
-    """Let the dispatch think that these tensors are on a GPU whose Triton kernel is ``run``."""
-
-    def install(operator: str, run) -> None:
-        from neuroexapt.backend import candidates, dispatch
-
-        monkeypatch.setattr(registry, "IMPLEMENTATIONS", dict(registry.IMPLEMENTATIONS))
-        registry.register_impl(operator, "triton", run, lambda *args, **kwargs: Support(True))
-        monkeypatch.setattr(registry, "get_backend", lambda: Backend("cuda", "triton", True, ""))
-        monkeypatch.setattr(registry, "probe_tier", lambda tier: "")
-        monkeypatch.setattr(candidates, "implements", lambda op, tier: (op, tier) in registry.IMPLEMENTATIONS)
-        real = dispatch.explain
-
-        def explain(op, *args, **kwargs):
-            tiers, refusals = candidates.candidates(op, torch.float32, 1)
-            if op == operator and tiers:
-                return dispatch.Decision(op, "triton", "as if on a GPU")
-            return dispatch.Decision(op, "torch", "; ".join(refusals)) if op == operator else real(op, *args)
-
-        monkeypatch.setattr(dispatch, "explain", explain)
-
-    return install
-
-
 def _failing(*args, **kwargs):
     raise RuntimeError("out of shared memory\nin line 7")
+
+
+REASON = "RuntimeError: out of shared memory … in line 7"
 
 
 def test_a_kernel_that_fails_gives_way_to_pytorch_and_is_recorded(x, kernel_on_cpu):
@@ -165,8 +150,37 @@ def test_a_kernel_that_fails_gives_way_to_pytorch_and_is_recorded(x, kernel_on_c
         "enabled": True,
         "calls": 1,
         "implementations": {"torch": 1},
-        "fallbacks": {"RuntimeError: out of shared memory … in line 7": 1},
+        "fallbacks": {REASON: 1},
     }
+
+
+def test_a_kernel_that_failed_is_tried_again_only_when_asked_to(x, kernel_on_cpu):
+    tries = []
+
+    def fragile(dense, fields=None):
+        tries.append(None)
+        return _failing() if len(tries) == 1 else dense
+
+    kernel_on_cpu("interaction_operator", fragile)
+    manager = make_manager()
+    for _ in range(3):
+        manager.apply_interaction_operator(x)
+    assert len(tries) == 1
+    assert not manager.get_operator_availability()["interaction_operator"]
+    assert manager.get_operator_reasons()["interaction_operator"].startswith(f"its kernel failed: {REASON}")
+    manager.retry_kernels()
+    assert manager.apply_interaction_operator(x) is x
+    stats = manager.get_operator_stats()["interaction_operator"]
+    assert (stats["implementations"], stats["fallbacks"]) == ({"torch": 3, "triton": 1}, {REASON: 1})
+
+
+def test_a_kernel_is_not_given_up_for_an_input_that_pytorch_fails_on_too(x, kernel_on_cpu):
+    kernel_on_cpu("interaction_operator", _failing)
+    manager = make_manager()
+    with pytest.raises(RuntimeError, match="not implemented for 'Bool'"):
+        manager.apply_interaction_operator(x > 0)
+    assert manager.get_operator_stats()["interaction_operator"]["fallbacks"] == {}
+    assert "failed" not in manager.get_operator_reasons()["interaction_operator"]
 
 
 def test_an_operator_that_is_switched_off_never_tries_its_kernel(x, kernel_on_cpu):
@@ -212,6 +226,13 @@ def test_benchmark_gives_no_time_to_a_kernel_that_is_wrong(x, kernel_on_cpu):
     ]
     assert row["status"].startswith("differs from PyTorch by")
     assert "median_ms" not in row
+
+
+def test_benchmark_tells_that_a_kernel_failed(x, kernel_on_cpu):
+    kernel_on_cpu("interaction_operator", _failing)
+    found = make_manager().benchmark_all_operators({"hidden_states": x, "features": x}, 2)
+    assert found["interaction_operator"]["status"].startswith(f"its kernel failed: {REASON}")
+    assert found["hierarchical_sequence_fusion"]["status"] == "ok"
 
 
 def test_weights_are_made_once_and_learn(x):
