@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -217,7 +218,7 @@ def serving(model: Path, cpus: int, options: list[str]) -> Iterator[tuple[int, i
 
 
 async def largest_difference(port: int, controller: IntegratedController, calls: int) -> float:
-    """Of scores of the server's answers from the controller's, whose items they must have."""
+    """Of the server's scores from the controller's, item by item and rank by rank."""
     connection, worst = Connection("127.0.0.1", port), 0.0
     for body, malformed in itertools.islice(bodies(controller.model.num_items, 50), calls):
         if malformed:
@@ -225,10 +226,16 @@ async def largest_difference(port: int, controller: IntegratedController, calls:
         request = json.loads(body)
         _, answer = await connection.call("POST", "/recommend", body)
         expected = controller.infer_with_optimal_strategy(
-            request["user_id"], request["history"], exclude_seen=request["exclude_seen"], strategy="eager"
-        )
-        pairs = zip(json.loads(answer)["recommendations"], expected["recommendations"], strict=True)
-        worst = max(worst, *(abs(ours["score"] - theirs["score"]) for ours, theirs in pairs))
+            request["user_id"],
+            request["history"],
+            controller.model.num_items,
+            strategy="eager",
+            exclude_seen=request["exclude_seen"],
+        )["recommendations"]
+        score_of = {entry["item_id"]: entry["score"] for entry in expected}
+        for found, best in zip(json.loads(answer)["recommendations"], expected[:10], strict=True):
+            of_item = score_of.get(found["item_id"], math.inf)
+            worst = max(worst, abs(found["score"] - of_item), abs(found["score"] - best["score"]))
     connection.close()
     return worst
 

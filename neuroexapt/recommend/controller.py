@@ -134,8 +134,8 @@ class IntegratedController:
         """What ran, how often and how fast.
 
         ``inference_counts``: runs by strategy; ``requests``; ``latencies``: median and 99th percentile of the
-        latest runs by strategy, ms; ``failures`` with their reasons; ``triton_stats``: the manager's, with the
-        recommender's calls except those inside of what was compiled, captured or exported.
+        latest runs by strategy, ms; ``failures`` with their reasons; ``triton_stats``: the manager's,
+        which count the recommender's calls except inside of what was compiled, captured or exported.
         Once warmed up also ``warm_up``: what was measured, by strategy and batch size, ms; ``optimizations``:
         the kernels that each strategy runs on; ``unavailable_strategies`` with their reasons.
         """

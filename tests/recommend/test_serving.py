@@ -36,7 +36,8 @@ def test_recommend_answers_as_the_controller_does(client):
 def test_recommend_batch_answers_each(client):
     bodies = [{"user_id": i, "history": [i], "timestamps": [i]} for i in (1, 2, 3)]
     answer = client.post("/recommend_batch", json={"requests": bodies})
-    assert answer.status_code == 503  # the queue holds two
+    assert answer.status_code == 422  # the queue holds two
+    assert "at most 2 items" in answer.json()["error"]
     answer = client.post("/recommend_batch", json={"requests": bodies[:2]})
     assert answer.status_code == 200
     alone = [client.post("/recommend", json=body).json() for body in bodies[:2]]
@@ -52,7 +53,7 @@ def test_recommend_batch_answers_each(client):
     ("body", "status", "reason"),
     [
         (b"", 422, "body: Field required"),
-        (b"{", 422, "body.1: JSON decode error"),
+        (b"{", 422, "body.1: JSON decode error: Expecting property name"),
         (b"[]", 422, "body: Input should be a valid dictionary"),
         (b'{"history": "abc"}', 422, "body.history: Input should be a valid list"),
         (b'{"history": null}', 422, "body.history"),
@@ -97,7 +98,8 @@ def test_other_calls_are_refused_too(client):
     assert client.get("/recommend").status_code == 405
     assert client.get("/nothing").json() == {"error": "Not Found"}
     answer = client.post("/recommend", content=b"history=1", headers={"content-type": "text/plain"})
-    assert answer.status_code == 422
+    assert answer.status_code == 415
+    assert answer.json() == {"error": "send JSON, with the header content-type: application/json"}
     too_many = client.post("/recommend_batch", json={"requests": [{"history": []}] * 4})
     assert (too_many.status_code, too_many.json()["error"].partition(":")[0]) == (422, "body.requests")
 
@@ -150,7 +152,7 @@ def test_requests_that_wait_are_answered_together_and_too_many_are_refused():
         calls += [pool.submit(client.post, "/recommend", json={"history": [2]}) for _ in range(2)]
         _wait_for(lambda: client.get("/health").json()["waiting_requests"] == 2)
         refused = client.post("/recommend", json={"history": [3]})
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert refused.json() == {"error": "too many requests are waiting; try again in a second"}
         controller.go.set()
         assert [call.result().status_code for call in calls] == [200, 200, 200]
@@ -162,8 +164,33 @@ def test_a_failing_batch_fails_its_own_requests_only(client, monkeypatch):
     with TestClient(create_app(controller, LIMITS), raise_server_exceptions=False) as client:
         with monkeypatch.context() as patched:
             patched.setattr(IntegratedController, "infer_batch", _broken)
-            assert client.post("/recommend", json={"history": [1]}).status_code == 500
+            answer = client.post("/recommend", json={"history": [1]})
+            assert answer.status_code == 500
+            assert answer.json() == {"error": "the server failed; its log says how"}
         assert client.post("/recommend", json={"history": [1]}).status_code == 200
+        assert 'recommender_calls_total{path="/recommend",status="500"} 1.0' in client.get("/metrics").text
+
+
+def test_a_batch_of_which_one_is_refused_is_not_computed():
+    controller = make_controller()
+    with TestClient(create_app(controller, LIMITS)) as client:
+        answer = client.post("/recommend_batch", json={"requests": [{"history": [1]}, {"history": [31]}]})
+        assert (answer.status_code, answer.json()["error"][:8]) == (422, "item ids")
+    assert controller.get_comprehensive_stats()["requests"] == 0
+
+
+def test_a_batch_that_the_queue_has_no_room_for_is_refused_as_a_whole():
+    controller = HeldController()
+    with TestClient(create_app(controller, LIMITS)) as client, ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(client.post, "/recommend", json={"history": [1]})]
+        time.sleep(0.2)  # it is being computed
+        calls += [pool.submit(client.post, "/recommend", json={"history": [2]})]
+        _wait_for(lambda: client.get("/health").json()["waiting_requests"] == 1)
+        refused = client.post("/recommend_batch", json={"requests": [{"history": [3]}] * 2})
+        assert refused.status_code == 429
+        controller.go.set()
+        assert [call.result().status_code for call in calls] == [200, 200]
+    assert controller.sizes == [1, 1]
 
 
 def _broken(*_):
@@ -182,3 +209,13 @@ def test_the_answers_fit_the_published_schema(client):
 
     answer = client.post("/recommend", json={"history": [1]})
     assert Answer.model_validate_json(answer.content).model_dump() == json.loads(answer.content)
+
+
+def test_the_schema_names_the_form_of_refusals(client):
+    schema = client.get("/openapi.json").json()
+    for path in ("/recommend", "/recommend_batch"):
+        responses = schema["paths"][path]["post"]["responses"]
+        assert [*responses] == ["200", "400", "413", "415", "422", "429", "500"]
+        for status in [*responses][1:]:
+            reference = responses[status]["content"]["application/json"]["schema"]["$ref"]
+            assert reference.endswith("/Refusal")

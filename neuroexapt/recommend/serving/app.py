@@ -1,6 +1,6 @@
 """The application: ``/recommend``, ``/recommend_batch``, ``/health``, ``/metrics``.
 
-A call that cannot be answered gets 4xx with ``{"error": reason}``, or 503 while too many wait.
+A call that cannot be answered gets 4xx with ``{"error": reason}``; 429 is for as long as too many wait.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -21,7 +22,14 @@ from neuroexapt.recommend.request import Request
 from neuroexapt.recommend.serving.batching import Batcher, QueueFullError
 from neuroexapt.recommend.serving.body_limit import BodyLimit
 from neuroexapt.recommend.serving.metrics import CountCalls, Metrics
-from neuroexapt.recommend.serving.schemas import DEFAULT_LIMITS, Answer, Answers, Limits, request_schemas
+from neuroexapt.recommend.serving.schemas import (
+    DEFAULT_LIMITS,
+    REFUSALS,
+    Answer,
+    Answers,
+    Limits,
+    request_schemas,
+)
 
 
 def create_app(
@@ -42,11 +50,11 @@ def create_app(
     metrics = Metrics(lambda: batcher.waiting)
     RecommendBody, BatchBody = request_schemas(limits)
 
-    async def answer(body: Any) -> dict[str, Any]:
+    async def answer(body: Any, request: Request) -> dict[str, Any]:
         return {
             "user_id": body.user_id,
             "session_id": body.session_id,
-            **await batcher.submit(to_request(body)),
+            **await batcher.submit(request),
         }
 
     def to_request(body: Any) -> Request:
@@ -63,16 +71,18 @@ def create_app(
     app = FastAPI(title="neuroexapt recommender", lifespan=lifespan)
     _explain_refusals(app)
 
-    @app.post("/recommend", response_model=Answer)
+    @app.post("/recommend", response_model=Answer, responses=REFUSALS)
     async def recommend(body: RecommendBody) -> Response:  # type: ignore[valid-type]
         """The items that most likely follow a history."""
-        return _json(await answer(body))
+        return _json(await answer(body, to_request(body)))
 
-    @app.post("/recommend_batch", response_model=Answers)
+    @app.post("/recommend_batch", response_model=Answers, responses=REFUSALS)
     async def recommend_batch(body: BatchBody) -> Response:  # type: ignore[valid-type]
         """The same for several histories, refused as a whole where one of them is."""
-        answers = await asyncio.gather(*map(answer, body.requests))  # type: ignore[attr-defined]
-        return _json({"answers": answers})
+        bodies = body.requests  # type: ignore[attr-defined]
+        requests = [to_request(body) for body in bodies]
+        batcher.require_room(len(requests))
+        return _json({"answers": await asyncio.gather(*map(answer, bodies, requests))})
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -100,10 +110,13 @@ def _explain_refusals(app: FastAPI) -> None:
     """Give every refusal the form ``{"error": reason}``, in one line, without repeating the input."""
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_: Any, error: RequestValidationError) -> Response:
+    async def malformed(call: Call, error: RequestValidationError) -> Response:
+        if "json" not in call.headers.get("content-type", ""):
+            return JSONResponse({"error": "send JSON, with the header content-type: application/json"}, 415)
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        return JSONResponse({"error": f"{place}: {first['msg']}"}, 422)
+        detail = f": {first['ctx']['error']}" if first["type"] == "json_invalid" else ""
+        return JSONResponse({"error": f"{place}: {first['msg']}{detail}"}, 422)
 
     @app.exception_handler(UserError)
     async def impossible(_: Any, error: UserError) -> Response:
@@ -116,7 +129,11 @@ def _explain_refusals(app: FastAPI) -> None:
     @app.exception_handler(QueueFullError)
     async def busy(_: Any, error: QueueFullError) -> Response:
         reason = "too many requests are waiting; try again in a second"
-        return JSONResponse({"error": reason}, 503, headers={"Retry-After": "1"})
+        return JSONResponse({"error": reason}, 429, headers={"Retry-After": "1"})
+
+    @app.exception_handler(Exception)  # which goes on to the log
+    async def failed(_: Any, error: Exception) -> Response:
+        return JSONResponse({"error": "the server failed; its log says how"}, 500)
 
 
 def _json(answer: dict[str, Any]) -> Response:

@@ -42,6 +42,11 @@ class Batcher(Generic[Request, Answer]):
         """Requests in the queue."""
         return self._waiting.qsize()
 
+    def require_room(self, requests: int) -> None:
+        """Raise QueueFullError unless so many more may wait."""
+        if self._waiting.maxsize - self.waiting < requests:
+            raise QueueFullError
+
     async def submit(self, request: Request) -> Answer:
         """The answer to ``request``; raises QueueFullError, or what the batch's run raised."""
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()

@@ -33,6 +33,11 @@ class Metrics:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
 
+    def count_call(self, path: str, status: int, start: float) -> None:
+        """Count and time a call that began at ``start`` on ``time.perf_counter``."""
+        self.calls.labels(path, status).inc()
+        self.seconds.labels(path).observe(time.perf_counter() - start)
+
     def count_batch(self, answers: Sequence[dict[str, Any]]) -> None:
         """Count the answers of one batch."""
         self.batches.observe(len(answers))
@@ -54,8 +59,11 @@ class CountCalls:
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.calls.labels(path, message["status"]).inc()
-                self._metrics.seconds.labels(path).observe(time.perf_counter() - start)
+                self._metrics.count_call(path, message["status"], start)
             await send(message)
 
-        await self._app(scope, receive, counting)
+        try:
+            await self._app(scope, receive, counting)
+        except Exception:  # answered outside of here
+            self._metrics.count_call(path, 500, start)
+            raise

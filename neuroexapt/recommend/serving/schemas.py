@@ -1,7 +1,7 @@
 """What the server takes and answers, as JSON, and the limits of it."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,7 +11,8 @@ class Limits:
     """What a call may ask for; beyond it, it is refused with the reason.
 
     ``history``: items of a history. ``recommendations``: of a request. ``requests``: in a call of
-    ``/recommend_batch``. ``body_bytes``: of a call. ``queue``: requests that wait; more are refused.
+    ``/recommend_batch``, and no more than fit the queue. ``body_bytes``: of a call. ``queue``: requests that
+    wait; more are refused.
     """
 
     history: int = 1000
@@ -50,6 +51,25 @@ class Answers(BaseModel):
     answers: list[Answer]
 
 
+class Refusal(BaseModel):
+    """What every call that is not answered gets."""
+
+    error: str
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refusal, "description": description}
+    for status, description in {
+        400: "The body is no text",
+        413: "The body is too large",
+        415: "The body is not declared as JSON",
+        422: "The body is malformed, or asks for what there is not",
+        429: "Too many requests are waiting",
+        500: "The server failed",
+    }.items()
+}
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -68,6 +88,6 @@ def request_schemas(limits: Limits) -> tuple[type[BaseModel], type[BaseModel]]:
         exclude_seen: bool = False
 
     class BatchBody(_Body):
-        requests: list[RecommendBody] = Field(min_length=1, max_length=limits.requests)
+        requests: list[RecommendBody] = Field(min_length=1, max_length=min(limits.requests, limits.queue))
 
     return RecommendBody, BatchBody
