@@ -131,7 +131,7 @@ def train(training: Training) -> dict[str, Any]:
 def run_search(wanted: Search) -> dict[str, Any]:
     """Genotypes within the limit that α of ``neuroexapt.search`` stands for, α, and the seconds it took.
 
-    The search itself has no budget: its penalty is so steady, next to the loss, that Adam lets it decide.
+    The search itself has no budget, so that one search serves several limits and ways to derive.
     """
     torch.set_float32_matmul_precision("high")
     start = time.perf_counter()
@@ -166,7 +166,7 @@ def within_limit(wanted: Search, alpha: dict[str, list[list[float]]]) -> Iterato
         {"max_params": wanted.max_params},
         SEQREC.supernet(**shape),
         data.test.inputs[:2],
-        SEQREC.derive,
+        SEQREC,
         make_network,
     )
     weights = {cell: torch.tensor(rows) for cell, rows in alpha.items()}

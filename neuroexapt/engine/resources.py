@@ -13,6 +13,7 @@ from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.operations import MixedOp
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.errors import UserError
+from neuroexapt.spaces.space import Space
 
 STRENGTH = 1.0
 """Of the penalty, whose unit is one budget."""
@@ -88,18 +89,30 @@ class Resources:
         limits: Mapping[str, float],
         supernet: Supernet,
         inputs: Tensor,
-        derive: Callable[[Weights], AnyGenotype],
+        space: Space,
         make_network: Callable[[AnyGenotype], nn.Module],
     ) -> None:
-        self._inputs, self._derive, self._make_network = inputs, derive, make_network
+        self._inputs, self._space, self._make_network = inputs, space, make_network
         self._known: dict[tuple[str, str], float] = {}
         self._weight = next(supernet.parameters())
         shapes = _shapes_of_inputs(supernet, inputs)
         self._budgets = [self._budget(*limit, supernet, shapes) for limit in limits.items()]
 
     def penalty(self, weights: Weights) -> Tensor:
-        """``strength · Σ max(0, expected cost / limit − 1)`` over the budgets, []."""
-        return STRENGTH * torch.stack([(b.expected(weights) - 1).relu() for b in self._budgets]).sum()
+        """``strength · Σ max(0, cost / limit − 1)`` over the budgets, [], of the strongest candidates.
+
+        The gradient is that of the expected cost (straight through), and none once the strongest are within
+        the limit, whatever the others still weigh.
+        """
+        chosen = {cell: w + self._strongest(cell, w) - w.detach() for cell, w in weights.items()}
+        return STRENGTH * torch.stack([(b.expected(chosen) - 1).relu() for b in self._budgets]).sum()
+
+    def _strongest(self, cell: str, weights: Tensor) -> Tensor:
+        """1 for the candidate of the largest weight on each edge that a genotype may have, else 0: [E, K]."""
+        names, allowed = self._space.primitives_of(cell), weights.detach().clone()
+        if "none" in names and not self._space.may_choose_none:
+            allowed[:, names.index("none")] = -torch.inf
+        return torch.zeros_like(allowed).scatter_(-1, allowed.argmax(dim=-1, keepdim=True), 1.0)
 
     @torch.no_grad()
     def fit(self, weights: Weights) -> AnyGenotype:
@@ -126,7 +139,7 @@ class Resources:
         paid = {
             cell: price * torch.stack([b.shares[cell] for b in self._budgets]).sum(dim=0) for cell in weights
         }
-        return self._derive({cell: w - paid[cell] for cell, w in weights.items()})
+        return self._space.derive({cell: w - paid[cell] for cell, w in weights.items()})
 
     def _meets(self, genotype: AnyGenotype) -> bool:
         return all(self._cost(b.setting, genotype) <= b.limit for b in self._budgets)
@@ -146,7 +159,7 @@ class Resources:
         self, setting: str, limit: float, supernet: Supernet, shapes: Mapping[MixedOp, torch.Size]
     ) -> Budget:
         costs = _costs(MEASURES[setting], supernet, shapes)
-        cheapest = self._derive({cell: -cost for cell, cost in costs.items()})
+        cheapest = self._space.derive({cell: -cost for cell, cost in costs.items()})
         least = self._cost(setting, cheapest)
         if least > limit:
             raise UserError(

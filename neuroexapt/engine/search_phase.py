@@ -93,7 +93,7 @@ class SearchPhase(Phase):
                 genotype, **self._facts, channels=config.init_channels, layers=config.layers
             )
 
-        return Resources(limits, self.supernet, inputs, self.space.derive, make_network)
+        return Resources(limits, self.supernet, inputs, self.space, make_network)
 
     def _make_step(self) -> None:
         """The search network as the strategy wants it, and optimizers for the parameters that it has then."""

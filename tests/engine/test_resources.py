@@ -50,17 +50,47 @@ def test_expected_cost_is_that_of_the_network_for_weights_of_one_and_zero(settin
     )
 
 
-def test_the_penalty_is_the_excess_and_lowers_what_costs() -> None:
+def test_the_penalty_is_the_excess_of_the_strongest_and_lowers_what_costs() -> None:
     phase, limited = make_resources(max_params=4000)
     (budget,) = limited._budgets
     alphas = phase.supernet.arch_parameters()
+    with torch.no_grad():
+        for alpha in alphas:
+            alpha[:, [0, 2]] += torch.tensor([0.2, 0.1])  # none, which no genotype has, then convolutions
     weights = phase.strategy.relax(phase.supernet.choices())
+    strongest = {cell: nn.functional.one_hot(torch.full((5,), 2), 4).float() for cell in weights}
     penalty = limited.penalty(weights)
-    assert penalty.item() == pytest.approx(max(0.0, budget.expected(weights).item() - 1))
-    assert penalty > 0
+    assert penalty.item() == pytest.approx(budget.expected(strongest).item() - 1)
     gradients = torch.autograd.grad(penalty, alphas)
+    of_expected = torch.autograd.grad(budget.expected(phase.strategy.relax(phase.supernet.choices())), alphas)
+    torch.testing.assert_close(gradients, of_expected)
     assert all((g[:, 2] > 0).all() and (g[:, 3] < 0).all() for g in gradients)
-    assert make_resources(max_params=1e9)[1].penalty(weights) == 0
+
+
+def test_the_penalty_ends_where_the_strongest_are_within_the_limit() -> None:
+    phase, limited = make_resources(max_params=4000)
+    with torch.no_grad():
+        for alpha in phase.supernet.arch_parameters():
+            alpha[:, 3] += 0.1
+    weights = phase.strategy.relax(phase.supernet.choices())
+    assert limited._budgets[0].expected(weights) > 1, "all candidates together cost more"
+    assert limited.measure(phase.space.derive(weights))["params"] <= 4000
+    penalty = limited.penalty(weights)
+    assert penalty == 0
+    assert not any(g.any() for g in torch.autograd.grad(penalty, phase.supernet.arch_parameters()))
+
+
+def test_while_the_strongest_are_within_the_limit_a_search_is_the_one_without_a_limit() -> None:
+    limited, free = make_phase(max_params=4000), make_phase()
+    for phase in (limited, free):
+        with torch.no_grad():
+            for alpha in phase.supernet.arch_parameters():
+                alpha[:, 3] += 1.0  # pools; three steps of 0.1 do not change that
+        torch.manual_seed(1)
+        assert len(list(phase.steps(0, 0))) == 3
+    assert limited.resources is not None
+    assert limited.resources._budgets[0].expected(limited.mixing_weights()) > 1
+    torch.testing.assert_close(limited.supernet.state_dict(), free.supernet.state_dict(), rtol=0, atol=0)
 
 
 def test_alphas_get_the_gradient_of_the_cost() -> None:
