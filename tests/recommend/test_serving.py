@@ -1,3 +1,4 @@
+import asyncio
 import json
 import threading
 import time
@@ -8,6 +9,7 @@ from fastapi.testclient import TestClient
 
 from neuroexapt.recommend import IntegratedController, create_integrated_controller
 from neuroexapt.recommend.serving.app import create_app
+from neuroexapt.recommend.serving.body_limit import BodyLimit
 from neuroexapt.recommend.serving.schemas import Limits
 from tests.recommend.tiny import TinyRecommender
 
@@ -107,6 +109,21 @@ def test_other_calls_are_refused_too(client):
 def test_a_body_in_chunks_is_limited_as_well(client):
     answer = client.post("/recommend", content=(b"x" * 100 for _ in range(30)))
     assert answer.status_code == 413
+
+
+def test_a_body_that_never_ends_is_not_waited_for():
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    limit = BodyLimit(pytest.fail, largest=10, seconds=0.01)
+    asyncio.run(limit({"type": "http"}, receive, send))
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"]) == {"error": "the body did not arrive within 0.01 s"}
 
 
 def test_health_tells_what_is_served(client):
@@ -215,7 +232,7 @@ def test_the_schema_names_the_form_of_refusals(client):
     schema = client.get("/openapi.json").json()
     for path in ("/recommend", "/recommend_batch"):
         responses = schema["paths"][path]["post"]["responses"]
-        assert [*responses] == ["200", "400", "413", "415", "422", "429", "500"]
+        assert [*responses] == ["200", "400", "408", "413", "415", "422", "429", "500"]
         for status in [*responses][1:]:
             reference = responses[status]["content"]["application/json"]["schema"]["$ref"]
             assert reference.endswith("/Refusal")

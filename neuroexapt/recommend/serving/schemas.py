@@ -61,6 +61,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Refusal, "description": description}
     for status, description in {
         400: "The body is no text",
+        408: "The body did not arrive in time",
         413: "The body is too large",
         415: "The body is not declared as JSON",
         422: "The body is malformed, or asks for what there is not",
