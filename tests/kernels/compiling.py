@@ -1,7 +1,10 @@
 """Compile the Triton kernels for a GPU that need not be there, and read what the assembler made of them.
 
+What is compiled are calls of the operators, forward and backward, on tensors of the CPU: every launch ends
+with its compilation. So the kernels get the arguments and constants that real launches give them.
+
 Run as a program, since Triton's interpreter, which other tests turn on, replaces its compiler in the
-whole process: ``python -m tests.kernels.compiling 90`` prints one JSON object a kernel.
+whole process: ``python -m tests.kernels.compiling 90`` prints one JSON object a launch.
 """
 
 import json
@@ -10,63 +13,59 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from neuroexapt.kernels import (
-    interaction_operator_triton,
-    pool_triton,
-    sepconv_triton,
-    sequence_recommendation_interaction_triton,
-)
+from neuroexapt.kernels.fused_attention_layernorm_triton import fused_attention_layernorm
+from neuroexapt.kernels.hierarchical_sequence_fusion_triton import hierarchical_sequence_fusion
+from neuroexapt.kernels.hstu_hierarchical_attention_triton import hstu_hierarchical_attention
+from neuroexapt.kernels.interaction_operator_triton import interaction_operator
+from neuroexapt.kernels.pool_triton import avg_pool, global_avg_pool, max_pool
+from neuroexapt.kernels.sepconv_triton import sepconv_with_stats
+from neuroexapt.kernels.sequence_recommendation_interaction_triton import sequence_recommendation_interaction
 
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-# What a tensor's name holds where it is kept in fp32.
-_SUMS = (
-    *("partial", "stats", "mean", "var"),
-    *("exact", "sums", "totals", "summaries", "before", "after", "decay"),
-)
-_LAUNCH_OPTIONS = ("num_warps", "num_stages")
 # Channels, pixels a side and dtype; the pictures of the DARTS search network at batch 64.
 _PICTURES = ((16, 32, torch.float32), (64, 8, torch.float32), (16, 32, torch.bfloat16))
 
 
-def resources(kernel: triton.JITFunction, arch: int, dtype: torch.dtype, constants: dict) -> dict:
-    """Registers and spilled bytes a thread and shared memory of ``kernel`` on ``sm_<arch>``.
+class AbsentGpu:
+    """As much of a Triton driver as compiling asks for."""
 
-    Pointers are ``dtype``, or fp32 where the kernel keeps sums in it; the last stride of each tensor
-    is 1; every other argument outside ``constants`` is a 32-bit integer.
-    """
-    options = {name: constants[name] for name in _LAUNCH_OPTIONS if name in constants}
-    names = kernel.arg_names
-    constants = {name: constants[name] for name in names if name in constants}
-    constants |= {name: 1 for name in names if name.endswith("_w")}
-    signature = {name: "constexpr" if name in constants else _argument_type(name, dtype) for name in names}
-    pointers = [name.endswith("_ptr") and name not in constants for name in names]
-    aligned = {(i,): [["tt.divisibility", 16]] for i, is_pointer in enumerate(pointers) if is_pointer}
-    source = ASTSource(kernel, signature, constants, aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage = _resource_usage(binary.asm["cubin"])
-    return {
-        "kernel": kernel.__name__,
-        "dtype": str(dtype),
-        "registers": usage["REG"],
-        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
-        "shared_bytes": binary.metadata.shared,
-    }
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
 
 
-def _argument_type(name: str, dtype: torch.dtype) -> str:
-    if not name.endswith("_ptr"):
-        return "fp32" if name == "scale" else "i32"
-    if name.startswith("winner"):
-        return "*u8"
-    if name in ("times_ptr", "lengths_ptr"):
-        return "*i64"
-    return "*fp32" if any(word in name for word in _SUMS) else _POINTERS[dtype]
+def compile_launches(arch: int) -> None:
+    """From now on let launches compile for ``sm_<arch>`` and print what they use instead of running."""
+    triton.runtime.driver.set_active(AbsentGpu(arch))
+    run = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binary = run(kernel, *args, grid=grid, warmup=True, **options)
+        usage = _resource_usage(binary.asm["cubin"])
+        report = {
+            "kernel": kernel.__name__,
+            "registers": usage["REG"],
+            "spilled_bytes": usage["STACK"] + usage["LOCAL"],
+            "shared_bytes": binary.metadata.shared,
+        }
+        print(json.dumps(report), flush=True)
+
+    JITFunction.run = compile_only
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -79,72 +78,64 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def sepconv_cases(channels: int, size: int, kernel_size: int, precision: str) -> list[tuple]:
-    """Each kernel of a separable convolution with the constants that its launch would give it."""
-    x = torch.Size([64, channels, size, size])
-    conv = {"C": channels, "K": kernel_size, "STRIDE": 1, "DILATION": 1, "RELU": True}
-    pointwise = {"C_OUT": channels, "PRECISION": precision}
-    forward = conv | pointwise | sepconv_triton._forward_plan(x, channels)[-1]
-    backward_pointwise = conv | pointwise | sepconv_triton._backward_pointwise_plan(x, channels)[-1]
-    backward_depthwise = conv | sepconv_triton._backward_depthwise_plan(x, kernel_size)[-1]
-    sizes = {"PW_SIZE": channels**2, "DW_SIZE": channels * kernel_size**2}
-    return [
-        (sepconv_triton.sepconv_fwd_kernel, forward | {"STATS": True}),
-        (
-            sepconv_triton.sepconv_stats_kernel,
-            {"C_OUT": channels, "TILE_PIXELS": forward["BLOCK_P"], "BLOCK_T": 128, "BLOCK_O": 16},
-        ),
-        (
-            sepconv_triton.sepconv_bwd_pointwise_kernel,
-            backward_pointwise | {"NEED_E": True, "NEED_PW": True},
-        ),
-        (
-            sepconv_triton.sepconv_bwd_depthwise_kernel,
-            backward_depthwise | {"NEED_DX": True, "NEED_DW": True},
-        ),
-        (sepconv_triton.sepconv_bwd_reduce_kernel, sizes | sepconv_triton._REDUCE),
-    ]
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
 
-def pool_cases(channels: int, size: int) -> list[tuple]:
-    blocks = pool_triton._blocks(channels, size * size)
-    pool = blocks | {"K": 5, "STRIDE": 2}
-    return [
-        (pool_triton.pool_fwd_kernel, pool | {"MAX": False, "WINNER": False}),
-        (pool_triton.pool_fwd_kernel, pool | {"MAX": True, "WINNER": True}),
-        (pool_triton.pool_bwd_kernel, pool | {"MAX": False}),
-        (pool_triton.pool_bwd_kernel, pool | {"MAX": True}),
-        (
-            pool_triton.global_avg_pool_fwd_kernel,
-            pool_triton._blocks(channels, size * size, largest=1024),
-        ),
-    ]
+def backward(*results: Tensor) -> None:
+    torch.autograd.backward(results, [torch.zeros_like(y) for y in results])
 
 
-def interaction_cases() -> list[tuple]:
-    """Both interactions at sizes that they are timed at, sequences in several chunks."""
-    fields, sequences = interaction_operator_triton, sequence_recommendation_interaction_triton
-    vectors = fields._blocks(27, 64, torch.bfloat16) | {"PRECISION": "tf32x3"}
-    forward = sequences._blocks(256) | {"PRECISION": "tf32x3", "SINGLE": False, "offsets_ptr": None}
-    backward = forward | {"num_warps": 2 * forward["num_warps"]}
-    return [
-        (fields.interaction_operator_fwd_kernel, vectors),
-        (fields.interaction_operator_bwd_kernel, vectors),
-        (sequences.sequence_recommendation_interaction_fwd_kernel, forward),
-        (sequences.sequence_recommendation_interaction_join_kernel, forward),
-        (sequences.sequence_recommendation_interaction_similarity_kernel, forward),
-        (sequences.sequence_recommendation_interaction_bwd_summary_kernel, forward),
-        (sequences.sequence_recommendation_interaction_after_kernel, forward),
-        (sequences.sequence_recommendation_interaction_bwd_kernel, backward),
-    ]
+def call_convolutions_and_pools() -> None:
+    for channels, size, dtype in _PICTURES:
+        x = tensor(64, channels, size, size, dtype=dtype)
+        weights = tensor(channels, 1, 5, 5, dtype=dtype), tensor(channels, channels, 1, 1, dtype=dtype)
+        backward(sepconv_with_stats(x, *weights)[0])
+        backward(avg_pool(x, 5, 2))
+        backward(max_pool(x, 5, 2))
+        backward(global_avg_pool(x))
+
+
+def call_with_all_options() -> None:
+    """Operators of sequences that are given everything they take, over rows that fill their kernels."""
+    backward(interaction_operator(tensor(8, 64), tensor(8, 26, 64)))
+    decay, *tables = (tensor(*shape, dtype=torch.float32) for shape in ((), (399,), (64,)))
+    place = {"offsets": torch.tensor([0, 200, 300]), "max_length": 200}
+    times = {"timestamps": torch.arange(300)}
+    backward(*sequence_recommendation_interaction(tensor(300, 256), tensor(2, 256), decay, **times, **place))
+    heads = [tensor(300, 2, 64) for _ in range(3)]
+    biases = dict(zip(("position_bias", "time_bias"), tables, strict=True)) | times
+    backward(hstu_hierarchical_attention(*heads, windows=(None, 32), **biases, **place))
+    call_on_rows(tensor(300, 64), heads, dropout=0.1, **place)
+
+
+def call_without_options() -> None:
+    """What is None then has no type, so that code which reads it must not be compiled."""
+    decay = tensor(dtype=torch.float32)
+    for length in (50, 200):  # one chunk and several
+        pools, _ = sequence_recommendation_interaction(tensor(2, length, 64), tensor(2, 64), decay)
+        backward(pools)
+    heads = [tensor(2, 200, 2, 64) for _ in range(3)]
+    backward(hstu_hierarchical_attention(*heads))
+    call_on_rows(tensor(2, 200, 256), heads)
+
+
+def call_on_rows(x: Tensor, heads: list[Tensor], dropout: float = 0.0, **place: Any) -> None:
+    """Attention with what follows, and fused windows."""
+    width = x.shape[-1]
+    bias, *norm = (tensor(width) for _ in range(3))
+    weights = tensor(width, 128), bias, *norm
+    backward(fused_attention_layernorm(x, *heads, *weights, dropout=dropout, **place))
+    weights = tensor(4, width), tensor(width, 2 * width), bias, tensor(width, width), *norm
+    backward(hierarchical_sequence_fusion(x, *weights, **place))
 
 
 def main(arch: int) -> None:
-    for channels, size, dtype in _PICTURES:
-        for kernel, constants in sepconv_cases(channels, size, 5, "tf32x3") + pool_cases(channels, size):
-            print(json.dumps(resources(kernel, arch, dtype, constants)), flush=True)
-    for kernel, constants in interaction_cases():
-        print(json.dumps(resources(kernel, arch, torch.bfloat16, constants)), flush=True)
+    compile_launches(arch)
+    call_convolutions_and_pools()
+    call_with_all_options()
+    if arch == 90:  # what is left out is so on every GPU
+        call_without_options()
 
 
 if __name__ == "__main__":
