@@ -228,7 +228,7 @@ def fused_attention_layernorm(
     Source: Kang and McAuley, "Self-Attentive Sequential Recommendation", 2018.
     """
     tensors = x, query, key, value, out_weight, out_bias, norm_weight, norm_bias
-    _check_attention(*tensors, dropout)
+    _check_attention(*tensors, dropout, offsets)
     return dispatch(
         "fused_attention_layernorm",
         *_in_one_dtype(*tensors),
@@ -291,7 +291,7 @@ def hierarchical_sequence_fusion(
     "Hierarchical Gating Networks for Sequential Recommendation", 2019.
     """
     weights = scale_weight, gate_weight, gate_bias, out_weight, norm_weight, norm_bias
-    _check_fusion(x, *weights, windows, temperature)
+    _check_fusion(x, *weights, windows, temperature, offsets)
     return dispatch(
         "hierarchical_sequence_fusion",
         *_in_one_dtype(x, *weights),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuroexapt.errors import UserError
-from neuroexapt.kernels.ragged import is_valid, ragged, to_jagged, to_padded
+from neuroexapt.kernels.ragged import check_features, is_valid, ragged, to_jagged, to_padded
 
 
 def fused_attention_layernorm(
@@ -62,8 +62,10 @@ def check(
     norm_weight: Tensor,
     norm_bias: Tensor,
     dropout: float,
+    offsets: Tensor | None,
 ) -> None:
     """Raise ``UserError`` where shapes or options do not fit together."""
+    check_features("x", x, offsets)
     if query.dim() != x.dim() + 1 or query.shape[:-2] != x.shape[:-1]:
         raise UserError(f"query must be [{', '.join(map(str, x.shape[:-1]))}, H, d], not {[*query.shape]}")
     if not query.shape == key.shape == value.shape:

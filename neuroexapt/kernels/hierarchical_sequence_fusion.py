@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuroexapt.errors import UserError
-from neuroexapt.kernels.ragged import is_valid, ragged, to_jagged, to_padded
+from neuroexapt.kernels.ragged import check_features, is_valid, ragged, to_jagged, to_padded
 
 
 def hierarchical_sequence_fusion(
@@ -63,8 +63,10 @@ def check(
     norm_bias: Tensor,
     windows: Sequence[int],
     temperature: float,
+    offsets: Tensor | None,
 ) -> None:
     """Raise ``UserError`` where shapes or options do not fit together."""
+    check_features("x", x, offsets)
     width = x.shape[-1]
     expected = {
         "scale_weight": (scale_weight, (len(windows), width)),

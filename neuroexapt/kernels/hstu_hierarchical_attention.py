@@ -77,8 +77,8 @@ def check_arguments(
     lengths: Tensor | None,
     offsets: Tensor | None,
     max_length: int | None,
-) -> int:
-    """What no sequence exceeds, once the arguments are known to fit together; else raises a UserError."""
+) -> None:
+    """Raise ``UserError`` where arguments do not fit together."""
     longest = checked_length(query, lengths, offsets, max_length)
     if query.dim() != (4 if offsets is None else 3) or key.shape != query.shape:
         raise UserError(
@@ -87,9 +87,10 @@ def check_arguments(
         )
     if value.shape[:-1] != query.shape[:-1]:
         raise UserError(f"value must be {[*query.shape[:-1], 'dv']}, not {[*value.shape]}")
-    if not query.dtype == key.dtype == value.dtype:
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise UserError(
-            f"query, key and value must have one dtype, not {query.dtype}, {key.dtype}, {value.dtype}"
+            "query, key and value must have one dtype of floating-point numbers, "
+            f"not {query.dtype}, {key.dtype}, {value.dtype}"
         )
     if position_bias is not None and (
         position_bias.dim() != 1 or len(position_bias) % 2 == 0 or len(position_bias) < 2 * longest - 1
@@ -103,7 +104,6 @@ def check_arguments(
         raise UserError(f"{query.shape[-2]} heads cannot be split evenly among {len(windows)} windows")
     if any(window is not None and window < 1 for window in windows):
         raise UserError(f"a window is at least 1, or None for the whole history, not {[*windows]}")
-    return longest
 
 
 def _check_times(query: Tensor, time_bias: Tensor | None, timestamps: Tensor | None) -> None:

@@ -37,6 +37,7 @@ from neuroexapt.kernels import hstu_hierarchical_attention as definition
 from neuroexapt.kernels.ragged_triton import (
     ceil_div,
     input_precision,
+    place_of,
     rows_to_write,
     sequence_count,
     sequence_span,
@@ -794,9 +795,10 @@ def hstu_hierarchical_attention(
     max_length: int | None = None,
 ) -> Tensor:
     """``neuroexapt.functional.hstu_hierarchical_attention`` by the kernels."""
-    longest = definition.check_arguments(
+    definition.check_arguments(
         query, key, value, position_bias, time_bias, timestamps, windows, lengths, offsets, max_length
     )
+    lengths, offsets, longest = place_of(query, lengths, offsets, max_length)
     bucket_starts = None
     if time_bias is not None:
         bucket_starts = definition.time_bucket_starts(len(time_bias), time_bias.device)
@@ -808,8 +810,8 @@ def hstu_hierarchical_attention(
 
 def supports(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Support:
     """Whether the kernels take these arguments."""
-    tensors = (query, key, value, *(x for x in arguments.values() if isinstance(x, Tensor)))
-    if any(tensor.device != query.device for tensor in tensors):
+    operands = key, value, *(arguments.get(name) for name in ("position_bias", "time_bias", "timestamps"))
+    if any(operand is not None and operand.device != query.device for operand in operands):
         return Support(False, "operands on several devices")
     if query.dtype not in _DTYPES:
         return Support(False, f"dtype {query.dtype} is not one of fp32, fp16, bf16")

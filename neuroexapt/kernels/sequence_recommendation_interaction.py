@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from neuroexapt.errors import UserError
-from neuroexapt.kernels.ragged import Ragged, checked_length, is_valid, ragged, to_jagged, to_padded
+from neuroexapt.kernels.ragged import (
+    Ragged,
+    check_features,
+    checked_length,
+    is_valid,
+    ragged,
+    to_jagged,
+    to_padded,
+)
 
 # Under the root of ê = e / √(‖e‖² + EPSILON), so that an item of zeros has a finite gradient.
 EPSILON = 1e-6
@@ -59,11 +67,10 @@ def check_arguments(
     lengths: Tensor | None,
     offsets: Tensor | None,
     max_length: int | None,
-) -> int:
-    """What no sequence exceeds, once the arguments of the op are known to fit together."""
-    longest = checked_length(items, lengths, offsets, max_length)
-    if items.dim() != (3 if offsets is None else 2):
-        raise UserError(f"items must be [B, N, D] or, with offsets, [T, D], not {[*items.shape]}")
+) -> None:
+    """Raise ``UserError`` where arguments do not fit together."""
+    check_features("items", items, offsets)
+    checked_length(items, lengths, offsets, max_length)
     batch = items.shape[0] if offsets is None else offsets.shape[0] - 1
     if not _has_shape(target, batch, items.shape[-1]):
         raise UserError(f"target must be {[batch, items.shape[-1]]}, a row a sequence, not {[*target.shape]}")
@@ -75,7 +82,6 @@ def check_arguments(
         )
     if window < 1:
         raise UserError(f"window must be at least 1, not {window}")
-    return longest
 
 
 def _has_shape(x: Tensor, *sizes: int) -> bool:

@@ -32,7 +32,13 @@ import triton.language as tl
 from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
-from neuroexapt.kernels.ragged_triton import ceil_div, input_precision, rows_to_write, sequence_span
+from neuroexapt.kernels.ragged_triton import (
+    ceil_div,
+    input_precision,
+    place_of,
+    rows_to_write,
+    sequence_span,
+)
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 from neuroexapt.kernels.sequence_recommendation_interaction import EPSILON, check_arguments
 
@@ -688,7 +694,8 @@ def sequence_recommendation_interaction(
     max_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What ``neuroexapt.functional`` defines, with sums in fp32. Differentiable once."""
-    longest = check_arguments(items, target, decay, timestamps, window, lengths, offsets, max_length)
+    check_arguments(items, target, decay, timestamps, window, lengths, offsets, max_length)
+    lengths, offsets, longest = place_of(items, lengths, offsets, max_length)
     return _op(items, target, decay, timestamps, window, lengths, offsets, longest)[:2]
 
 
@@ -706,7 +713,7 @@ def supports(
     """Whether the kernels take these arguments."""
     if items.dtype not in _DTYPES or target.dtype != items.dtype or decay.dtype not in _DTYPES:
         return Support(False, f"dtypes {items.dtype}, {target.dtype} and {decay.dtype}")
-    others = (target, decay, timestamps, lengths, offsets)
+    others = target, decay, timestamps
     if any(tensor is not None and tensor.device != items.device for tensor in others):
         return Support(False, "operands on several devices")
     if items.numel() == 0:

@@ -83,6 +83,8 @@ def test_no_position_depends_on_later_ones(position):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"x": torch.zeros(16, 6)}, r"x must be \[B, N, D\] or, with offsets, \[T, D\]"),
+        ({"offsets": torch.tensor([0, 8]), "max_length": 8}, r"x must be \[B, N, D\] or, with offsets"),
         ({"key": torch.zeros(2, 8, 3, 3)}, "must have one shape"),
         ({"query": torch.zeros(2, 7, 2, 3)}, r"query must be \[2, 8, H, d\]"),
         ({"out_weight": torch.zeros(6, 5)}, r"out_weight must have shape \[6, 6\]"),

@@ -98,13 +98,17 @@ def test_autocast_and_weights_of_another_dtype():
         ({"windows": (1, 3, 0, 2)}, "windows must be"),
         ({"temperature": 0.0}, "temperature"),
         ({"lengths": torch.tensor([1, 2, 3])}, "lengths must have shape"),
-        ({"offsets": torch.tensor([0, 2])}, "max_length"),
+        ({"offsets": torch.tensor([0, 2]), "max_length": 2}, r"x must be \[B, N, D\] or, with offsets"),
+        ({"x": torch.zeros(16, 6)}, r"x must be \[B, N, D\] or, with offsets"),
+        ({"x": torch.zeros(2, 8, 6, dtype=torch.int64)}, "floating-point"),
+        ({"x": torch.zeros(16, 6), "offsets": torch.tensor([0, 16])}, "and max_length"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):
     (x,), weights = inputs(2, 8, 6, (1, 3, 7, 15))
+    arguments = {"x": x} | options
     with pytest.raises(UserError, match=message):
-        functional.hierarchical_sequence_fusion(x, *weights, **options)
+        functional.hierarchical_sequence_fusion(arguments.pop("x"), *weights, **arguments)
 
 
 @runs_kernels

@@ -131,6 +131,7 @@ def test_buckets_are_those_of_the_logarithm() -> None:
         ({"key": fp64(3, 5, 2, 4)}, "query and key"),
         ({"value": fp64(3, 5, 1, 4)}, "value must be"),
         ({"value": fp64(3, 5, 2, 4).float()}, "one dtype"),
+        (dict.fromkeys(("query", "key", "value"), torch.ones(3, 5, 2, 3).long()), "floating-point"),
         ({"position_bias": fp64(7)}, "L ≥ 5"),
         ({"time_bias": None}, "come together"),
         ({"timestamps": torch.zeros(3, 5)}, "integers"),

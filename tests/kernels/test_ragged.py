@@ -25,8 +25,21 @@ def test_jagged_and_padded_are_inverse_of_each_other() -> None:
     padded = to_padded(values, layout)
     assert layout.lengths.tolist() == LENGTHS.tolist()
     assert padded[~is_valid(layout, 5)].abs().sum() == 0
-    torch.testing.assert_close(to_jagged(padded, ragged(padded, LENGTHS)), values, rtol=0, atol=0)
+    assert torch.equal(to_jagged(padded, layout), values)
     assert torch.autograd.gradcheck(lambda v: to_padded(v, layout), values)
+    assert torch.autograd.gradcheck(lambda p: to_jagged(p, layout), padded)
+
+
+def test_a_graph_takes_jagged_input() -> None:
+    """Whose number of valid positions it would otherwise have to read from the device."""
+
+    def there_and_back(values: torch.Tensor) -> torch.Tensor:
+        layout = ragged(values, offsets=OFFSETS, max_length=5)
+        return to_jagged(to_padded(values, layout), layout)
+
+    values = torch.randn(8, 2)
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(values), values)
 
 
 def test_without_lengths_all_positions_are_valid() -> None:
@@ -50,6 +63,8 @@ def test_empty_batches_and_lengths_have_a_layout() -> None:
         ({"offsets": OFFSETS}, "max_length"),
         ({"lengths": LENGTHS[:2]}, r"shape \[3\]"),
         ({"max_length": 7}, "5 positions"),
+        ({"offsets": OFFSETS[None], "max_length": 5}, r"offsets must have shape \[B \+ 1\]"),
+        ({"offsets": OFFSETS[:0], "max_length": 5}, r"offsets must have shape \[B \+ 1\]"),
     ],
 )
 def test_contradictions_are_refused(arguments: dict, complaint: str) -> None:

@@ -133,6 +133,7 @@ def test_an_item_of_zeros_has_a_finite_gradient():
     ("change", "complaint"),
     [
         ({"items": torch.zeros(3, 6)}, r"items must be \[B, N, D\]"),
+        ({"items": torch.zeros(3, 6, 4, dtype=torch.int64)}, "floating-point numbers, not .* of torch.int64"),
         ({"target": torch.zeros(2, 4)}, r"target must be \[3, 4\]"),
         ({"decay": torch.zeros(1)}, "decay is one rate"),
         ({"timestamps": torch.zeros(3, 5)}, r"timestamps must be \[3, 6\]"),
@@ -228,4 +229,5 @@ def test_calls_that_the_kernels_cannot_take_are_named():
     assert supports(*tensors).ok
     assert "float64" in supports(*inputs()).reason
     assert "empty" in supports(*inputs(length=0, dtype=torch.float32)).reason
-    assert "devices" in supports(*tensors, lengths=LENGTHS.to("meta")).reason
+    assert "devices" in supports(*tensors, timestamps=TIMES.to("meta")).reason
+    assert supports(*tensors, lengths=LENGTHS.to("meta")).ok
