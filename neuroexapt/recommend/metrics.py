@@ -16,7 +16,8 @@ CHUNK = 2**16
 def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
     """How many items score at least as high as each target, besides itself: [P] int64, 0 at best.
 
-    So a tie counts against the target, and a model that cannot tell items apart ranks it last.
+    So a tie counts against the target, as does a score that is not a number, and a model that cannot tell
+    items apart ranks it last.
 
     Args:
         queries: [P, D]; the score of item v is ``⟨queries[p], items[v]⟩``.
@@ -32,7 +33,7 @@ def target_ranks(queries: Tensor, items: Tensor, targets: Tensor, chunk: int = C
         own = torch.where(inside, scores.gather(1, column[:, None])[:, 0].float(), own)
     ranks = torch.full(targets.shape, -1, device=queries.device)
     for _, scores in _scores(queries, items, chunk):
-        ranks += (scores.float() >= own[:, None]).sum(dim=1)
+        ranks += (~(scores.float() < own[:, None])).sum(dim=1)
     return ranks
 
 

@@ -39,6 +39,14 @@ def test_a_model_that_tells_no_items_apart_hits_nothing() -> None:
     assert ranks.tolist() == [48, 48, 48]
 
 
+def test_a_model_that_diverged_hits_nothing() -> None:
+    queries, items = torch.randn(3, 2), torch.randn(50, 2)
+    queries[0], items[7] = math.nan, math.nan
+    ranks = target_ranks(queries, items, torch.tensor([1, 7, 2]))
+    assert ranks[:2].tolist() == [48, 48]
+    assert ranks[2] > 0  # whatever item 7 is to score
+
+
 def test_the_padding_is_no_item() -> None:
     items = torch.tensor([[9.0], [1.0], [2.0]])
     assert target_ranks(torch.ones(1, 1), items, torch.tensor([2])).tolist() == [0]
