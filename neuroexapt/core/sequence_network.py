@@ -77,7 +77,8 @@ class SequenceStem(nn.Module):
     def compare(self, queries: Tensor) -> Queries:
         if self.cosine:
             queries = F.normalize(queries, dim=-1) / TEMPERATURE
-        return Queries(queries, self.item_vectors())
+        items = self.item_vectors()
+        return Queries(queries.to(items.dtype), items)  # under autocast they may differ
 
     def item_vectors(self) -> Tensor:
         """What queries are multiplied with, [V + 1, D]."""

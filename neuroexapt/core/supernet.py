@@ -137,7 +137,9 @@ class Supernet(nn.Module):
     def require_cells(self, method: str) -> None:
         """Refuse a method of search cells where there are none."""
         if next(self.search_cells(), None) is None:
-            raise UserError(f"{method} works on cells, and this space has none; choose another --strategy")
+            raise UserError(
+                f"{method} works on cells of pictures, and this space has none; choose another --strategy"
+            )
 
     def cell_type(self, cell: SearchCell) -> str:
         """The name of its α."""

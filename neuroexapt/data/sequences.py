@@ -125,6 +125,8 @@ def read_histories(path: Path, *, least_events: int = LEAST_EVENTS) -> Histories
     Raises:
         UserError: the file is missing, a line does not fit the format, or too little is left.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the file of events in it")
     if not path.is_file():
         raise UserError(
             f"{path} does not exist; MovieLens is at grouplens.org/datasets/movielens, Amazon reviews at "
@@ -136,7 +138,10 @@ def read_histories(path: Path, *, least_events: int = LEAST_EVENTS) -> Histories
     for event in events:
         by_user.setdefault(event.user, []).append(event)
     if len(by_user) < 2:
-        raise UserError(f"{path} leaves {len(by_user)} users with at least {least_events} events; too few")
+        raise UserError(
+            f"{path} leaves {len(by_user)} users with at least {least_events} events of items with as many; "
+            "give more of the data"
+        )
     times = None
     if all(event.time is not None for event in events):
         for history in by_user.values():

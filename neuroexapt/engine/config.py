@@ -116,7 +116,7 @@ class SearchConfig(RunConfig):
     selection: str = setting(
         "argmax", "choice of the genotype: argmax (of α), perturbation (DARTS-PT) or shrink (by validation)"
     )
-    max_flops: float | None = setting(None, "most multiply-adds a picture of the derived network")
+    max_flops: float | None = setting(None, "most multiply-adds of the derived network for one example")
     max_params: float | None = setting(None, "most parameters of the derived network")
     max_latency_ms: float | None = setting(None, "longest forward pass of it, a batch, on this device")
     stop: str = setting("", "end early: skips, eigenvalue (of the Hessian over α), or not at all")
@@ -179,9 +179,9 @@ class EvaluateConfig(RunConfig):
     controls: str = setting("", "networks trained alike to compare with: random, resnet18 or random,resnet18")
     control_budget: str = setting("epochs", "what controls have as much of as the genotype: epochs or time")
     epochs: int = setting(600, "epochs")
-    batch_size: int = setting(96, "pictures in a batch")
-    layers: int = setting(20, "cells, two of them reduction cells")
-    init_channels: int = setting(36, "channels of the first cells")
+    batch_size: int = setting(96, "pictures, or histories, in a batch")
+    layers: int = setting(20, "cells, of pictures two of them reduction cells")
+    init_channels: int = setting(36, "channels of the first cells, or width of a recommender")
     learning_rate_min: float = setting(0.0, "learning rate of the weights at its end")
     auxiliary: bool = setting(True, "second classifier at two thirds of the depth while training")
     auxiliary_weight: float = setting(0.4, "weight of its loss")

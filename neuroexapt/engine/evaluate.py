@@ -12,12 +12,15 @@ from torch import nn
 
 from neuroexapt.core.derived import check_auxiliary_size, count_parameters
 from neuroexapt.core.genotypes import AnyGenotype, genotype_from_dict, load_genotype
+from neuroexapt.core.task import CLASSIFICATION
 from neuroexapt.engine.config import EvaluateConfig
 from neuroexapt.engine.result import RunResult, finish, read_curves
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
 from neuroexapt.engine.training import TrainPhase
+from neuroexapt.errors import UserError
 
 PHASE = "evaluate"
+RESNET = "resnet18"
 CONTROL_EPOCHS = "control_epochs.json"
 MEASURED_SECONDS = 5.0
 
@@ -56,10 +59,12 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
     config = run.config
     genotype = _genotype(run, new)
     run.check_space()
-    if config.auxiliary:
-        check_auxiliary_size(run.data.input_size)
+    if RESNET in config.control_names and run.space.task is not CLASSIFICATION:
+        raise UserError(f"control {RESNET} is for pictures; leave it out for {run.data.kind}")
     runs = [run.with_seed(config.seed + number) for number in range(config.seeds)]
     first = _make_phase(run, PHASE, PHASE, genotype, config.epochs)
+    if config.auxiliary:
+        check_auxiliary_size(run.data.input_size)
     if new:
         run.create_folder()
         run.folder.write_json("genotype.json", genotype.to_dict())

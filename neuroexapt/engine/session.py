@@ -29,7 +29,7 @@ from neuroexapt.engine.phase import Phase, PhaseRunner, Session
 from neuroexapt.engine.progress import Progress
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.errors import UserError
-from neuroexapt.spaces import BUILT_IN, Space, get_space
+from neuroexapt.spaces import BUILT_IN, SPACES, Space, get_space
 from neuroexapt.version import __version__
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -141,9 +141,10 @@ class OpenRun(Generic[Config]):
     def check_space(self) -> None:
         """Refuse, with one clear line, data or settings that the space has no network for."""
         if self.data.kind != self.space.task.unit:
+            fitting = [name for name, space in SPACES.items() if space.task.unit == self.data.kind]
             raise UserError(
                 f"{self.config.dataset} holds {self.data.kind}, and --space {self.config.space} is for "
-                f"{self.space.task.unit}; choose another of them"
+                f"{self.space.task.unit}; choose --space {' or '.join(fitting)}, or another --dataset"
             )
         self.space.check(
             self.data.input_size, self.config.init_channels, self.config.layers, self.config.batch_size

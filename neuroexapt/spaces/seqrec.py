@@ -65,12 +65,14 @@ class SequenceSpace(Space):
             "auxiliary": False,
             "drop_path": 0.0,
             "control": False,
+            "genotype": "HSTU",
         }
 
     def check(self, input_size: Sequence[int], channels: int, layers: int, batch_size: int) -> None:
         if channels % self.heads or channels < 2 * self.heads:
             raise UserError(
-                f"init_channels={channels}: {self.heads} heads share the width; choose a multiple"
+                f"init_channels={channels}: {self.heads} heads share the width; choose a multiple of "
+                f"{self.heads}, from {2 * self.heads} on"
             )
         if layers < 1:
             raise UserError(f"layers={layers}: choose at least 1")

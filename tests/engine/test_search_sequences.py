@@ -115,10 +115,21 @@ def test_training_learns_and_keeps_the_epoch_that_validates_best(tmp_path: Path)
 
 def test_pictures_and_histories_are_not_mixed_up(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path)
-    with pytest.raises(UserError, match="holds histories, and --space darts is for pictures"):
+    with pytest.raises(UserError, match=r"holds histories, .* is for pictures; choose --space seqrec"):
         search(**{**settings, "space": "darts"})
-    with pytest.raises(UserError, match="holds pictures, and --space seqrec is for histories"):
+    with pytest.raises(UserError, match=r"holds pictures, .* is for histories; choose --space darts"):
         search(**{**settings, "dataset": f"npz:{write_tiny_npz(tmp_path / 'tiny.npz')}"})
+
+
+def test_controls_for_pictures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="resnet18 is for pictures; leave it out for histories"):
+        evaluate(**tiny_settings(tmp_path, controls="random,resnet18", epochs=1))
+
+
+@pytest.mark.parametrize("space", ["seqrec", "seqrec-sampled"])
+def test_trainings_in_bf16_compare_in_one_dtype(tmp_path: Path, space: str) -> None:
+    settings = tiny_settings(tmp_path, space=space, genotype="SASRec", epochs=1, precision="bf16")
+    assert evaluate(**settings).result["test_ndcg"] > 0
 
 
 def test_the_best_network_survives_a_checkpoint() -> None:

@@ -53,7 +53,7 @@ def test_random_genotypes_are_of_the_space_and_differ() -> None:
 
 @pytest.mark.parametrize(
     ("channels", "layers", "message"),
-    [(7, 2, "2 heads share the width; choose a multiple"), (8, 0, "at least 1")],
+    [(7, 2, "2 heads share the width; choose a multiple of 2, from 4 on"), (8, 0, "at least 1")],
 )
 def test_sizes_that_no_network_has_are_refused(channels: int, layers: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
