@@ -1,6 +1,5 @@
 """What the report of a run says and shows, gathered from the run folder."""
 
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +35,7 @@ PHASES = {
 _TABLE_DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet16": "ImageNet16-120"}
 _NUMBERS = {
     "test_accuracy": ("test accuracy", percent),
-    "test_ndcg": ("test NDCG@10 of a recommender, whose accuracy is HR@10", percent),
+    "test_ndcg": ("test NDCG@10 (the accuracy is HR@10)", percent),
     "test_accuracy_deviation": ("its standard deviation over seeds", percent),
     "scratch_test_accuracy": ("test accuracy from scratch, as many epochs", percent),
     **{
@@ -45,7 +44,7 @@ _NUMBERS = {
     },
     "valid_accuracy": ("validation accuracy in the search", percent),
     "parameters": ("parameters", large),
-    "flops": ("multiply-adds a picture", large),
+    "flops": ("multiply-adds for one example", large),
     "latency_ms": ("milliseconds of a forward pass of a batch", rate),
     "seconds": ("time in all", duration),
     "steps_per_second": ("steps a second", rate),
@@ -65,6 +64,8 @@ class CellAlpha:
     title: str
     heat_map: Markup
     entropy: Markup
+    operations: list[tuple[str, str]]
+    """(operation, CSS of its line) for the key of the histories."""
     histories: list[Markup]
 
 
@@ -194,13 +195,6 @@ class Report:
         return CellGraph(title, self._svg(draw_cell(*chosen), description))
 
     @property
-    def operations(self) -> list[tuple[str, str]]:
-        """(operation, CSS of its line) for the key of the α histories."""
-        names = dict.fromkeys(itertools.chain(*map(self._primitives, self._space["edges"])))
-        styles = [(op, op_style(op)) for op in names]
-        return [(op, f"{style.line} {themed(style.colour)}") for op, style in styles]
-
-    @property
     def alphas(self) -> list[CellAlpha]:
         return [self._alpha(cell) for cell in self._space["edges"]] if self._metrics["search"] else []
 
@@ -212,7 +206,7 @@ class Report:
         edges = edge_names(self._space["edges"][cell], self._space["nodes"])
         weights = np.array([record["alpha"][cell] for record in self._metrics["search"]])
         entropies = np.array([record["alpha_entropy"][cell] for record in self._metrics["search"]])
-        top = max(0.5, 1.05 * weights.max())
+        top, styles = max(0.5, 1.05 * weights.max()), [op_style(op) for op in primitives]
         strongest = [
             f"{edge} {primitives[op]}" for edge, op in zip(edges, weights[-1].argmax(1), strict=True)
         ]
@@ -226,6 +220,10 @@ class Report:
                 entropy_history(entropies, len(primitives)),
                 f"{title}, {_ends({'mean of all edges': entropies.mean(1).tolist()}, 'entropy in nats')}",
             ),
+            [
+                (op, f"{style.line} {themed(style.colour)}")
+                for op, style in zip(primitives, styles, strict=True)
+            ],
             [
                 self._svg(
                     alpha_history(weights[:, edge], primitives, top, name),

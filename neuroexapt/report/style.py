@@ -33,15 +33,22 @@ INK, MUTED, GRID, PANEL, SURFACE, ACCENT, CONTRAST = (
     THEME[name][0] for name in ("ink", "muted", "grid", "panel", "surface", "accent", "contrast")
 )
 
-# By a part of the operation's name, the first that fits.
+# By a part of the operation's name, the first that fits: what to call it, and its colour. Operations of
+# recommenders never meet those of pictures and have the same colours.
 _FAMILIES = {
-    "sep_conv": "separable convolution",
-    "dil_conv": "dilated convolution",
-    "conv": "convolution",
-    "avg_pool": "average pooling",
-    "max_pool": "max pooling",
-    "skip": "skip connection",
-    "none": "none",
+    "sep_conv": ("separable convolution", "sep_conv"),
+    "dil_conv": ("dilated convolution", "dil_conv"),
+    "conv": ("convolution", "conv"),
+    "avg_pool": ("average pooling", "avg_pool"),
+    "max_pool": ("max pooling", "max_pool"),
+    "skip": ("skip connection", "skip"),
+    "none": ("none", "none"),
+    "hstu_local": ("HSTU over a window", "dil_conv"),
+    "hstu": ("HSTU", "sep_conv"),
+    "attn": ("attention", "unknown_3"),
+    "fusion": ("fusion of windows", "unknown_2"),
+    "ffn": ("feed-forward", "avg_pool"),
+    "dot_interaction": ("dot interaction", "max_pool"),
 }
 
 RC_PARAMS: Any = {
@@ -88,9 +95,9 @@ def op_style(op: str) -> OpStyle:
     """The style of operation `op`; one that no family knows is a family of its own."""
     kernel_sizes = [int(size) for size in re.findall(r"(\d+)x\d+", op)]
     line = {1: "dotted", 5: "dashed", 7: "dotted"}.get(max(kernel_sizes, default=3), "solid")
-    for stem, family in _FAMILIES.items():
+    for stem, (family, colour) in _FAMILIES.items():
         if stem in op:
-            return OpStyle(family, THEME[stem][0], line)
+            return OpStyle(family, THEME[colour][0], line)
     return OpStyle(op, THEME[f"unknown_{zlib.crc32(op.encode()) % 4}"][0], line)
 
 

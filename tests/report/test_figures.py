@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from neuroexapt.core.sequence_operations import HEADS, SEQUENCE_OPS
 from neuroexapt.report.figures import alpha_heat_map, alpha_history, curves, edge_names, entropy_history
 from neuroexapt.report.style import THEME, op_style, state_name
 
@@ -90,10 +91,20 @@ def test_edge_names():
     assert state_name("out_1") == "out_1"
 
 
-def test_styles_tell_operations_apart():
-    ops = [*PRIMITIVES, "dil_conv_3x3", "dil_conv_5x5", "sep_conv_7x7", "conv_7x1_1x7"]
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [*PRIMITIVES, "dil_conv_3x3", "dil_conv_5x5", "sep_conv_7x7", "conv_7x1_1x7"],
+        list(SEQUENCE_OPS),
+        list(HEADS),
+    ],
+)
+def test_styles_tell_operations_apart(ops):
     styles = [op_style(op) for op in ops]
     assert len({(style.colour, style.line) for style in styles}) == len(ops)
+
+
+def test_styles_follow_from_names():
     assert op_style("sep_conv_3x3").colour == op_style("sep_conv_7x7").colour
     assert op_style("my_own_op") == op_style("my_own_op")
     assert op_style("my_own_op").family == "my_own_op"
