@@ -33,6 +33,7 @@ from neuroexapt.kernels.causal_attention_triton import causal_attention
 from neuroexapt.kernels.partial_sums_triton import add_up
 from neuroexapt.kernels.ragged_triton import ceil_div, input_precision, place_of
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
+from neuroexapt.kernels.rows_triton import before_normalised, load_rows, normalised
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 2048
@@ -62,21 +63,6 @@ def _valid_rows(rows, count, lengths, max_length):
 
 
 @triton.jit
-def _tile(ptr, rows, columns, width, mask):
-    pointers = ptr + rows[:, None] * width + columns[None, :]
-    return tl.load(pointers, mask=mask[:, None] & (columns < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _normalised(z, D: tl.constexpr, DP: tl.constexpr, eps):
-    """z [BM, DP] with mean 0 and variance 1 over its D features, and the inverse deviation [BM]."""
-    z = z - (tl.sum(z, axis=1) / D)[:, None]
-    z = tl.where(tl.arange(0, DP)[None, :] < D, z, 0.0)
-    rstd = 1 / tl.sqrt_rn(tl.sum(z * z, axis=1) / D + eps)
-    return z * rstd[:, None], rstd
-
-
-@triton.jit
 def _drop(values, seed_ptr, rows, columns, dropout, D: tl.constexpr):
     """Zero with probability ``dropout``, else scaled up to keep the mean."""
     draws = tl.rand(tl.load(seed_ptr), rows[:, None] * D + columns[None, :])
@@ -98,20 +84,20 @@ def project_add_norm_fwd_kernel(
         z = tl.zeros([BM, DP], tl.float32)
         for chunk in range(0, INNER, BK):
             inner = chunk + tl.arange(0, BK)
-            attended = _tile(attended_ptr, rows, inner, INNER, valid)  # [BM, BK]
-            weight = _tile(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
+            attended = load_rows(attended_ptr, rows, inner, INNER, valid)  # [BM, BK]
+            weight = load_rows(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
             z = tl.dot(attended, tl.trans(weight), z, input_precision=PRECISION)
         z += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
     else:
-        z = _tile(attended_ptr, rows, columns, D, valid).to(tl.float32)
+        z = load_rows(attended_ptr, rows, columns, D, valid).to(tl.float32)
     if seed_ptr is not None:
         z = _drop(z, seed_ptr, rows, columns, dropout, D)
-    z += _tile(x_ptr, rows, columns, D, valid).to(tl.float32)
+    z += load_rows(x_ptr, rows, columns, D, valid).to(tl.float32)
     places = rows[:, None] * D + columns[None, :]
     mask = (rows < count)[:, None] & (columns < D)[None, :]
     if KEEP:
         tl.store(z_ptr + places, z.to(z_ptr.dtype.element_ty), mask=valid[:, None] & mask)
-    z, _ = _normalised(z, D, DP, eps)
+    z, _ = normalised(z, D, DP, eps)
     norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     norm_bias = tl.load(norm_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     y = tl.where(valid[:, None], z * norm_weight[None, :] + norm_bias[None, :], 0.0)
@@ -140,13 +126,11 @@ def project_add_norm_bwd_kernel(
     for block in range(0, TILE, BM):
         rows = tl.program_id(0).to(tl.int64) * TILE + block + tl.arange(0, BM)
         valid = _valid_rows(rows, count, lengths, max_length)
-        dy = _tile(dy_ptr, rows, columns, D, valid).to(tl.float32)
-        z, rstd = _normalised(_tile(z_ptr, rows, columns, D, valid).to(tl.float32), D, DP, eps)
+        dy = load_rows(dy_ptr, rows, columns, D, valid).to(tl.float32)
+        z, rstd = normalised(load_rows(z_ptr, rows, columns, D, valid).to(tl.float32), D, DP, eps)
         dnorm_weight += dy * z
         dnorm_bias += dy
-        dz = dy * norm_weight[None, :]
-        dz -= (tl.sum(dz, axis=1) / D)[:, None] + z * (tl.sum(dz * z, axis=1) / D)[:, None]
-        dz = tl.where((columns < D)[None, :], dz * rstd[:, None], 0.0)
+        dz = before_normalised(dy * norm_weight[None, :], z, rstd, D, DP)
         places = rows[:, None] * D + columns[None, :]
         mask = (rows < count)[:, None] & (columns < D)[None, :]
         tl.store(dx_ptr + places, dz.to(dtype), mask=mask)
@@ -158,7 +142,7 @@ def project_add_norm_bwd_kernel(
             dprojected = dz.to(dtype)
             for chunk in range(0, INNER, BK):
                 inner = chunk + tl.arange(0, BK)
-                weight = _tile(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
+                weight = load_rows(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
                 dattended = tl.dot(dprojected, weight, input_precision=PRECISION).to(dtype)
                 inner_mask = (rows < count)[:, None] & (inner < INNER)[None, :]
                 tl.store(dattended_ptr + rows[:, None] * INNER + inner[None, :], dattended, mask=inner_mask)

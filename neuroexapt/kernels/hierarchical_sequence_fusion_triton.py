@@ -41,6 +41,7 @@ from neuroexapt.kernels.ragged_triton import (
     sequence_span,
 )
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
+from neuroexapt.kernels.rows_triton import before_normalised, load_rows, normalised
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WINDOW = 129
@@ -75,26 +76,10 @@ def _band(shares, t, s, WINDOWS: tl.constexpr, KP: tl.constexpr):
 
 
 @triton.jit
-def _rows(ptr, rows, columns, stride, mask):
-    """A tile [rows, columns] of a row-major matrix, zero where ``mask`` [rows] or the width end."""
-    pointers = ptr + rows[:, None] * stride + columns[None, :]
-    return tl.load(pointers, mask=mask[:, None] & (columns < stride)[None, :], other=0.0)
-
-
-@triton.jit
-def _normalised(z, D: tl.constexpr, DP: tl.constexpr, eps):
-    """z [BM, DP] with mean 0 and variance 1 over its D features, and the inverse deviation [BM]."""
-    z = z - (tl.sum(z, axis=1) / D)[:, None]
-    z = tl.where(tl.arange(0, DP)[None, :] < D, z, 0.0)
-    rstd = 1 / tl.sqrt_rn(tl.sum(z * z, axis=1) / D + eps)
-    return z * rstd[:, None], rstd
-
-
-@triton.jit
 def _gated(x, gate, out, norm_weight_ptr, norm_bias_ptr, eps, D: tl.constexpr, DP: tl.constexpr):
     """LayerNorm(x + σ(gate) ⊙ out): [BM, DP] in fp32."""
     columns = tl.arange(0, DP)
-    z, _ = _normalised(x.to(tl.float32) + tl.sigmoid(gate.to(tl.float32)) * out.to(tl.float32), D, DP, eps)
+    z, _ = normalised(x.to(tl.float32) + tl.sigmoid(gate.to(tl.float32)) * out.to(tl.float32), D, DP, eps)
     norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     norm_bias = tl.load(norm_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     return z * norm_weight[None, :] + norm_bias[None, :]
@@ -127,8 +112,8 @@ def hierarchical_sequence_fusion_fwd_kernel(
     scores = tl.zeros([BM, KP], tl.float32)
     for chunk in range(0, D, BK):
         features = chunk + tl.arange(0, BK)
-        x = _rows(x_ptr, start + t, features, D, valid)  # [BM, BK]
-        scale = _rows(scale_ptr, scales, features, D, scales < K)  # [KP, BK]
+        x = load_rows(x_ptr, start + t, features, D, valid)  # [BM, BK]
+        scale = load_rows(scale_ptr, scales, features, D, scales < K)  # [KP, BK]
         scores = tl.dot(x, tl.trans(scale), scores, input_precision=PRECISION)
     shares = _shares(scores / temperature, K, KP)
     band = _band(shares, t, t, WINDOWS, KP).to(dtype)  # [BM, BM]
@@ -139,8 +124,8 @@ def hierarchical_sequence_fusion_fwd_kernel(
         out = tl.zeros([BM, DP], tl.float32)
     for chunk in range(0, D, BK):
         features = chunk + tl.arange(0, BK)
-        x = _rows(x_ptr, start + t, features, D, valid)
-        x_before = _rows(x_ptr, start + before, features, D, (before >= 0) & (before < length))
+        x = load_rows(x_ptr, start + t, features, D, valid)
+        x_before = load_rows(x_ptr, start + before, features, D, (before >= 0) & (before < length))
         f = tl.dot(band_before, x_before, input_precision=PRECISION)
         f = tl.dot(band, x, f, input_precision=PRECISION).to(dtype)  # [BM, BK]
         if KEEP:
@@ -170,7 +155,7 @@ def hierarchical_sequence_fusion_fwd_kernel(
             branches = branches_ptr + rows[:, None] * D + columns[None, :]
             tl.store(branches, gate, mask=mask)
             tl.store(branches + plane, out, mask=mask)
-        x = _rows(x_ptr, rows, columns, D, valid)
+        x = load_rows(x_ptr, rows, columns, D, valid)
         y = _gated(x, gate, out, norm_weight_ptr, norm_bias_ptr, eps, D, DP)
         y = tl.where(valid[:, None], y, 0.0).to(dtype)
         tl.store(y_ptr + rows[:, None] * D + columns[None, :], y, mask=mask)
@@ -190,9 +175,9 @@ def hierarchical_sequence_fusion_fwd_gate_kernel(
     valid = t < length
     rows = start + t
     columns = tl.arange(0, DP)
-    x = _rows(x_ptr, rows, columns, D, valid)
-    gate = _rows(branches_ptr, rows, columns, D, valid)
-    out = _rows(branches_ptr + plane, rows, columns, D, valid)
+    x = load_rows(x_ptr, rows, columns, D, valid)
+    gate = load_rows(branches_ptr, rows, columns, D, valid)
+    out = load_rows(branches_ptr + plane, rows, columns, D, valid)
     y = tl.where(valid[:, None], _gated(x, gate, out, norm_weight_ptr, norm_bias_ptr, eps, D, DP), 0.0)
     mask = (t < rows_to_write(length, offsets, max_length))[:, None] & (columns < D)[None, :]
     tl.store(y_ptr + rows[:, None] * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -224,16 +209,14 @@ def hierarchical_sequence_fusion_bwd_gate_kernel(
         t = first + tl.arange(0, BM)
         rows, valid = start + t, t < length
         mask = (t < rows_to_write(length, offsets, max_length))[:, None] & (columns < D)[None, :]
-        dy = _rows(dy_ptr, rows, columns, D, valid).to(tl.float32)
-        x = _rows(x_ptr, rows, columns, D, valid).to(tl.float32)
-        gate = tl.sigmoid(_rows(branches_ptr, rows, columns, D, valid).to(tl.float32))
-        out = _rows(branches_ptr + plane, rows, columns, D, valid).to(tl.float32)
-        z, rstd = _normalised(x + gate * out, D, DP, eps)
+        dy = load_rows(dy_ptr, rows, columns, D, valid).to(tl.float32)
+        x = load_rows(x_ptr, rows, columns, D, valid).to(tl.float32)
+        gate = tl.sigmoid(load_rows(branches_ptr, rows, columns, D, valid).to(tl.float32))
+        out = load_rows(branches_ptr + plane, rows, columns, D, valid).to(tl.float32)
+        z, rstd = normalised(x + gate * out, D, DP, eps)
         dnorm_weight += tl.sum(dy * z, axis=0)
         dnorm_bias += tl.sum(dy, axis=0)
-        dz = dy * norm_weight[None, :]
-        dz -= (tl.sum(dz, axis=1) / D)[:, None] + z * (tl.sum(dz * z, axis=1) / D)[:, None]
-        dz = tl.where(valid[:, None] & (columns < D)[None, :], dz * rstd[:, None], 0.0)
+        dz = before_normalised(dy * norm_weight[None, :], z, rstd, D, DP)  # 0 at padded positions, as dy
         dgate = dz * out * gate * (1 - gate)
         dgate_bias += tl.sum(dgate, axis=0)
         dbranches = dbranches_ptr + rows[:, None] * (2 * D) + columns[None, :]
@@ -295,12 +278,12 @@ def hierarchical_sequence_fusion_bwd_band_kernel(
     gain_before = tl.zeros([BM, HALO], tl.float32)
     for chunk in range(0, D, BK):
         features = chunk + tl.arange(0, BK)
-        df = _rows(df_ptr, start + t, features, D, valid)
-        x = _rows(x_ptr, start + t, features, D, valid)
-        x_before = _rows(x_ptr, start + before, features, D, before_valid)
+        df = load_rows(df_ptr, start + t, features, D, valid)
+        x = load_rows(x_ptr, start + t, features, D, valid)
+        x_before = load_rows(x_ptr, start + before, features, D, before_valid)
         gain = tl.dot(df, tl.trans(x), gain, input_precision=PRECISION)
         gain_before = tl.dot(df, tl.trans(x_before), gain_before, input_precision=PRECISION)
-    shares = _rows(shares_ptr, start + t, scales, KP, valid)
+    shares = load_rows(shares_ptr, start + t, scales, KP, valid)
     dshares = tl.zeros([BM, KP], tl.float32)
     for k in tl.static_range(K):
         inside = (t[:, None] - t[None, :] >= 0) & (t[:, None] - t[None, :] < WINDOWS[k])
@@ -312,15 +295,15 @@ def hierarchical_sequence_fusion_bwd_band_kernel(
     dscores = dscores.to(dtype)
 
     band = tl.trans(_band(shares, t, t, WINDOWS, KP)).to(dtype)
-    shares_after = _rows(shares_ptr, start + after, scales, KP, after_valid)
+    shares_after = load_rows(shares_ptr, start + after, scales, KP, after_valid)
     band_after = tl.trans(_band(shares_after, after, t, WINDOWS, KP)).to(dtype)  # [BM, HALO]
     for chunk in range(0, D, BK):
         features = chunk + tl.arange(0, BK)
-        df = _rows(df_ptr, start + t, features, D, valid)
-        df_after = _rows(df_ptr, start + after, features, D, after_valid)
-        scale = _rows(scale_ptr, scales, features, D, scales < K)  # [KP, BK]
-        x = _rows(x_ptr, start + t, features, D, valid)
-        dx = _rows(dx_ptr, start + t, features, D, valid).to(tl.float32)
+        df = load_rows(df_ptr, start + t, features, D, valid)
+        df_after = load_rows(df_ptr, start + after, features, D, after_valid)
+        scale = load_rows(scale_ptr, scales, features, D, scales < K)  # [KP, BK]
+        x = load_rows(x_ptr, start + t, features, D, valid)
+        dx = load_rows(dx_ptr, start + t, features, D, valid).to(tl.float32)
         dx = tl.dot(band, df, dx, input_precision=PRECISION)
         dx = tl.dot(band_after, df_after, dx, input_precision=PRECISION)
         dx = tl.dot(dscores, scale, dx, input_precision=PRECISION)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neuroexapt.kernels.ragged_triton import ceil_div
+
 _ROWS = 128
 _COLUMNS = 32
 
@@ -26,6 +28,6 @@ def add_up(partials: Tensor, sums: Tensor) -> None:
     """``sums[...] = Σ_p partials[p, ...]``; ``partials``: [P, ...] in fp32, both contiguous."""
     size = sums.numel()
     with torch.cuda.device_of(sums):
-        add_up_kernel[-(-size // _COLUMNS),](
+        add_up_kernel[ceil_div(size, _COLUMNS),](
             partials, sums, len(partials), size, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4
         )

@@ -16,8 +16,8 @@ from neuroexapt.errors import UserError
 class Ragged:
     """The place of every sequence among the rows.
 
-    ``starts``, ``lengths``: [B] int32 on the rows' device; ``max_length``: what no length exceeds; ``rows``: how
-    many there are, padding included.
+    ``starts``, ``lengths``: [B] int32 on the rows' device; ``max_length``: what no length exceeds; ``rows``:
+    how many there are, those of padding included.
     """
 
     starts: Tensor
