@@ -59,8 +59,7 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
     config = run.config
     genotype = _genotype(run, new)
     run.check_space()
-    if RESNET in config.control_names and run.space.task is not CLASSIFICATION:
-        raise UserError(f"control {RESNET} is for pictures; leave it out for {run.data.kind}")
+    _check_task(run)
     runs = [run.with_seed(config.seed + number) for number in range(config.seeds)]
     first = _make_phase(run, PHASE, PHASE, genotype, config.epochs)
     if config.auxiliary:
@@ -90,6 +89,16 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
     }
     finish(run, result)
     return RunResult(genotype, trained[PHASE][0].network, curves, result, run.folder.path)
+
+
+def _check_task(run: OpenRun[EvaluateConfig]) -> None:
+    """Refuse what only classifiers can be trained by, or compared with."""
+    if run.space.task is CLASSIFICATION:
+        return
+    if RESNET in run.config.control_names:
+        raise UserError(f"control {RESNET} is for pictures; leave it out for {run.data.kind}")
+    if run.config.recipe != "published":
+        raise UserError(f"recipe {run.config.recipe} is for pictures; leave it out for {run.data.kind}")
 
 
 def _genotype(run: OpenRun[EvaluateConfig], new: bool) -> AnyGenotype:

@@ -26,7 +26,7 @@ class SequenceSpace(Space):
 
     Args:
         heads: of the attentions.
-        dropout: of the embedding and of every operation.
+        dropout: of the embedding, and of what every operation and the head add.
         times: whether HSTU's attention has a bias by time, where the data tells times.
         negatives: items drawn to train against; 0: the whole catalogue.
         positions: of a history, in the mean of a batch, that are trained at most; None: all. A number well

@@ -121,9 +121,10 @@ def test_pictures_and_histories_are_not_mixed_up(tmp_path: Path) -> None:
         search(**{**settings, "dataset": f"npz:{write_tiny_npz(tmp_path / 'tiny.npz')}"})
 
 
-def test_controls_for_pictures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="resnet18 is for pictures; leave it out for histories"):
-        evaluate(**tiny_settings(tmp_path, controls="random,resnet18", epochs=1))
+@pytest.mark.parametrize(("name", "value"), [("controls", "random,resnet18"), ("recipe", "fast")])
+def test_controls_and_recipes_for_pictures_are_refused(tmp_path: Path, name: str, value: str) -> None:
+    with pytest.raises(UserError, match="is for pictures; leave it out for histories"):
+        evaluate(**tiny_settings(tmp_path, **{name: value}))
 
 
 @pytest.mark.parametrize("space", ["seqrec", "seqrec-sampled"])
