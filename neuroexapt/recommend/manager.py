@@ -224,7 +224,7 @@ class TritonOperatorManager(nn.Module):
         """
         if num_iterations < 2:
             raise UserError(f"num_iterations must be at least 2, not {num_iterations}")
-        calls = self._sample_calls(dict(test_data or {}))
+        calls = self._sample_calls(test_data or {})
         was_training = self.training
         self.eval()
         try:
@@ -293,8 +293,10 @@ class TritonOperatorManager(nn.Module):
 
     def _size_for(self, x: Tensor) -> SequenceSize:
         """The size of the weights, whose width the first input decides where the configuration does not."""
-        if x.dim() != 3:
-            raise UserError(f"sequences are [B, N, D], not {[*x.shape]}")
+        if x.dim() != 3 or not x.is_floating_point():
+            raise UserError(
+                f"sequences are [B, N, D] of floating-point numbers, not {[*x.shape]} of {x.dtype}"
+            )
         if self.d_model is None:
             self._heads_of(x)
             self.d_model = x.shape[-1]
@@ -319,7 +321,7 @@ class TritonOperatorManager(nn.Module):
         if self.d_model is not None and self.d_model % self.num_heads:
             raise UserError(f"hstu: d_model {self.d_model} cannot be split among {self.num_heads} heads")
 
-    def _sample_calls(self, data: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
+    def _sample_calls(self, data: Mapping[str, Tensor]) -> dict[str, Callable[[], Any]]:
         """A call of every operator on ``data`` and what has to be made up beside it."""
         refuse_unknown(data, ("hidden_states", "attention_mask", "candidate_items", "features"), "test_data")
         x = data.get("hidden_states")

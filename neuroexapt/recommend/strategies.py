@@ -1,7 +1,9 @@
 """Ways to execute a recommender's scoring of the catalogue, and the choice between them by measurement."""
 
 import contextlib
+import functools
 import itertools
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,7 +46,10 @@ def eager(scorer: Scorer, samples: Sequence[Inputs]) -> Run:
 
 def compiled(scorer: Scorer, samples: Sequence[Inputs]) -> Run:
     """By ``torch.compile``, for all batch sizes."""
-    run = torch.compile(scorer, dynamic=True)
+    # Code is compiled once for all modules of a kind; a copy's has the kernels that are in force now.
+    code = Scorer.forward.__code__.replace()
+    forward = types.FunctionType(code, Scorer.forward.__globals__, argdefs=Scorer.forward.__defaults__)
+    run = functools.partial(torch.compile(forward, dynamic=True), scorer)
     for sample in samples:
         run(*sample)
     return run

@@ -1,8 +1,10 @@
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from neuroexapt.core.genotypes import RECOMMENDERS, CellGenotype, RecommenderGenotype
 from neuroexapt.errors import BackendUnavailableError, UserError
@@ -242,6 +244,33 @@ def test_the_kernels_that_a_strategy_runs_on_are_named_and_counted(kernel_on_cpu
     assert answer["optimizations_applied"] == ["triton:fused_attention_layernorm"]
     operator = controller.get_comprehensive_stats()["triton_stats"]["fused_attention_layernorm"]
     assert operator["implementations"] == {"triton": 3 * 2}  # two layers, the warm-up not counted
+
+
+class Decided(nn.Module):
+    """Scores that a decision is part of, taken as the dispatch's is."""
+
+    decision = 1.0
+
+    @staticmethod
+    @torch.compiler.assume_constant_result
+    def decide() -> float:
+        return Decided.decision
+
+    def forward(self, items: torch.Tensor, lengths: torch.Tensor, timestamps: None = None) -> torch.Tensor:
+        return items * Decided.decide()
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        return query
+
+
+def test_each_compiled_strategy_is_compiled_with_its_own_switches(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    sample = torch.ones(2, 3), torch.ones(2)
+    scores = []
+    for decision in (1.0, 2.0):
+        monkeypatch.setattr(Decided, "decision", decision)
+        scores.append(strategies.compiled(strategies.Scorer(Decided()), [sample])(*sample)[0, 0].item())
+    assert scores == [1, 2]
 
 
 def test_what_failed_gets_another_try_when_asked_to(monkeypatch):

@@ -126,8 +126,12 @@ def test_inputs_that_do_not_fit_are_refused(x):
     manager = make_manager(hstu={"d_model": D, "num_heads": 2})
     with pytest.raises(UserError, match="the operators have d_model 8, the input has 6 features"):
         manager.apply_hierarchical_sequence_fusion(x[..., :6])
-    with pytest.raises(UserError, match=r"sequences are \[B, N, D\], not \[5, 8\]"):
+    with pytest.raises(UserError, match=r"sequences are \[B, N, D\] of floating-point numbers, not \[5, 8\]"):
         manager.apply_hierarchical_sequence_fusion(x[0])
+    with pytest.raises(UserError, match=r"not \[3, 5, 8\] of torch.int64"):
+        manager.apply_fused_attention_layernorm(x.long())
+    with pytest.raises(UserError, match="test_data must be a mapping"):
+        manager.benchmark_all_operators([x])
     with pytest.raises(UserError, match=r"attention_mask must be \[3, 5\]"):
         manager.apply_hierarchical_sequence_fusion(x, torch.ones(B, N + 1))
     with pytest.raises(UserError, match="9 features cannot be split among 2 heads"):

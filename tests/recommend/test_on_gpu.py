@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from neuroexapt.backend import use_backend
+from neuroexapt.backend import registry, use_backend
+from neuroexapt.backend.candidates import implements
+from neuroexapt.backend.registry import Support
+from neuroexapt.core.genotypes import RECOMMENDERS
 from neuroexapt.recommend import create_integrated_controller, create_triton_operator_manager
 from neuroexapt.recommend.config import OPERATORS
+from neuroexapt.recommend.model import SequenceRecommender
+from neuroexapt.spaces.seqrec import SEQREC
 from tests.recommend.tiny import TinyRecommender
 
 pytestmark = pytest.mark.gpu
@@ -50,6 +55,27 @@ def test_strategies_agree(strategy):
         assert [entry["score"] for entry in ours["recommendations"]] == pytest.approx(
             [entry["score"] for entry in theirs["recommendations"]], abs=1e-2
         )
+
+
+@pytest.mark.parametrize("strategy", ["eager", "captured", "compiled"])
+def test_an_operator_whose_kernel_fails_takes_no_strategy_with_it(strategy, monkeypatch):
+    def failing(*args, **kwargs):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", dict(registry.IMPLEMENTATIONS))
+    assert implements("fused_attention_layernorm", "triton")
+    registry.register_impl("fused_attention_layernorm", "triton", failing, lambda *_, **__: Support(True))
+    sizes = {"num_items": 30, "max_length": 6, "has_times": False, "channels": 32, "layers": 2}
+    model = SequenceRecommender(SEQREC.network(RECOMMENDERS["SASRec"], **sizes))
+    serving = {"strategies": [strategy], "max_batch_size": 2}
+    controller = create_integrated_controller({"model": model, "device": "cuda", "serving": serving})
+    with use_backend("cuda:triton"):  # whether or not its kernels pay off at this size
+        answer = controller.infer_with_optimal_strategy("ada", [1, 2, 3], strategy=strategy)
+    assert (answer["inference_strategy"], len(answer["recommendations"])) == (strategy, 10)
+    stats = controller.get_comprehensive_stats()
+    assert stats["unavailable_strategies"] == {}
+    fallbacks = stats["triton_stats"]["fused_attention_layernorm"]["fallbacks"]
+    assert fallbacks == {"RuntimeError: no such instruction": 1}
 
 
 def test_onnx_runtime_says_why_it_stays_on_the_cpu():
