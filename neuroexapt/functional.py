@@ -3,8 +3,9 @@
 This is the only module that asks the backend what runs; ``neuroexapt.backend.dispatch_report`` tells
 what did. Every implementation computes what ``neuroexapt.kernels.reference`` defines. All ops take
 fp32, fp16 and bf16 (and, in plain PyTorch, fp64), any memory format and any strides; results follow
-the first operand's dtype and memory format. Under autocast operands keep their dtype; weights and
-logits are best left in fp32. The GPU kernels sum in fp32 and can be differentiated once.
+the first operand's dtype and memory format. Under autocast operands keep their dtype unless the op
+says otherwise; weights and logits are best left in fp32. The GPU kernels sum in fp32 and can be
+differentiated once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.dispatch import dispatch, explain
 from neuroexapt.errors import UserError
+from neuroexapt.kernels.autocast import autocast_dtype
 from neuroexapt.kernels.fused_attention_layernorm import check as _check_attention
 from neuroexapt.kernels.hierarchical_sequence_fusion import check as _check_fusion
 
@@ -69,7 +71,7 @@ def sepconv(
         pointwise_weight: [C_out, C, 1, 1].
 
     Returns:
-        [B, C_out, ⌈H / stride⌉, ⌈W / stride⌉].
+        [B, C_out, ⌈H / stride⌉, ⌈W / stride⌉]; where autocast is enabled, all are cast to its dtype.
 
     Source: Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions", 2017.
     """
@@ -421,8 +423,7 @@ def _plan_for(x: Tensor, plan: CellPlan) -> CellPlan:
 
 def _in_one_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """All of them in autocast's dtype where it is enabled, else in x's."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = autocast_dtype(x.device) or x.dtype
     return tuple(tensor.to(dtype) for tensor in (x, *weights))
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuroexapt.errors import UserError
+from neuroexapt.kernels.autocast import keeping_dtypes
 from neuroexapt.kernels.ragged import Ragged, checked_length, is_valid, ragged, to_jagged, to_padded
 
 # The width of a time bucket in ln|Δt|, which is HSTU's: buckets grow by a third from each to the next.
@@ -18,6 +19,7 @@ BUCKET_WIDTH = 0.301
 _LARGEST_BUCKET_START = 2.0**62
 
 
+@keeping_dtypes
 def hstu_hierarchical_attention(
     query: Tensor,
     key: Tensor,

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from neuroexapt.errors import UserError
+from neuroexapt.kernels.autocast import keeping_dtypes
 
 
+@keeping_dtypes
 def interaction_operator(dense: Tensor, fields: Tensor | None = None) -> Tensor:
     """``R = [x ; tril(T Tᵀ, −1)]`` with ``T = [x; e_1 … e_F]``; see ``neuroexapt.functional``."""
     check_shapes(dense, fields)

@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 
 from neuroexapt.backend import Support
 from neuroexapt.errors import UserError
+from neuroexapt.kernels.autocast import autocast_dtype
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 
 KERNEL_SIZES = (3, 5, 7)
@@ -153,7 +154,7 @@ def supports_if(takes: Callable[[Call, set[torch.dtype]], Support]) -> Callable[
     def supports(*tensors: Any, stride: int = 1, dilation: int = 1, relu: bool = True) -> Support:
         if any(tensor.device != tensors[0].device for tensor in tensors):
             return Support(False, "operands on several devices")
-        dtype = _autocast_dtype(tensors[0].device.type)
+        dtype = autocast_dtype(tensors[0].device)
         dtypes = {tensor.dtype for tensor in tensors} if dtype is None else {dtype}
         return takes(Call._make((*tensors, stride, dilation, relu)), dtypes)
 
@@ -183,13 +184,9 @@ def checked(
             f"got {list(pointwise_weight.shape)}"
         )
     tensors = x, depthwise_weight, pointwise_weight
-    dtype = _autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device)
     if dtype is not None:
         return tuple(tensor.to(dtype) for tensor in tensors)
     if any(tensor.dtype != x.dtype for tensor in tensors):
         raise UserError(f"x is {x.dtype}, so both weights must be; cast them or use torch.autocast")
     return tensors
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

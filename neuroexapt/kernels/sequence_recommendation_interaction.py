@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from neuroexapt.errors import UserError
+from neuroexapt.kernels.autocast import keeping_dtypes
 from neuroexapt.kernels.ragged import (
     Ragged,
     check_features,
@@ -21,6 +22,7 @@ from neuroexapt.kernels.ragged import (
 EPSILON = 1e-6
 
 
+@keeping_dtypes
 def sequence_recommendation_interaction(
     items: Tensor,
     target: Tensor,
