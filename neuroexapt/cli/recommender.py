@@ -36,7 +36,8 @@ def serve_recommender(
         raise UserError(f"{error}; serving needs pip install 'neuroexapt[serve]'") from error
 
     torch.set_num_threads(threads)
-    serving = {"strategies": strategies.split(","), "max_batch_size": max_batch}
+    names = [name.strip() for name in strategies.split(",")]
+    serving = {"strategies": names, "max_batch_size": max_batch}
     controller = create_integrated_controller({"model": model, "device": device, "serving": serving})
     limits = Limits(
         history=max_history,

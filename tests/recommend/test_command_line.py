@@ -29,7 +29,7 @@ def model(tmp_path_factory) -> Path:
 def server(model):
     """A server of ``model`` and its address."""
     command = [sys.executable, "-m", "neuroexapt", "serve-recommender", str(model), "--port=0"]
-    options = ["--device=cpu", "--strategies=eager", "--max-batch=2"]
+    options = ["--device=cpu", "--strategies=eager, captured", "--max-batch=2"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process, process.stdout.readline().split()[-1]
