@@ -1,6 +1,7 @@
 """What a finished run gives back, in Python and in its folder."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,12 @@ def finish(run: OpenRun[Any], result: dict[str, Any]) -> None:
     report = write_report(run.folder.path)
     scratch = result.get("scratch_test_accuracy")
     compared = f" (from scratch {scratch:.2%})" if scratch is not None else ""
+    others = [name for name in run.space.task.figures if name != "accuracy"]
     for name, control in result.get("controls", {}).items():
-        run.session.progress.say(f"{name}: {_outcome(control)}, {control['parameters']:,} parameters")
+        shown = f"{_outcome(control)}{_shares(control, others)}"
+        run.session.progress.say(f"{name}: {shown}, {control['parameters']:,} parameters")
     run.session.progress.say(
-        f"{_outcome(result)}{compared}, {result['parameters']:,} parameters, "
+        f"{_outcome(result)}{compared}{_shares(result, others)}, {result['parameters']:,} parameters, "
         f"{result['seconds']:.0f} s; report: {report}"
     )
 
@@ -58,3 +61,7 @@ def _outcome(result: dict[str, Any]) -> str:
     mean, deviation = result["test_accuracy"], result.get("test_accuracy_deviation")
     spread = "" if deviation is None else f" ± {deviation:.2%} over {len(result['test_accuracies'])} seeds"
     return f"test accuracy {mean:.2%}{spread}"
+
+
+def _shares(result: dict[str, Any], figures: Sequence[str]) -> str:
+    return "".join(f", {name} {result[f'test_{name}']:.2%}" for name in figures)

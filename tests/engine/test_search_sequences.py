@@ -113,6 +113,12 @@ def test_training_learns_and_keeps_the_epoch_that_validates_best(tmp_path: Path)
     assert found.result["test_accuracy"] > 0.75  # ten of twenty by chance
 
 
+def test_the_last_line_tells_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = evaluate(**tiny_settings(tmp_path, genotype="HSTU", epochs=1, quiet=False)).result
+    figures = f"test accuracy {result['test_accuracy']:.2%}, ndcg {result['test_ndcg']:.2%}, "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(figures)
+
+
 def test_pictures_and_histories_are_not_mixed_up(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path)
     with pytest.raises(UserError, match=r"holds histories, .* is for pictures; choose --space seqrec"):
