@@ -338,7 +338,7 @@ def _differentiate(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward_op(do, *ctx.saved_tensors, ctx.max_length), None, None, None
 
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? offsets, int max_length"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? offsets, SymInt max_length"
 _op = define(f"causal_attention_triton({_INPUTS}) -> (Tensor, Tensor)", _forward, _empty_results)
 _backward_op = define(
     f"causal_attention_triton_backward(Tensor do, Tensor o, Tensor lse, {_INPUTS}) "

@@ -23,6 +23,7 @@ Why it is built this way:
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -349,7 +350,7 @@ def _padded_count(windows: Sequence[int]) -> int:
 
 def _empty_results(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, windows, _, _, keep = arguments
-    rows, width = x.shape[:-1].numel() if keep else 0, x.shape[-1]
+    rows, width = math.prod(x.shape[:-1]) if keep else 0, x.shape[-1]
     inputs, branches = x.new_empty(rows, 2 * width), x.new_empty(2, rows, width)
     shares = x.new_empty(rows, _padded_count(windows), dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), inputs, branches, shares
@@ -401,7 +402,7 @@ def _forward(
 
 def _empty_gradients(dy: Tensor, x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     *_, windows, _, _ = arguments
-    rows, width = x.shape[:-1].numel(), x.shape[-1]
+    rows, width = math.prod(x.shape[:-1]), x.shape[-1]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, x.new_empty(rows, 2 * width), x.new_empty(3 + len(windows), width)
 
@@ -474,7 +475,7 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, *[None] * 7
 
 
-_PLACE = "Tensor? lengths, Tensor? offsets, int max_length"
+_PLACE = "Tensor? lengths, Tensor? offsets, SymInt max_length"
 _OPTIONS = "int[] windows, float temperature, float eps"
 _op = define(
     "hierarchical_sequence_fusion_triton(Tensor x, Tensor scale_weight, Tensor gate_weight, "

@@ -751,7 +751,7 @@ def _fake_backward(_dy: Tensor, needed: list[bool], *arguments) -> list[Tensor]:
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? position_bias, Tensor? time_bias, "
-    "Tensor? bucket_starts, Tensor? timestamps, Tensor? lengths, Tensor? offsets, int max_length, "
+    "Tensor? bucket_starts, Tensor? timestamps, Tensor? lengths, Tensor? offsets, SymInt max_length, "
     "int[] windows, float scale"
 )
 _op = define(
