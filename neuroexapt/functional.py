@@ -155,7 +155,7 @@ def hstu_hierarchical_attention(
             the query's own among them. The heads are split evenly among levels, in order.
         scale: 1 / √d by default.
         lengths: [B], of padded input, valid positions first; None: all full. What lies behind is never read.
-        offsets: [B + 1], where each sequence of jagged input starts and the last one ends.
+        offsets: [B + 1], from 0 to T: where each sequence of jagged input starts and the last one ends.
         max_length: of jagged input, what no sequence exceeds.
 
     Returns:
@@ -217,7 +217,7 @@ def fused_attention_layernorm(
             0 outside of training. Implementations draw different masks.
         eps: added to LayerNorm's variance.
         lengths: [B], of padded input, valid items first; None: all full. What lies behind is never read.
-        offsets: [B + 1], where each sequence of jagged input starts and the last one ends.
+        offsets: [B + 1], from 0 to T: where each sequence of jagged input starts and the last one ends.
         max_length: of jagged input, what no sequence exceeds.
 
     Returns:
@@ -225,7 +225,7 @@ def fused_attention_layernorm(
         dtype; where autocast is enabled, all are cast to its dtype.
 
     Raises:
-        UserError: shapes do not fit together, or ``dropout`` is no probability below 1.
+        UserError: shapes do not fit together, x holds integers, or ``dropout`` is no probability below 1.
 
     Source: Kang and McAuley, "Self-Attentive Sequential Recommendation", 2018.
     """
@@ -279,7 +279,7 @@ def hierarchical_sequence_fusion(
         temperature: τ > 0.
         eps: added to LayerNorm's variance.
         lengths: [B], of padded input, valid items first; None: all full. What lies behind is never read.
-        offsets: [B + 1], where each sequence of jagged input starts and the last one ends.
+        offsets: [B + 1], from 0 to T: where each sequence of jagged input starts and the last one ends.
         max_length: of jagged input, what no sequence exceeds.
 
     Returns:
@@ -287,7 +287,8 @@ def hierarchical_sequence_fusion(
         where autocast is enabled, x and weights are cast to its dtype.
 
     Raises:
-        UserError: shapes do not fit together, a window is empty, or the temperature is not above 0.
+        UserError: shapes do not fit together, x holds integers, a window is empty, or the temperature is
+            not above 0.
 
     Source: windows of several lengths after Tang and Wang, "Caser", 2018; gating after Ma et al.,
     "Hierarchical Gating Networks for Sequential Recommendation", 2019.
@@ -337,14 +338,14 @@ def sequence_recommendation_interaction(
             are exact. None: τ_t = t.
         window: W, at least 1.
         lengths: [B], of padded input, valid items first; None: all full. What lies behind is never read.
-        offsets: [B + 1], where each sequence of jagged input starts and the last one ends.
+        offsets: [B + 1], from 0 to T: where each sequence of jagged input starts and the last one ends.
         max_length: of jagged input, what no sequence exceeds.
 
     Returns:
         The pools [B, 3, D], in the order above, and the similarity [B, N] or [T], 0 at padded positions.
 
     Raises:
-        UserError: shapes do not fit together, or the window is empty.
+        UserError: shapes do not fit together, items are integers, or the window is empty.
 
     Source: attention after Zhou et al., "Deep Interest Network", 2018, whose activation unit is a small
     network and not normalised; short-term memory after Liu et al., "STAMP", 2018, which has the last item
