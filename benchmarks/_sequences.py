@@ -23,7 +23,7 @@ from _harness import (
 )
 from torch import Tensor
 
-from neuroexapt.kernels.ragged import Ragged, is_valid, to_padded
+from neuroexapt.kernels.ragged import Ragged, to_jagged, to_padded
 
 Op = Callable[..., Any]  # which gives a tensor or several
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -44,13 +44,12 @@ class Comparison:
 class Sequences:
     """Jagged sequences up to ``length`` long, half as long in the mean, and how plain PyTorch runs them."""
 
-    def __init__(self, batch: int, length: int) -> None:
-        self.lengths = torch.linspace(1, length, batch, device="cuda").round().long()
+    def __init__(self, batch: int, length: int, device: str = "cuda") -> None:
+        self.lengths = torch.linspace(1, length, batch, device=device).round().long()
         offsets = F.pad(self.lengths.cumsum(0), (1, 0))
+        self.rows = int(offsets[-1])
         self.jagged = {"offsets": offsets, "max_length": length}
-        self.layout = Ragged(offsets[:-1], self.lengths, length)
-        self.places = is_valid(self.layout, length).flatten().nonzero()[:, 0]
-        self.rows = len(self.places)
+        self.layout = Ragged(offsets[:-1], self.lengths, length, self.rows)
 
     def padded(self, op: Op, operands: int) -> Op:
         """``op`` of jagged tensors, the first ``operands`` of its inputs, by way of padded ones."""
@@ -58,7 +57,7 @@ class Sequences:
         def run(*inputs: Tensor) -> Tensor:
             sequences = [to_padded(x, self.layout) for x in inputs[:operands]]
             y = op(*sequences, *inputs[operands:], lengths=self.lengths)
-            return y.flatten(0, 1)[self.places]
+            return to_jagged(y, self.layout)
 
         return run
 

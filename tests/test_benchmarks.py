@@ -20,6 +20,7 @@ import search_fidelity
 import search_step
 from _harness import Spread, Work
 from _search import NETWORKS, Network
+from _sequences import Sequences
 
 BENCHMARKS = Path(search_step.__file__).parent
 
@@ -234,6 +235,22 @@ def test_train_step_times_a_derived_network_in_every_way(tmp_path):
     assert len(times) == 6 * 2
     assert all(line["median"] > 0 for line in times.values())
     assert times["eager", "float32"]["max_error"] == 0 < times["eager", "bfloat16"]["max_error"]
+
+
+def test_plain_pytorch_runs_jagged_sequences_by_way_of_padded_ones():
+    """Each of its own length, and rows of padding see nothing of others."""
+
+    def sums_so_far(x, scale, lengths):
+        valid = torch.arange(x.shape[1]) < lengths[:, None]
+        return (scale * x * valid[..., None]).cumsum(1)
+
+    sequences = Sequences(3, 7, "cpu")
+    assert sequences.lengths.tolist() == [1, 4, 7]
+    x, scale = torch.randn(12, 2, dtype=torch.float64, requires_grad=True), torch.tensor(2.0)
+    y = sequences.padded(sums_so_far, 1)(x, scale)
+    expected = torch.cat([2 * part.cumsum(0) for part in x.split([1, 4, 7])])
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(z.square().sum(), x) for z in (y, expected)))
 
 
 def test_noise_has_the_form_of_cifar10(tmp_path):
