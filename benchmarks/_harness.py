@@ -7,6 +7,7 @@ holds no launch overhead and no cache luck; ``step_ms`` is the wall time of eage
 
 import argparse
 import datetime
+import gc
 import itertools
 import json
 import math
@@ -143,6 +144,7 @@ def device_work(call: Callable[[], Any]) -> list[Work]:
 
 def peak_bytes(call: Callable[[], Any]) -> int:
     """The most memory that one call takes beyond what was allocated before it."""
+    gc.collect()  # else what is freed during the call would count as room for it
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

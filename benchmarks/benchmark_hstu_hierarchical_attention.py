@@ -15,7 +15,6 @@ package is installed, from N = 1,024 on, since it tunes itself for minutes.
 """
 
 import functools
-import gc
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -216,7 +215,6 @@ def measure(implementation: Implementation, case: Case) -> dict[tuple[str, str],
     sets = [implementation.inputs(case) for _ in range(sets_beyond_l2(case.bytes()))]
     calls = [functools.partial(implementation.gradients, *inputs) for inputs in sets]
     calls[0]()
-    gc.collect()  # else what is freed during the call would count as room for it
     return {
         ("peak_bytes", "bytes"): Spread.exactly(peak_bytes(calls[0])),
         ("device_ms", "ms"): device_ms(calls),
