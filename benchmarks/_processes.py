@@ -42,9 +42,9 @@ class Run:
         else:
             yield from (f"--out={self.folder}", "--overwrite", *self.options)
 
-    def carry_out(self, gpu: int | None, deadline: float) -> float | None:
-        """Seconds that it took; None if the deadline came first."""
-        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible_gpu(gpu)}
+    def carry_out(self, gpu: str | None, deadline: float) -> float | None:
+        """Seconds that it took; None if the deadline came first. ``gpu`` is one of ``visible_gpus``."""
+        environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         start, command = time.monotonic(), list(self.command())
         with open(self.folder.with_suffix(".log"), "a") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -58,10 +58,10 @@ class Run:
         return time.monotonic() - start
 
 
-def visible_gpu(number: int) -> str:
-    """What a process has to see to have the GPU of this number among those that this one sees."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[number] if visible else str(number)
+def visible_gpus() -> list[str]:
+    """What a process has to see, as CUDA_VISIBLE_DEVICES, to have each of the GPUs that this one sees."""
+    count, chosen = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (chosen.split(",") if chosen else [str(number) for number in range(count)])[:count]
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -85,10 +85,10 @@ def carry_out_all(
         waiting.put(run)
     seconds: dict[Run, float | None] = dict.fromkeys(runs)
     failures: list[SystemExit] = []
-    gpus = torch.cuda.device_count()
+    gpus = visible_gpus()
 
     def work(worker: int) -> None:
-        gpu = worker % gpus if gpus else None
+        gpu = gpus[worker % len(gpus)] if gpus else None
         while not failures and time.monotonic() < deadline:
             try:
                 run = waiting.get_nowait()

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from _harness import Results, Spread, open_results, results_parser
+from _processes import visible_gpus
 
 from neuroexapt import evaluate, search
 from neuroexapt.backend.candidates import without_kernels
@@ -182,7 +183,7 @@ class Pool:
     def __init__(self, jobs: int, without: Sequence[str]) -> None:
         context = multiprocessing.get_context("spawn")
         gpus = context.Queue()
-        visible = visible_gpus()
+        visible = visible_gpus() or [""]
         for job in range(jobs):
             gpus.put(visible[job % len(visible)])
         self._executor = (
@@ -218,12 +219,6 @@ class Pool:
         return self._executor.map(run, tasks) if self._executor else map(run, tasks)
 
 
-def visible_gpus() -> list[str]:
-    """Their names for CUDA; one where there are none. Not to be asked in a process that uses but one."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return chosen.split(",") if chosen else [str(n) for n in range(max(1, torch.cuda.device_count()))]
-
-
 def _prepare(gpus: Any, without: Sequence[str]) -> None:
     """Give a process a GPU of its own before CUDA starts in it, and its kernels."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
@@ -237,9 +232,8 @@ def record(results: Results, case: str, found: dict[str, list[dict[str, Any]]], 
             values = [run[key] for run in runs]
             spread = vars(Spread.of(values) if len(values) > 1 else Spread.exactly(values[0]))
             figures = {"unit": unit, "mean": statistics.fmean(values), "values": values, **spread}
-            results.record(
-                case, name, "tf32", metric, **figures, trainings_per_device=jobs / len(visible_gpus())
-            )
+            share = jobs / max(1, len(visible_gpus()))
+            results.record(case, name, "tf32", metric, **figures, trainings_per_device=share)
         genotypes = [run["genotype"] for run in runs]
         results.record(case, name, "tf32", "genotypes", values=genotypes)
         means = (statistics.fmean(run[key] for run in runs) for key, _ in FIGURES.values())
