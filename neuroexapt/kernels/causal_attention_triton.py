@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from neuroexapt.kernels.ragged_triton import (
-    ceil_div,
     input_precision,
     place_of,
     rows_to_write,
@@ -27,6 +26,7 @@ from neuroexapt.kernels.ragged_triton import (
     sequence_span,
 )
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
+from neuroexapt.kernels.sizes import ceil_div
 
 _LOG2_E = 1.4426950408889634
 # By kernel and bytes an element, for heads of up to so many features: queries and keys a block, warps, stages

@@ -31,9 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.causal_attention_triton import causal_attention
 from neuroexapt.kernels.partial_sums_triton import add_up
-from neuroexapt.kernels.ragged_triton import ceil_div, input_precision, place_of
+from neuroexapt.kernels.ragged_triton import input_precision, place_of
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 from neuroexapt.kernels.rows_triton import before_normalised, load_rows, normalised
+from neuroexapt.kernels.sizes import ceil_div
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 2048

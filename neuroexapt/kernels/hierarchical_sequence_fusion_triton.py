@@ -34,7 +34,6 @@ from torch import Tensor
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.partial_sums_triton import add_up
 from neuroexapt.kernels.ragged_triton import (
-    ceil_div,
     input_precision,
     place_of,
     rows_to_write,
@@ -43,6 +42,7 @@ from neuroexapt.kernels.ragged_triton import (
 )
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 from neuroexapt.kernels.rows_triton import before_normalised, load_rows, normalised
+from neuroexapt.kernels.sizes import ceil_div
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WINDOW = 129

@@ -35,7 +35,6 @@ from torch import Tensor
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels import hstu_hierarchical_attention as definition
 from neuroexapt.kernels.ragged_triton import (
-    ceil_div,
     input_precision,
     place_of,
     rows_to_write,
@@ -43,6 +42,7 @@ from neuroexapt.kernels.ragged_triton import (
     sequence_span,
 )
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
+from neuroexapt.kernels.sizes import ceil_div, power_of_two
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_HEAD = 256
@@ -607,7 +607,7 @@ def _blocks(kernel: str, call: Call) -> Blocks:
         width = min(2 * width, _LARGEST_HEAD)
     table = _BLOCKS[kernel][call.query.element_size()]
     blocks = next(blocks for largest, blocks in table if width <= largest)
-    enough = max(16, _power_of_two(call.max_length))
+    enough = max(16, power_of_two(call.max_length))
     return blocks._replace(queries=min(blocks.queries, enough), keys=min(blocks.keys, enough))
 
 
@@ -646,8 +646,8 @@ def _constants(call: Call, blocks: Blocks) -> dict[str, Any]:
         "LOCAL": any(call.windows),
         "BLOCK_M": blocks.queries,
         "BLOCK_N": blocks.keys,
-        "BLOCK_D": max(16, _power_of_two(width)),
-        "BLOCK_DV": max(16, _power_of_two(value_width)),
+        "BLOCK_D": max(16, power_of_two(width)),
+        "BLOCK_DV": max(16, power_of_two(value_width)),
         "FAST": call.query.dtype == torch.bfloat16,
         "PRECISION": _precision(max(width, value_width)),
         "num_warps": blocks.num_warps,
@@ -716,7 +716,7 @@ def _backward_of_tables(call: Call, inputs: list, dposition: Tensor, dtime: Tens
     )
     hstu_bwd_bias_kernel[splits, diagonals](
         *inputs, position_partial, time_partial, *_sources(call), call.sequences,
-        BLOCK_K=_power_of_two(max(buckets, 1)), **_constants(call, blocks),
+        BLOCK_K=power_of_two(max(buckets, 1)), **_constants(call, blocks),
     )  # fmt: skip
     programs = sum(ceil_div(grad.numel(), _REDUCE["BLOCK"]) for grad in (dposition, dtime))
     centre = dposition.numel() // 2
@@ -818,11 +818,6 @@ def supports(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Sup
     if max(query.shape[-1], value.shape[-1]) > _LARGEST_HEAD:
         return Support(False, f"heads wider than {_LARGEST_HEAD}")
     return Support(True)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest that is at least n; ``triton.next_power_of_2`` takes microseconds outside of kernels."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 register_impl("hstu_hierarchical_attention", "triton", hstu_hierarchical_attention, supports)

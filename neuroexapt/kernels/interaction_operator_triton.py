@@ -24,8 +24,9 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.interaction_operator import check_shapes
-from neuroexapt.kernels.ragged_triton import ceil_div, input_precision
+from neuroexapt.kernels.ragged_triton import input_precision
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
+from neuroexapt.kernels.sizes import ceil_div
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_VECTORS = 128  # whose products, 128 x 128 in fp32, still fit in the registers of a program

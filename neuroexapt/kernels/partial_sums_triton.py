@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neuroexapt.kernels.ragged_triton import ceil_div
+from neuroexapt.kernels.sizes import ceil_div
 
 _ROWS = 128
 _COLUMNS = 32

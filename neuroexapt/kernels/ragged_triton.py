@@ -50,8 +50,3 @@ def sequence_count(x: Tensor, offsets: Tensor | None) -> int:
 def input_precision() -> str:
     """Of fp32 products: one TF32 product where PyTorch's matrix products may be, else three (fp32 grade)."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
-def ceil_div(a: int, b: int) -> int:
-    """``triton.cdiv``, which takes 5 µs outside of kernels."""
-    return -(-a // b)

@@ -37,6 +37,7 @@ from torch import Tensor
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels import sepconv as shared
 from neuroexapt.kernels.registration import define
+from neuroexapt.kernels.sizes import ceil_div
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _REDUCE = {"BLOCK_S": 128, "BLOCK": 8}
@@ -359,7 +360,7 @@ def _backward(call: shared.Call, dy: Tensor, grads: shared.Grads, needed: list[b
             )  # fmt: skip
         sizes = pointwise_grad.numel(), depthwise_grad.numel()
         if any(sizes):
-            sepconv_bwd_reduce_kernel[sum(_ceil_div(size, _REDUCE["BLOCK"]) for size in sizes),](
+            sepconv_bwd_reduce_kernel[sum(ceil_div(size, _REDUCE["BLOCK"]) for size in sizes),](
                 pw_partial, pointwise_grad, pw_splits, dw_partial, depthwise_grad, dw_splits,
                 PW_SIZE=sizes[0], DW_SIZE=sizes[1], **_REDUCE,
             )  # fmt: skip
@@ -373,7 +374,7 @@ def _forward_with_stats(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     stats = y.new_empty(tiles, 2, out_channels, dtype=torch.float32)
     _forward(call, y, stats)
     with torch.cuda.device_of(y):
-        sepconv_stats_kernel[_ceil_div(out_channels, 16),](
+        sepconv_stats_kernel[ceil_div(out_channels, 16),](
             stats, mean, var, pixels, tiles, C_OUT=out_channels, TILE_PIXELS=blocks["BLOCK_P"],
             BLOCK_T=128, BLOCK_O=16,
         )  # fmt: skip
@@ -431,11 +432,6 @@ def _pixels(shape: torch.Size) -> int:
     return shape[0] * shape[2] * shape[3]
 
 
-def _ceil_div(a: int, b: int) -> int:
-    """``triton.cdiv``, which takes 5 µs outside of kernels."""
-    return -(-a // b)
-
-
 def _precision() -> str:
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return "tf32" if convolutions.fp32_precision == "tf32" else "tf32x3"
@@ -451,7 +447,7 @@ def _forward_plan(y: torch.Size, channels: int) -> tuple[tuple[int, int], dict[s
         "num_warps": 4,
         "num_stages": 1,
     }
-    return (_ceil_div(_pixels(y), blocks["BLOCK_P"]), _ceil_div(y[1], blocks["BLOCK_O"])), blocks
+    return (ceil_div(_pixels(y), blocks["BLOCK_P"]), ceil_div(y[1], blocks["BLOCK_O"])), blocks
 
 
 @functools.cache
@@ -467,8 +463,8 @@ def _backward_pointwise_plan(
         "num_warps": 2 if block_o <= 32 else 4,
         "num_stages": 1,
     }
-    c_blocks, o_blocks = _ceil_div(channels, blocks["BLOCK_C"]), _ceil_div(dy[1], block_o)
-    splits = _splits(_ceil_div(_pixels(dy), blocks["BLOCK_P"]), c_blocks * o_blocks)
+    c_blocks, o_blocks = ceil_div(channels, blocks["BLOCK_C"]), ceil_div(dy[1], block_o)
+    splits = _splits(ceil_div(_pixels(dy), blocks["BLOCK_P"]), c_blocks * o_blocks)
     return splits, (splits, c_blocks, o_blocks), blocks
 
 
@@ -477,7 +473,7 @@ def _backward_depthwise_plan(x: torch.Size, kernel_size: int) -> tuple[int, tupl
     """Number of splits, grid and blocks."""
     num_warps = 4
     block_p = 32 * num_warps
-    splits = _splits(_ceil_div(_pixels(x), block_p), x[1])
+    splits = _splits(ceil_div(_pixels(x), block_p), x[1])
     blocks = {"TAPS": triton.next_power_of_2(kernel_size**2), "BLOCK_P": block_p, "num_warps": num_warps}
     return splits, (x[1], splits), blocks
 

@@ -33,7 +33,6 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.ragged_triton import (
-    ceil_div,
     input_precision,
     place_of,
     rows_to_write,
@@ -41,6 +40,7 @@ from neuroexapt.kernels.ragged_triton import (
 )
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 from neuroexapt.kernels.sequence_recommendation_interaction import EPSILON, check_arguments
+from neuroexapt.kernels.sizes import ceil_div
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK_LENGTH = 64
