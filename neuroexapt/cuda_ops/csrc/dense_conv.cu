@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "arithmetic.cuh"
 #include "async_copy.cuh"
 #include "launch.cuh"
 #include "storage.cuh"
@@ -23,34 +24,23 @@
 namespace dense_conv {
 namespace {
 
+using arithmetic::ceil_div;
+using arithmetic::relu;
 using async_copies::copy4_async;
 using async_copies::copy_async;
 using async_copies::wait_for_copies;
+using launching::kMultiprocessors;
 using launching::launch;
+using storage::input;
 using storage::load2;
 using storage::load4;
+using storage::output;
 using storage::store2;
 using storage::store4;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::sum_over_quad;
 using tiles::pad_to_bank;
-
-constexpr int kMultiprocessors = 132;  // that launches are cut for
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-template <typename T = float>
-__device__ const T* input(Address address) {
-  return reinterpret_cast<const T*>(address);
-}
-
-template <typename T = float>
-__device__ T* output(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-__device__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
 
 // A tile in shared memory: rows of `kPitch` floats, whose pixels begin at the fourth. The pixel left of a row comes
 // right before it, the one that is right of it takes the first place of the next row.

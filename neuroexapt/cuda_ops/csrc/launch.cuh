@@ -8,6 +8,8 @@
 
 namespace launching {
 
+constexpr int kMultiprocessors = 132;  // that launches are cut for
+
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }

@@ -9,12 +9,14 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "arithmetic.cuh"
 #include "launch.cuh"
 #include "node.h"
 #include "storage.cuh"
 
 namespace node {
 
+using arithmetic::ceil_div;
 using launching::launch;
 using launching::launch_early;
 using storage::with_storage;
@@ -24,8 +26,6 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kSpan = 512;  // pixels of a part
 constexpr float kInfinity = __builtin_huge_valf();
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 __host__ __device__ inline int part_count(const Shape& shape, int span = kSpan) {
   return int((int64_t(shape.batch) * shape.pixels + span - 1) / span);

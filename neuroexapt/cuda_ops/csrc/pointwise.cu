@@ -16,6 +16,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "arithmetic.cuh"
 #include "async_copy.cuh"
 #include "launch.cuh"
 #include "storage.cuh"
@@ -24,12 +25,17 @@
 namespace pointwise {
 namespace {
 
+using arithmetic::ceil_div;
+using arithmetic::relu;
 using async_copies::copy4_async;
 using async_copies::copy_async;
 using async_copies::wait_for_copies;
+using launching::kMultiprocessors;
 using launching::launch;
+using storage::input;
 using storage::load2;
 using storage::load4;
+using storage::output;
 using storage::store4;
 using tensor_core::Fragment;
 using tensor_core::multiply;
@@ -38,21 +44,6 @@ using tensor_core::sum_over_quad;
 constexpr int kGroup = 32;           // pixels that a warp multiplies at a time
 constexpr int kChunk = 16;           // channels whose weights a lane loads at a time, four of them
 constexpr int kChunksInFlight = 2;
-constexpr int kMultiprocessors = 132;  // that launches are cut for
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-template <typename T = float>
-__device__ const T* input(Address address) {
-  return reinterpret_cast<const T*>(address);
-}
-
-template <typename T = float>
-__device__ T* output(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-__device__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
 
 __device__ float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 

@@ -3,11 +3,23 @@
 
 #include <cuda_bf16.h>
 
+#include <cstdint>
 #include <type_traits>
 
 namespace storage {
 
 using bf16 = __nv_bfloat16;
+
+// What an address, which travels as an integer, points to.
+template <typename T = float>
+__device__ inline const T* input(std::uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+template <typename T = float>
+__device__ inline T* output(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 __device__ inline float load(const float* source) { return __ldg(source); }
 __device__ inline float2 load2(const float* source) { return __ldg(reinterpret_cast<const float2*>(source)); }
