@@ -72,24 +72,19 @@ def supports(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Suppo
     return Support(not reason, reason)
 
 
-def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
-    """What stands in the way."""
-    flows = [_Flow([group]) for group in plan.states]
+def refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
+    """What stands in the way of kernels on any tier."""
     convs = [term for state in plan.states for term in state.convs]
     pools = [term for state in plan.states for term in state.pools]
-    others = (weights, *_own_tensors(plan, flows))
+    others = (weights, *_own_tensors(plan))
     yield from dtype_refusals(states, others)
     if any(tensor.device != weights.device for tensor in (*states, *others)):
         yield "tensors on several devices"
     if any(state.shape != states[0].shape for state in states):
         yield "states of several shapes"
-    channels, height, width = states[0].shape[1:]
-    if channels not in CHANNELS:
-        yield f"{channels} channels"
+    height, width = states[0].shape[2:]
     if states[0].numel() == 0:
         yield "an empty batch"
-    if width > cell_kernels.MAX_WIDTH:
-        yield f"pictures {width} wide"
     if states[0].shape[0] * -(-height // 2) * -(-width // 2) == 1:
         yield "a single value per channel"
     for conv in convs:
@@ -99,6 +94,17 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield f"pools other than of size {POOL_SIZE}"
     if len({(pool.edge, pool.pool.kind) for pool in pools}) < len(pools):
         yield "an edge with two pools of a kind"
+
+
+def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
+    """What stands in the way of these kernels."""
+    yield from refusals(plan, states, weights)
+    flows = [_Flow([group]) for group in plan.states]
+    channels, width = states[0].shape[1], states[0].shape[3]
+    if channels not in CHANNELS:
+        yield f"{channels} channels"
+    if width > cell_kernels.MAX_WIDTH:
+        yield f"pictures {width} wide"
     if any(
         max(len(flow.first), 2 * len(flow.reductions), len(flow.dense)) > cell_kernels.MAX_CONVS
         for flow in flows
@@ -120,10 +126,10 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield f"{len(plan.nodes)} nodes"
 
 
-def _own_tensors(plan: CellPlan, flows: "Sequence[_Flow]") -> Iterator[Tensor]:
+def _own_tensors(plan: CellPlan) -> Iterator[Tensor]:
     """What the kernels read besides their arguments: weights and running statistics."""
-    for flow in flows:
-        yield from flow.weights
+    for group in plan.states:
+        yield from _Flow([group]).weights
     for node in plan.nodes:
         bns = (term.bn for term in node.terms if term.bn is not None)
         yield from (bn.running_mean for bn in bns if bn.running_mean is not None)
@@ -416,7 +422,8 @@ class _LeaveStates(torch.autograd.Function):
         z.update((term, xs[term.source].detach()) for term in flow.identities)
 
         for member, output in z.items():
-            kept = xs[member.source].detach() if isinstance(member, PoolTerm) else output
+            forms_again = isinstance(member, PoolTerm) and not pass_.kernels.KEEPS_POOLS
+            kept = xs[member.source].detach() if forms_again else output
             pass_.entries[member.target].append(_Entry(member, output, stats.get(member), kept))
         ctx.set_materialize_grads(False)
         ctx.pass_, ctx.flow = pass_, flow
@@ -514,7 +521,9 @@ class _EnterNode(torch.autograd.Function):
         if wants_weights and pass_.grad_weights is None:
             pass_.grad_weights = torch.zeros_like(weights)
         summands = {
-            member: Summand(z, stats, _weight_of(member), _pooling_of(member))
+            member: Summand(
+                z, stats, _weight_of(member), None if pass_.kernels.KEEPS_POOLS else _pooling_of(member)
+            )
             for member, z, stats in zip(ctx.members, kept, stats, strict=True)
             if not isinstance(member, WholeEdge) and (wants_weights or not isinstance(member, IdentityTerm))
         }

@@ -20,6 +20,7 @@ from neuroexapt.cuda_ops.cell_kernels import (
 )
 from neuroexapt.kernels import reference
 
+KEEPS_POOLS = False
 POOLS = {"max": reference.max_pool, "avg": reference.avg_pool}
 
 
