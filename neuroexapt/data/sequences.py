@@ -82,6 +82,14 @@ class SequenceDataset:
             "has_times": self.histories.times is not None,
         }
 
+    def loader(
+        self, part: str, *, training: bool, batch_size: int, device: torch.device, seed: int
+    ) -> "SequenceLoader":
+        """Batches of ``part``, ``"train"``, ``"valid"`` or ``"test"``; in training full ones only."""
+        return SequenceLoader(
+            getattr(self, part), batch_size=batch_size, device=device, seed=seed, drop_last=training
+        )
+
     @property
     def item_counts(self) -> Tensor:
         """How often each item occurs in what is trained on: [V + 1] int64, 0 for the padding."""
