@@ -43,6 +43,19 @@ def buffers_copied(module: nn.Module) -> Iterator[None]:
         _put(places, kept)
 
 
+@contextmanager
+def buffers_changed_if(condition: Tensor, module: nn.Module) -> Iterator[None]:
+    """Whatever runs inside changes the buffers of ``module`` only if ``condition`` [] holds, which nothing
+    waits for.
+    """
+    kept = list(module.buffers())
+    with buffers_copied(module):
+        yield
+        changed = list(module.buffers())
+    with torch.no_grad():
+        copy_tensors(kept, [torch.where(condition, *pair) for pair in zip(changed, kept, strict=True)])
+
+
 def _put(places: Sequence[tuple[dict[str, Tensor | None], str]], tensors: Sequence[Tensor]) -> None:
     for (buffers, name), tensor in zip(places, tensors, strict=True):
         buffers[name] = tensor

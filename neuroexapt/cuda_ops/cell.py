@@ -13,7 +13,8 @@ under autograd, on the state itself. Its output enters ``_LeaveStates`` beside t
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from neuroexapt.backend import Support, register_impl
+from neuroexapt.core.buffers import buffers_changed_if
 from neuroexapt.core.operations import FactorizedReduce, SepConvBlock, convolve_joined
 from neuroexapt.core.plan import (
     POOL_SIZE,
@@ -55,7 +57,7 @@ DENSE_GEOMETRIES = (((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1)))
 """Kernel size, stride and padding of the dense convolutions that there are kernels for."""
 
 
-def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
+def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_only: bool = False) -> Tensor:
     """What ``functional.cell`` computes.
 
     Pointwise products are of fp32 grade where ``torch.backends.cudnn.conv.fp32_precision`` is ``"ieee"``,
@@ -63,10 +65,12 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     and multiplied in TF32; weights, statistics, sums and their coefficients are fp32.
     """
     with torch.cuda.device(states[0].device):
-        return run(plan, states, weights, cell_kernels)
+        return run(plan, states, weights, cell_kernels, drawn_only=drawn_only)
 
 
-def supports(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Support:
+def supports(
+    plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_only: bool = False
+) -> Support:
     """Whether the kernels take these arguments."""
     reason = next(_refusals(plan, states, weights), "")
     return Support(not reason, reason)
@@ -135,13 +139,16 @@ def _own_tensors(plan: CellPlan) -> Iterator[Tensor]:
         yield from (bn.running_mean for bn in bns if bn.running_mean is not None)
 
 
-def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any) -> Tensor:
+def run(
+    plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any, *, drawn_only: bool = False
+) -> Tensor:
     """The cell by the functions of ``kernels``: those of ``cell_kernels``, or others that do the same."""
     weights = weights.contiguous()
     output = _empty_output(plan, states[0])
     exact = cell_kernels.products_are_exact()
-    pass_ = _Pass(kernels, exact, _is_training(plan), weights.detach(), len(plan.nodes), output)
-    shared_weights = _ShareWeights.apply(pass_, len(plan.nodes), weights)
+    nodes = len(plan.nodes)
+    pass_ = _Pass(kernels, exact, _is_training(plan), weights.detach(), drawn_only, nodes, output)
+    shared_weights = _ShareWeights.apply(pass_, nodes, weights)
     handles: defaultdict[int, list[Tensor]] = defaultdict(list)
     entered: list[Tensor] = []
 
@@ -188,11 +195,17 @@ class _Pass:
     exact: bool  # products of fp32 grade
     training: bool
     weights: Tensor
+    drawn_only: bool  # candidates of weight 0 do not run
     nodes: int
     output: Tensor | None  # until it is complete
     entries: dict[int, list[_Entry]] = field(default_factory=lambda: defaultdict(list))
     coefs: dict[Term, Tensor] = field(default_factory=dict)
     grad_weights: Tensor | None = None
+
+    def mixing(self, members: Iterable[Term | WholeEdge]) -> list[Tensor | None]:
+        """The weight of each that runs only if that is not 0, None of the others."""
+        entries = (_weight_of(member) if self.drawn_only else None for member in members)
+        return [None if entry is None else self.weights[entry] for entry in entries]
 
 
 class _Flow:
@@ -228,6 +241,12 @@ class _Flow:
         halves = (conv.weight for op in ops for conv in (op.conv_1, op.conv_2))
         dense_ops: list[Any] = [term.module for term in self.dense]
         return [*_weights(blocks), *halves, *(op.op[1].weight for op in dense_ops)]
+
+    @cached_property
+    def owners(self) -> list[Term]:
+        """The term of each of ``weights``."""
+        pairs = (*self.first, *self.second, *self.reductions)
+        return [*(term for term in pairs for _ in range(2)), *self.dense]
 
     def convs(self, xs: dict[int, Tensor], weights: Sequence[Tensor]) -> list[Conv]:
         """The convolutions in ``first`` of the states ``xs``."""
@@ -277,7 +296,9 @@ class _Outputs:
         if not self._moments:
             return
         bns = [_batch_norm(member, block) for member in self._moments]
-        stats = self.pass_.kernels.statistics(bns, list(self._moments.values()), self.pass_.training)
+        stats = self.pass_.kernels.statistics(
+            bns, list(self._moments.values()), self.pass_.training, self.pass_.mixing(self._moments)
+        )
         self.stats.update(zip(self._moments, stats, strict=True))
         self._moments.clear()
 
@@ -301,7 +322,7 @@ def _compute_first(
     dense_weights = flow.dense_weights(weights)
     for state, terms in _by_state(flow.dense).items():
         of_terms = [dense_weights[term] for term in terms]
-        outputs.put(terms, *kernels.convolve_dense(xs[state], of_terms, pass_.exact))
+        outputs.put(terms, *kernels.convolve_dense(xs[state], of_terms, pass_.exact, pass_.mixing(terms)))
     normalised = [member for member in flow.outside if _batch_norm(member, 0) is not None]
     if normalised:
         zs = [outputs.z[member] for member in normalised]
@@ -309,7 +330,8 @@ def _compute_first(
     if flow.pools:
         kinds = {term.pool.kind for term in flow.pools}
         pools = _by_state(flow.pools)
-        pooled = kernels.pool([xs[state] for state in pools], flow.stride, kinds)
+        mixing = [pass_.mixing(terms) for terms in pools.values()] if pass_.drawn_only else None
+        pooled = kernels.pool([xs[state] for state in pools], flow.stride, kinds, mixing)
         for terms, *results in zip(pools.values(), *pooled, strict=True):
             outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
     outputs.normalise(0)
@@ -321,8 +343,9 @@ class _Saved:
     ``source``, which its methods take: what the gradient of each z starts from, and its coefficients.
     """
 
-    def __init__(self, flow: _Flow, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, pass_: _Pass, flow: _Flow, tensors: Sequence[Tensor]) -> None:
         saved = iter(tensors)
+        self._pass = pass_
         self._flow = flow
         self.xs = {state: next(saved) for state in flow.states}
         self.mixing = next(saved)
@@ -360,7 +383,10 @@ class _Saved:
         """Of every state that has dense convolutions."""
         weights = self._flow.dense_weights(self.weights)
         return {
-            state: [DenseGrad(weights[term], self.first_z[term], *source[term]) for term in terms]
+            state: [
+                DenseGrad(weights[term], self.first_z[term], *source[term])._replace(mixing=mixing)
+                for term, mixing in zip(terms, self._pass.mixing(terms), strict=True)
+            ]
             for state, terms in _by_state(self._flow.dense).items()
         }
 
@@ -441,7 +467,7 @@ class _LeaveStates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         pass_, flow, kernels = ctx.pass_, ctx.flow, ctx.pass_.kernels
-        saved = _Saved(flow, ctx.saved_tensors)
+        saved = _Saved(pass_, flow, ctx.saved_tensors)
         received = [None if gradient is None else _planes(gradient) for gradient in gradients]
         g = dict(zip(flow.targets, received[len(flow.states) :], strict=True))
         addends: dict[int, list[Tensor]] = {
@@ -484,11 +510,15 @@ class _LeaveStates(torch.autograd.Function):
             for state, pool_grads in _pool_grads(flow, g, pass_.coefs).items()
             if wants_state[state] and (pool_grads or addends[state])
         }
-        grad_states = kernels.state_gradients(list(totals.values()), flow.stride, saved.mixing)
+        grad_states = kernels.state_gradients(
+            list(totals.values()), flow.stride, saved.mixing, pass_.drawn_only
+        )
         grad_of_state = dict(zip(totals, grad_states, strict=True))
         grad_outside = _outside_gradients(kernels, flow.outside, saved.first_z, source)
         weights = saved.weights
-        grad_weights = kernels.reduce_partials(partials, weights) if wants_weights else [None] * len(weights)
+        grad_weights: Sequence[Tensor | None] = [None] * len(weights)
+        if wants_weights:
+            grad_weights = kernels.reduce_partials(partials, weights, pass_.mixing(flow.owners))
         return None, None, *map(grad_of_state.get, flow.states), *grad_outside, *grad_weights
 
 
@@ -502,7 +532,7 @@ class _EnterNode(torch.autograd.Function):
         assert pass_.output is not None
         entries = pass_.entries.pop(node.node, [])
         y = _slice(pass_.output, number, pass_.nodes)
-        pass_.kernels.add_up([entry.summand for entry in entries], weights, y)
+        pass_.kernels.add_up([entry.summand for entry in entries], weights, y, pass_.drawn_only)
         ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]
         ctx.has_stats = [entry.stats is not None for entry in entries]
         stats = (entry.stats for entry in entries if entry.stats is not None)
@@ -530,7 +560,7 @@ class _EnterNode(torch.autograd.Function):
         if summands:
             grad_weights = pass_.grad_weights if wants_weights else None
             coefs = pass_.kernels.backward_add_up(
-                list(summands.values()), weights, g, grad_weights, pass_.training
+                list(summands.values()), weights, g, grad_weights, pass_.training, pass_.drawn_only
             )
             pass_.coefs.update(zip(summands, coefs, strict=True))
         token = pass_.grad_weights if wants_weights else None
@@ -565,11 +595,20 @@ def _run_outside(
         xs[state], *shares = _ShareState.apply(pass_, 1 + len(others) + bool(convs), xs[state])
         for member, share in zip(others, shares, strict=False):
             is_edge = isinstance(member, WholeEdge)
-            outputs[member] = member.module(share, weights[member.edge]) if is_edge else member.body(share)
+            outputs[member] = (
+                member.module(share, weights[member.edge]) if is_edge else _run_body(pass_, member, share)
+            )
         if convs:
             outputs |= _convolve_joined(shares[-1], convs)
     like = next(iter(xs.values()))
     return list(xs.values()), [outputs[member].to(like.dtype) for member in flow.outside]
+
+
+def _run_body(pass_: _Pass, term: ModuleTerm, x: Tensor) -> Tensor:
+    """A module runs even if it was not drawn, but then it sees no statistics."""
+    (mixing,) = pass_.mixing([term])
+    with nullcontext() if mixing is None else buffers_changed_if(mixing != 0, term.module):
+        return term.body(x)
 
 
 def _convolve_joined(x: Tensor, terms: Sequence[ModuleTerm]) -> dict[ModuleTerm, Tensor]:
