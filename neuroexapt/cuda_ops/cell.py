@@ -248,20 +248,35 @@ class _Flow:
         pairs = (*self.first, *self.second, *self.reductions)
         return [*(term for term in pairs for _ in range(2)), *self.dense]
 
-    def convs(self, xs: dict[int, Tensor], weights: Sequence[Tensor]) -> list[Conv]:
+    def convs(self, pass_: "_Pass", xs: dict[int, Tensor], weights: Sequence[Tensor]) -> list[Conv]:
         """The convolutions in ``first`` of the states ``xs``."""
         pairs = self._pairs(weights)[: len(self.first)]
+        mixing = self._mixing(pass_, self.first, xs)
         return [
-            Conv(xs[term.source], None, *pair, term.dilation, term.stride)
-            for term, pair in zip(self.first, pairs, strict=True)
+            Conv(xs[term.source], None, *pair, term.dilation, term.stride, m)
+            for term, pair, m in zip(self.first, pairs, mixing, strict=True)
         ]
 
     def second_convs(
-        self, zs: Sequence[Tensor], stats: Sequence[Tensor], weights: Sequence[Tensor]
+        self,
+        pass_: "_Pass",
+        xs: dict[int, Tensor],
+        zs: Sequence[Tensor],
+        stats: Sequence[Tensor],
+        weights: Sequence[Tensor],
     ) -> list[Conv]:
-        """The convolutions in ``second`` of what the first ones, normalised by ``stats``, left."""
+        """The convolutions in ``second`` of what the first ones of ``xs``, normalised by ``stats``, left."""
         pairs = self._pairs(weights)[len(self.first) :][: len(self.second)]
-        return [Conv(z, s, *pair, 1) for z, s, pair in zip(zs, stats, pairs, strict=True)]
+        mixing = self._mixing(pass_, self.second, xs)
+        return [Conv(z, s, *pair, 1, 1, m) for z, s, pair, m in zip(zs, stats, pairs, mixing, strict=True)]
+
+    def _mixing(
+        self, pass_: "_Pass", terms: Sequence[Term], xs: dict[int, Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Of convolutions that need not run: both halves of a separable one or none."""
+        if terms and pass_.drawn_only and pass_.kernels.can_leave_out(next(iter(xs.values())), self.stride):
+            return pass_.mixing(terms)
+        return [None] * len(terms)
 
     def halves(self, weights: Sequence[Tensor]) -> dict[Any, tuple[Tensor, Tensor]]:
         """The weights of ``reductions``."""
@@ -314,7 +329,7 @@ def _compute_first(
     pass_, kernels = outputs.pass_, outputs.pass_.kernels
     outputs.z.update(zip(flow.outside, map(_planes, outside), strict=True))
     if flow.first:
-        outputs.put(flow.first, *kernels.convolve(flow.convs(xs, weights), pass_.exact))
+        outputs.put(flow.first, *kernels.convolve(flow.convs(pass_, xs, weights), pass_.exact))
     halves = flow.halves(weights)
     for state, reductions in _by_state(flow.reductions).items():
         of_state = [halves[term] for term in reductions]
@@ -357,7 +372,7 @@ class _Saved:
     def second_grads(self, source: dict[Any, Any]) -> list[ConvGrad]:
         terms = self._flow.second
         inputs = [self.first_z[term] for term in terms]
-        convs = self._flow.second_convs(inputs, self._first_stats, self.weights)
+        convs = self._flow.second_convs(self._pass, self.xs, inputs, self._first_stats, self.weights)
         return [
             ConvGrad(conv, z, *source[term])
             for term, conv, z in zip(terms, convs, self._second_z, strict=True)
@@ -365,7 +380,7 @@ class _Saved:
 
     def first_grads(self, source: dict[Any, Any]) -> dict[int, list[ConvGrad]]:
         """Of every state that has convolutions."""
-        convs = dict(zip(self._flow.first, self._flow.convs(self.xs, self.weights), strict=True))
+        convs = dict(zip(self._flow.first, self._flow.convs(self._pass, self.xs, self.weights), strict=True))
         return {
             state: [ConvGrad(convs[term], self.first_z[term], *source[term]) for term in terms]
             for state, terms in _by_state(self._flow.first).items()
@@ -440,9 +455,8 @@ class _LeaveStates(torch.autograd.Function):
         z, stats = outputs.z, outputs.stats
         first_z, first_stats = dict(z), dict(stats)
         if flow.second:
-            convs = flow.second_convs(
-                [z[term] for term in flow.second], [stats[term] for term in flow.second], weights
-            )
+            halfway = ([z[term] for term in flow.second], [stats[term] for term in flow.second])
+            convs = flow.second_convs(pass_, xs, *halfway, weights)
             outputs.put(flow.second, *pass_.kernels.convolve(convs, pass_.exact))
             outputs.normalise(1)
         z.update((term, xs[term.source].detach()) for term in flow.identities)

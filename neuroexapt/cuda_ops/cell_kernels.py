@@ -51,6 +51,7 @@ class Conv(NamedTuple):
     pointwise: Tensor
     dilation: int
     stride: int = 1
+    mixing: Tensor | None = None
 
 
 class ConvGrad(NamedTuple):
@@ -141,7 +142,7 @@ def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Ten
     jobs = [
         kernels.ConvJob(
             *strided(conv.x),
-            *addresses(conv.stats, conv.depthwise, conv.pointwise, z, m),
+            *addresses(conv.stats, conv.depthwise, conv.pointwise, z, m, conv.mixing),
             conv.depthwise.shape[-1],
             conv.dilation,
         )
@@ -200,6 +201,13 @@ def _backward_states(
     ]
     kernels.cell_conv_backward_first(shape, jobs, splits, current_stream())
     return found
+
+
+def can_leave_out(x: Tensor, stride: int) -> bool:
+    """Whether all kernels for convolutions of a state like x leave out those that were not drawn."""
+    if stride == 1:
+        return True
+    return x.shape[3] % 8 == 0 and extension().cell_strided_backward_takes(_strided_shape(x, exact=False))
 
 
 def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -522,7 +530,10 @@ def _convolve_strided(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor],
     operands = [(dense_pictures(conv.x), dense(conv.depthwise), dense(conv.pointwise)) for conv in convs]
     jobs = [
         kernels.StridedJob(
-            *strided(x), *addresses(depthwise, pointwise, z, m), depthwise.shape[-1], conv.dilation
+            *strided(x),
+            *addresses(depthwise, pointwise, z, m, conv.mixing),
+            depthwise.shape[-1],
+            conv.dilation,
         )
         for conv, (x, depthwise, pointwise), z, m in zip(convs, operands, zs, moments, strict=True)
     ]
@@ -536,7 +547,7 @@ def _backward_strided(
     """As ``_convolve_strided``, for each state."""
     x, kernels = grads[0][0].conv.x, extension()
     shape = _strided_shape(x, exact)
-    if x.shape[3] % 8 or not kernels.cell_strided_backward_takes(shape):
+    if not can_leave_out(x, 2):
         return [_backward_strided_state(of_state, wants_weights) for of_state in grads]
     parts = kernels.cell_strided_backward_parts(shape)
     found = [(_empty_like(x, 1), _partials(of_state, parts, wants_weights)) for of_state in grads]
@@ -547,7 +558,10 @@ def _backward_strided(
         none: list[Tensor | None] = [None] * len(of_state)
         jobs = [
             kernels.StridedGradJob(
-                *strided(g), *addresses(*others, *partial), grad.conv.depthwise.shape[-1], grad.conv.dilation
+                *strided(g),
+                *addresses(*others, *partial, grad.conv.mixing),
+                grad.conv.depthwise.shape[-1],
+                grad.conv.dilation,
             )
             for grad, (g, *others), *partial in zip(
                 of_state, tensors, partials.depthwise or none, partials.pointwise or none, strict=True
@@ -646,7 +660,9 @@ def _grad_jobs(
             *strided(grad.g),
             *addresses(grad.z, grad.coef),
             *strided(grad.conv.x),
-            *addresses(grad.conv.stats, grad.conv.depthwise, grad.conv.pointwise, dx, *partial),
+            *addresses(
+                grad.conv.stats, grad.conv.depthwise, grad.conv.pointwise, dx, *partial, grad.conv.mixing
+            ),
             grad.conv.depthwise.shape[-1],
             grad.conv.dilation,
         )

@@ -28,7 +28,7 @@ POOLS = {"max": reference.max_pool, "avg": reference.avg_pool}
 
 
 def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
-    zs = [_convolve(conv, conv.x, conv.depthwise, conv.pointwise) for conv in convs]
+    zs = [_if_it_runs(_convolve(conv, conv.x, conv.depthwise, conv.pointwise), conv.mixing) for conv in convs]
     return zs, plane_moments(zs)
 
 
@@ -37,7 +37,7 @@ def backward_second(
 ) -> tuple[list[Tensor], list[Tensor], Partials]:
     us, coefs, partials = [], [], Partials([], [])
     for grad in grads:
-        dx, depthwise, pointwise = _gradients(grad)
+        dx, depthwise, pointwise = (_if_it_runs(gradient, grad.conv.mixing) for gradient in _gradients(grad))
         mean, rstd = grad.conv.stats.unbind(1)
         us.append(dx / _per_channel(rstd))
         coefs.append(_coef(us[-1], grad.conv.x, mean, rstd, 1.0, training))
@@ -51,11 +51,21 @@ def backward_first(
     grads: Sequence[Sequence[ConvGrad]], exact: bool, wants_weights: bool
 ) -> tuple[list[list[Tensor]], Partials]:
     gradients = [[_gradients(grad) for grad in of_state] for of_state in grads]
-    dxs = [[dx for dx, _, _ in of_state] for of_state in gradients]
+    dxs = [
+        [
+            dx if _runs(grad.conv.mixing) else torch.zeros_like(dx)
+            for grad, (dx, _, _) in zip(of_state, own, strict=True)
+        ]
+        for of_state, own in zip(grads, gradients, strict=True)
+    ]
     if not wants_weights:
         return dxs, Partials([], [])
     in_order = list(chain(*gradients))
     return dxs, Partials([_split(dw) for _, dw, _ in in_order], [_split(pw) for _, _, pw in in_order])
+
+
+def can_leave_out(x: Tensor, stride: int) -> bool:
+    return True
 
 
 def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor]:

@@ -47,10 +47,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<cell_conv::Shape>(m, "ConvShape")
       .def(pybind11::init<int, int, int, int, bool, bool>());
   pybind11::class_<cell_conv::Job>(m, "ConvJob")
-      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, int, int>());
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, Address, int, int>());
   pybind11::class_<cell_conv::GradJob>(m, "ConvGradJob")
       .def(pybind11::init<Address, std::int64_t, Address, Address, Address, std::int64_t, Address, Address, Address,
-                          Address, Address, Address, Address, int, int>());
+                          Address, Address, Address, Address, Address, int, int>());
   pybind11::class_<cell_conv::CoefJob>(m, "ConvCoefJob").def(pybind11::init<Address, Address, Address>());
   m.def("cell_conv_forward_parts", &cell_conv::forward_parts);
   m.def("cell_conv_backward_parts", &cell_conv::backward_parts);
@@ -63,9 +63,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<cell_strided::Shape>(m, "StridedShape")
       .def(pybind11::init<int, int, int, int, bool, bool>());
   pybind11::class_<cell_strided::Job>(m, "StridedJob")
-      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, int, int>());
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, int, int>());
   pybind11::class_<cell_strided::GradJob>(m, "StridedGradJob")
-      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, Address, int, int>());
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, Address, Address, int,
+                          int>());
   pybind11::class_<cell_strided::StateGrad>(m, "StridedStateGrad")
       .def(pybind11::init<Address, std::int64_t, Address, std::vector<cell_strided::GradJob>>());
   m.def("cell_strided_forward_parts", &cell_strided::forward_parts);

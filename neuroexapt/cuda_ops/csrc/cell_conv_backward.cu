@@ -11,6 +11,7 @@
 // gradient dz · dᵀ are then where the tensor cores want them: pixels are contracted, in any order.
 
 #include "cell_conv_common.cuh"
+#include "drawn.cuh"
 
 namespace cell_conv {
 namespace {
@@ -541,11 +542,14 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   const Place<C> place(shape, kFirstPad);
   const int first = blockIdx.z == 0 ? 0 : launch.ends[blockIdx.z - 1], end = launch.ends[blockIdx.z];
   const GradJob& common = launch.jobs[first];
-  prepare<C, kWeights, T>(Memory<C, kWeights>(shape, kFirstPad, shared), common, place, shape);
+  bool any_runs = false;
+  for (int j = first + blockIdx.y; j < end; j += launch.splits) any_runs |= drawn::runs(launch.jobs[j].mixing);
+  if (any_runs) prepare<C, kWeights, T>(Memory<C, kWeights>(shape, kFirstPad, shared), common, place, shape);
   float dx[Block<C, kWeights>::kPasses][8] = {};
 #pragma unroll 1
   for (int j = first + blockIdx.y; j < end; j += launch.splits) {
     const GradJob& job = launch.jobs[j];
+    if (!drawn::runs(job.mixing)) continue;
     // Unknown to the compiler, which would else compute addresses ahead of the loop, and spill them.
     int zero = 0;
     asm volatile("" : "+r"(zero));
@@ -570,6 +574,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
   const GradJob& job = launch.jobs[blockIdx.y];
+  if (!drawn::runs(job.mixing)) return;
   const Place<C> at(shape, kSecondPad);
   const Memory<C, kWeights> memory(shape, kSecondPad, shared);
   prepare<C, kWeights, T>(memory, job, at, shape);
