@@ -542,9 +542,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   const Place<C> place(shape, kFirstPad);
   const int first = blockIdx.z == 0 ? 0 : launch.ends[blockIdx.z - 1], end = launch.ends[blockIdx.z];
   const GradJob& common = launch.jobs[first];
-  bool any_runs = false;
-  for (int j = first + blockIdx.y; j < end; j += launch.splits) any_runs |= drawn::runs(launch.jobs[j].mixing);
-  if (any_runs) prepare<C, kWeights, T>(Memory<C, kWeights>(shape, kFirstPad, shared), common, place, shape);
+  prepare<C, kWeights, T>(Memory<C, kWeights>(shape, kFirstPad, shared), common, place, shape);
   float dx[Block<C, kWeights>::kPasses][8] = {};
 #pragma unroll 1
   for (int j = first + blockIdx.y; j < end; j += launch.splits) {
