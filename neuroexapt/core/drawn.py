@@ -1,11 +1,18 @@
 """Running only the candidates that were drawn, those whose mixing weight is not 0."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from neuroexapt.core.buffers import buffers_changed_if
+
+if TYPE_CHECKING:
+    from neuroexapt.core.plan import CellPlan
 
 
 def can_be_read(weights: Tensor) -> bool:
@@ -31,8 +38,11 @@ def run_drawn(
     if can_be_read(drawn):
         is_drawn = drawn.tolist()
         return {k: run(op) for k, op in ops.items() if is_drawn[k]}
-    outputs = {}
-    for k, op in ops.items():
-        with buffers_changed_if(drawn[k], op):
-            outputs[k] = run(op)
-    return outputs
+    with buffers_changed_if([drawn[k] for k in ops], list(ops.values())):
+        return {k: run(op) for k, op in ops.items()}
+
+
+def statistics_of_drawn(plan: CellPlan, weights: Tensor) -> AbstractContextManager[None]:
+    """Inside, all candidates of ``plan`` may run: those of weight 0 leave their buffers as they were."""
+    drawn, candidates = weights != 0, list(plan.candidates())
+    return buffers_changed_if([drawn[edge, k] for edge, k, _ in candidates], [op for *_, op in candidates])

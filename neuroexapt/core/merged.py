@@ -5,7 +5,6 @@ one with the mixing weights for its scale, and what it adds to the nodes is one 
 state.
 """
 
-import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.registry import Support, register_impl
 from neuroexapt.core.batch_norm import normed_sum, sum_chunks
-from neuroexapt.core.buffers import buffers_changed_if
-from neuroexapt.core.drawn import can_be_read, without_gradients_of_zeros
+from neuroexapt.core.drawn import can_be_read, statistics_of_drawn, without_gradients_of_zeros
 from neuroexapt.core.layouts import Merging, choose_layout
 from neuroexapt.core.operations import FactorizedReduce, convolve_joined, two_grids
 from neuroexapt.core.plan import (
@@ -43,9 +41,7 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_onl
     used = without_gradients_of_zeros(weights)
     if can_be_read(weights):
         return _run(plan.drawn(weights), states, used)
-    with contextlib.ExitStack() as changes:
-        for edge, column, op in plan.candidates():
-            changes.enter_context(buffers_changed_if(weights[edge, column] != 0, op))
+    with statistics_of_drawn(plan, weights):
         return _run(plan, states, used)
 
 

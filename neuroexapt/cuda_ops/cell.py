@@ -207,6 +207,15 @@ class _Pass:
         entries = (_weight_of(member) if self.drawn_only else None for member in members)
         return [None if entry is None else self.weights[entry] for entry in entries]
 
+    def asking(self, members: Iterable[Term | WholeEdge]) -> dict[str, Any]:
+        """Keyword arguments for kernels of ``members``, which leave out what was not drawn."""
+        return {"mixing": self.mixing(members)} if self.drawn_only else {}
+
+    @property
+    def leaving_out(self) -> dict[str, Any]:
+        """Keyword arguments for kernels that are given all mixing weights."""
+        return {"drawn_only": True} if self.drawn_only else {}
+
 
 class _Flow:
     """All that leaves some states of one shape and stride, state by state, as ``_LeaveStates`` takes it.
@@ -312,7 +321,7 @@ class _Outputs:
             return
         bns = [_batch_norm(member, block) for member in self._moments]
         stats = self.pass_.kernels.statistics(
-            bns, list(self._moments.values()), self.pass_.training, self.pass_.mixing(self._moments)
+            bns, list(self._moments.values()), self.pass_.training, **self.pass_.asking(self._moments)
         )
         self.stats.update(zip(self._moments, stats, strict=True))
         self._moments.clear()
@@ -337,7 +346,7 @@ def _compute_first(
     dense_weights = flow.dense_weights(weights)
     for state, terms in _by_state(flow.dense).items():
         of_terms = [dense_weights[term] for term in terms]
-        outputs.put(terms, *kernels.convolve_dense(xs[state], of_terms, pass_.exact, pass_.mixing(terms)))
+        outputs.put(terms, *kernels.convolve_dense(xs[state], of_terms, pass_.exact, **pass_.asking(terms)))
     normalised = [member for member in flow.outside if _batch_norm(member, 0) is not None]
     if normalised:
         zs = [outputs.z[member] for member in normalised]
@@ -345,8 +354,8 @@ def _compute_first(
     if flow.pools:
         kinds = {term.pool.kind for term in flow.pools}
         pools = _by_state(flow.pools)
-        mixing = [pass_.mixing(terms) for terms in pools.values()] if pass_.drawn_only else None
-        pooled = kernels.pool([xs[state] for state in pools], flow.stride, kinds, mixing)
+        asking = {"mixing": list(map(pass_.mixing, pools.values()))} if pass_.drawn_only else {}
+        pooled = kernels.pool([xs[state] for state in pools], flow.stride, kinds, **asking)
         for terms, *results in zip(pools.values(), *pooled, strict=True):
             outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
     outputs.normalise(0)
@@ -525,14 +534,14 @@ class _LeaveStates(torch.autograd.Function):
             if wants_state[state] and (pool_grads or addends[state])
         }
         grad_states = kernels.state_gradients(
-            list(totals.values()), flow.stride, saved.mixing, pass_.drawn_only
+            list(totals.values()), flow.stride, saved.mixing, **pass_.leaving_out
         )
         grad_of_state = dict(zip(totals, grad_states, strict=True))
         grad_outside = _outside_gradients(kernels, flow.outside, saved.first_z, source)
         weights = saved.weights
         grad_weights: Sequence[Tensor | None] = [None] * len(weights)
         if wants_weights:
-            grad_weights = kernels.reduce_partials(partials, weights, pass_.mixing(flow.owners))
+            grad_weights = kernels.reduce_partials(partials, weights, **pass_.asking(flow.owners))
         return None, None, *map(grad_of_state.get, flow.states), *grad_outside, *grad_weights
 
 
@@ -546,7 +555,7 @@ class _EnterNode(torch.autograd.Function):
         assert pass_.output is not None
         entries = pass_.entries.pop(node.node, [])
         y = _slice(pass_.output, number, pass_.nodes)
-        pass_.kernels.add_up([entry.summand for entry in entries], weights, y, pass_.drawn_only)
+        pass_.kernels.add_up([entry.summand for entry in entries], weights, y, **pass_.leaving_out)
         ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]
         ctx.has_stats = [entry.stats is not None for entry in entries]
         stats = (entry.stats for entry in entries if entry.stats is not None)
@@ -574,7 +583,7 @@ class _EnterNode(torch.autograd.Function):
         if summands:
             grad_weights = pass_.grad_weights if wants_weights else None
             coefs = pass_.kernels.backward_add_up(
-                list(summands.values()), weights, g, grad_weights, pass_.training, pass_.drawn_only
+                list(summands.values()), weights, g, grad_weights, pass_.training, **pass_.leaving_out
             )
             pass_.coefs.update(zip(summands, coefs, strict=True))
         token = pass_.grad_weights if wants_weights else None
@@ -621,7 +630,7 @@ def _run_outside(
 def _run_body(pass_: _Pass, term: ModuleTerm, x: Tensor) -> Tensor:
     """A module runs even if it was not drawn, but then it sees no statistics."""
     (mixing,) = pass_.mixing([term])
-    with nullcontext() if mixing is None else buffers_changed_if(mixing != 0, term.module):
+    with nullcontext() if mixing is None else buffers_changed_if([mixing != 0], [term.module]):
         return term.body(x)
 
 
