@@ -134,7 +134,9 @@ def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any)
     weights = weights.contiguous()
     output = _empty_output(plan, states[0])
     exact = cell_kernels.products_are_exact()
-    pass_ = _Pass(kernels, exact, _is_training(plan), weights.detach(), len(plan.nodes), output)
+    pass_ = _Pass(
+        kernels, exact, _is_training(plan), weights.detach(), len(plan.nodes), output, kernels.Branch()
+    )
     shared_weights = _ShareWeights.apply(pass_, len(plan.nodes), weights)
     handles: defaultdict[int, list[Tensor]] = defaultdict(list)
     entered: list[Tensor] = []
@@ -184,6 +186,7 @@ class _Pass:
     weights: Tensor
     nodes: int
     output: Tensor | None  # until it is complete
+    branch: Any  # beside the convolutions: what only the next node or the one before waits for
     entries: dict[int, list[_Entry]] = field(default_factory=lambda: defaultdict(list))
     coefs: dict[Term, Tensor] = field(default_factory=dict)
     grad_weights: Tensor | None = None
@@ -286,8 +289,12 @@ def _compute_first(
     """Put all but ``flow.second`` and the identities into ``outputs``."""
     pass_, kernels = outputs.pass_, outputs.pass_.kernels
     outputs.z.update(zip(flow.outside, map(_planes, outside), strict=True))
+    if flow.pools:
+        with pass_.branch:
+            _pool(outputs, flow, xs)
     if flow.first:
         outputs.put(flow.first, *kernels.convolve(flow.convs(xs, weights), pass_.exact))
+        pass_.branch.start()
     halves = flow.halves(weights)
     for state, reductions in _by_state(flow.reductions).items():
         of_state = [halves[term] for term in reductions]
@@ -300,12 +307,16 @@ def _compute_first(
     if normalised:
         zs = [outputs.z[member] for member in normalised]
         outputs.put(normalised, zs, kernels.plane_moments(zs))
-    if flow.pools:
-        kinds = {term.pool.kind for term in flow.pools}
-        pools = _by_state(flow.pools)
-        pooled = kernels.pool([xs[state] for state in pools], flow.stride, kinds)
-        for terms, *results in zip(pools.values(), *pooled, strict=True):
-            outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
+    outputs.normalise(0)
+
+
+def _pool(outputs: _Outputs, flow: _Flow, xs: dict[int, Tensor]) -> None:
+    """Put ``flow.pools`` into ``outputs``."""
+    kinds = {term.pool.kind for term in flow.pools}
+    pools = _by_state(flow.pools)
+    pooled = outputs.pass_.kernels.pool([xs[state] for state in pools], flow.stride, kinds)
+    for terms, *results in zip(pools.values(), *pooled, strict=True):
+        outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
     outputs.normalise(0)
 
 
@@ -494,6 +505,7 @@ class _EnterNode(torch.autograd.Function):
     ) -> Tensor:
         assert pass_.output is not None
         entries = pass_.entries.pop(node.node, [])
+        pass_.branch.join()
         y = _slice(pass_.output, number, pass_.nodes)
         pass_.kernels.add_up([entry.summand for entry in entries], weights, y)
         ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]

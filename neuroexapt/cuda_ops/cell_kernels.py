@@ -26,6 +26,8 @@ from neuroexapt.cuda_ops.arguments import (
     stored_in_bf16,
     strided,
 )
+from neuroexapt.cuda_ops.branch import Branch as Branch
+from neuroexapt.cuda_ops.branch import kept, launch
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.cuda_ops.pointwise import Product, Source, Target
 from neuroexapt.kernels import reference
@@ -353,7 +355,7 @@ def pool(
         kernels.PoolJob(_tensor(x), *addresses(z.get("max"), m.get("max"), z.get("avg"), m.get("avg")))
         for x, z, m in zip(xs, zs, moments, strict=True)
     ]
-    kernels.node_pool(shape, jobs, current_stream())
+    launch(kernels.node_pool, shape, jobs)
     return zs, moments
 
 
@@ -369,7 +371,7 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], trainin
         )
         for bn, m, s in zip(bns, moments, stats, strict=True)
     ]
-    kernels.node_finalize(channels, EPS, MOMENTUM, jobs, current_stream())
+    launch(kernels.node_finalize, channels, EPS, MOMENTUM, jobs)
     return stats
 
 
@@ -629,11 +631,11 @@ def _partials(grads: Sequence[ConvGrad], parts: int, wanted: bool) -> Partials:
 
 
 def _empty(like: Tensor, count: int, *shape: int) -> list[Tensor]:
-    return list(like.new_empty(count, *shape).unbind())
+    return list(kept(like.new_empty(count, *shape)).unbind())
 
 
 def _empty_fp32(like: Tensor, count: int, *shape: int) -> list[Tensor]:
-    return list(like.new_empty(count, *shape, dtype=torch.float32).unbind())
+    return list(kept(like.new_empty(count, *shape, dtype=torch.float32)).unbind())
 
 
 def _empty_like(x: Tensor, count: int) -> list[Tensor]:

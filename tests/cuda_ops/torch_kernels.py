@@ -1,6 +1,6 @@
 """The functions of ``neuroexapt.cuda_ops.cell_kernels`` in plain PyTorch, for any device and dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -19,6 +19,41 @@ from neuroexapt.cuda_ops.cell_kernels import (
     Summand,
 )
 from neuroexapt.kernels import reference
+
+
+class Branch:
+    """As late as allowed: what a block computes is there after ``join``, NaN before."""
+
+    active: "Branch | None" = None
+
+    def __init__(self) -> None:
+        self._late: list[Callable[[], object]] = []
+
+    def __enter__(self) -> None:
+        Branch.active = self
+
+    def __exit__(self, *_exception: object) -> None:
+        Branch.active = None
+
+    def keep(self, *tensors: Tensor) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def join(self) -> None:
+        while self._late:
+            self._late.pop()()
+
+    @staticmethod
+    def hide(tensor: Tensor) -> Tensor:
+        """The tensor itself, filled with NaN if this is a block."""
+        if Branch.active is not None:
+            value = tensor.clone()
+            Branch.active._late.append(lambda: tensor.copy_(value))
+            tensor.fill_(torch.nan)
+        return tensor
+
 
 POOLS = {"max": reference.max_pool, "avg": reference.avg_pool}
 
@@ -126,7 +161,10 @@ def pool(
     xs: Sequence[Tensor], stride: int, kinds: set[str]
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     zs = [{kind: POOLS[kind](x, 3, stride) for kind in kinds} for x in xs]
-    return zs, [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
+    moments = [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
+    for z in chain(*(of_state.values() for of_state in zs)):
+        Branch.hide(z)
+    return zs, moments
 
 
 def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
@@ -142,7 +180,7 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], trainin
             bn.running_mean.lerp_(mean, MOMENTUM)
             bn.running_var.lerp_(squares / (count - 1), MOMENTUM)
             bn.num_batches_tracked += 1
-        stats.append(torch.stack([mean, (variance + EPS).rsqrt()], 1))
+        stats.append(Branch.hide(torch.stack([mean, (variance + EPS).rsqrt()], 1)))
     return stats
 
 
