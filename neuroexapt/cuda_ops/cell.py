@@ -483,6 +483,11 @@ class _LeaveStates(torch.autograd.Function):
             addends[state] += dxs
             partials += dense_partials
 
+        weights = saved.weights
+        grad_weights: list[Any] = [None] * len(weights)
+        if wants_weights:
+            with pass_.branch:
+                grad_weights = kernels.reduce_partials(partials, weights, beside=True)
         totals = {
             state: StateGrad(saved.xs[state], pool_grads, addends[state])
             for state, pool_grads in _pool_grads(flow, g, pass_.coefs).items()
@@ -491,8 +496,8 @@ class _LeaveStates(torch.autograd.Function):
         grad_states = kernels.state_gradients(list(totals.values()), flow.stride, saved.mixing)
         grad_of_state = dict(zip(totals, grad_states, strict=True))
         grad_outside = _outside_gradients(kernels, flow.outside, saved.first_z, source)
-        weights = saved.weights
-        grad_weights = kernels.reduce_partials(partials, weights) if wants_weights else [None] * len(weights)
+        if wants_weights:
+            pass_.branch.join()
         return None, None, *map(grad_of_state.get, flow.states), *grad_outside, *grad_weights
 
 

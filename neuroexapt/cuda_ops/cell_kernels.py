@@ -316,15 +316,17 @@ def backward_dense(
     return dxs, partials
 
 
-def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights' gradients, Σ_parts partial."""
+def reduce_partials(
+    partials: Sequence[Tensor], weights: Sequence[Tensor], beside: bool = False
+) -> list[Tensor]:
+    """The weights' gradients, Σ_parts partial; ``beside``: in the block of a branch."""
     kernels = extension()
     gradients = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     jobs = [
         kernels.PartialSumsJob(*addresses(partial, gradient), gradient.numel(), partial.shape[0])
         for partial, gradient in zip(partials, gradients, strict=True)
     ]
-    kernels.partial_sums_add_up(jobs, current_stream())
+    launch(kernels.partial_sums_add_up, jobs, not beside)
     return gradients
 
 

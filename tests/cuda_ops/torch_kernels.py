@@ -149,8 +149,12 @@ def _convolve_dense(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(F.relu(x), weight, padding=weight.shape[-1] // 2)
 
 
-def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    return [partial.sum(0).view_as(weight) for partial, weight in zip(partials, weights, strict=True)]
+def reduce_partials(
+    partials: Sequence[Tensor], weights: Sequence[Tensor], beside: bool = False
+) -> list[Tensor]:
+    return [
+        Branch.hide(partial.sum(0).view_as(weight)) for partial, weight in zip(partials, weights, strict=True)
+    ]
 
 
 def plane_moments(zs: Sequence[Tensor]) -> list[Tensor]:
