@@ -54,6 +54,9 @@ CHANNELS = (16, 32, 64)
 DENSE_GEOMETRIES = (((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1)))
 """Kernel size, stride and padding of the dense convolutions that there are kernels for."""
 
+_FEWEST_ADDED_EARLY = 6
+"""Terms of a node, which otherwise wait for more: the sum so far is written and read once more."""
+
 
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     """What ``functional.cell`` computes.
@@ -189,6 +192,7 @@ class _Pass:
     branch: Any  # beside the convolutions: what only the next node or the one before waits for
     entries: dict[int, list[_Entry]] = field(default_factory=lambda: defaultdict(list))
     coefs: dict[Term, Tensor] = field(default_factory=dict)
+    begun: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # sums, of how many entries
     grad_weights: Tensor | None = None
 
 
@@ -508,11 +512,12 @@ class _EnterNode(torch.autograd.Function):
     def forward(
         ctx: Any, pass_: _Pass, number: int, node: NodeGroup, weights: Tensor, *handles: Tensor
     ) -> Tensor:
-        assert pass_.output is not None
         entries = pass_.entries.pop(node.node, [])
         pass_.branch.join()
-        y = _slice(pass_.output, number, pass_.nodes)
-        pass_.kernels.add_up([entry.summand for entry in entries], weights, y)
+        y = _add_up(pass_, number, entries, weights)
+        if y.dtype != torch.bfloat16:  # which would be rounded again
+            with pass_.branch:
+                _begin_sums(pass_, number, node.node, weights)
         ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]
         ctx.has_stats = [entry.stats is not None for entry in entries]
         stats = (entry.stats for entry in entries if entry.stats is not None)
@@ -543,6 +548,25 @@ class _EnterNode(torch.autograd.Function):
             pass_.coefs.update(zip(summands, coefs, strict=True))
         token = pass_.grad_weights if wants_weights else None
         return None, None, None, token, *(g if need else None for need in ctx.needs_input_grad[4:])
+
+
+def _add_up(pass_: _Pass, number: int, entries: Sequence[_Entry], weights: Tensor) -> Tensor:
+    """The sum of a node with all ``entries``, where it was begun of the others."""
+    assert pass_.output is not None
+    begun = pass_.begun.pop(number, None)
+    y, added = begun or (_slice(pass_.output, number, pass_.nodes), 0)
+    so_far = [Summand(y, None, None)] if begun else []
+    pass_.kernels.add_up([*so_far, *(entry.summand for entry in entries[added:])], weights, y)
+    return y
+
+
+def _begin_sums(pass_: _Pass, number: int, state: int, weights: Tensor) -> None:
+    """The sums of the nodes after ``number``, which is ``state``, with what has entered them so far."""
+    for later in range(number + 1, pass_.nodes):
+        entries = pass_.entries.get(state + later - number, [])
+        _, added = pass_.begun.get(later, (None, 0))
+        if len(entries) - added >= _FEWEST_ADDED_EARLY:
+            pass_.begun[later] = _add_up(pass_, later, entries, weights), len(entries)
 
 
 class _Concatenate(torch.autograd.Function):

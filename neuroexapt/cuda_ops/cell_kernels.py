@@ -378,13 +378,13 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], trainin
 
 
 def add_up(summands: Sequence[Summand], weights: Tensor | None, y: Tensor) -> None:
-    """y = the sum of ``summands``."""
+    """y = the sum of ``summands``, of which one may be y itself."""
     kernels = extension()
     terms = [
         kernels.NodeTerm(_tensor(term.z), *addresses(term.stats), _element(weights, term.entry))
         for term in summands
     ]
-    kernels.node_sum(_shape(y), terms, _tensor(y), current_stream())
+    launch(kernels.node_sum, _shape(y), terms, _tensor(y))
 
 
 def backward_add_up(
@@ -403,9 +403,7 @@ def backward_add_up(
         for row, term in enumerate(summands, 1)
         if term.pooling is None
     ]
-    kernels.node_dots(
-        shape, g.shape[3], terms, _pooled_terms(summands), _tensor(g), dots.data_ptr(), current_stream()
-    )
+    launch(kernels.node_dots, shape, g.shape[3], terms, _pooled_terms(summands), _tensor(g), dots.data_ptr())
     gradients = [
         kernels.NodeTermGradient(
             *addresses(term.stats),
@@ -415,7 +413,7 @@ def backward_add_up(
         )
         for term, coef in zip(summands, coefs, strict=True)
     ]
-    kernels.node_coefficients(shape, training, gradients, dots.data_ptr(), current_stream())
+    launch(kernels.node_coefficients, shape, training, gradients, dots.data_ptr())
     return coefs
 
 

@@ -189,9 +189,9 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], trainin
 
 
 def add_up(summands: Sequence[Summand], weights: Tensor, y: Tensor) -> None:
-    y.zero_()
-    for term in summands:
-        y += _weight(weights, term.entry) * _normalised(term)
+    terms = (_weight(weights, term.entry) * _normalised(term) for term in summands)
+    y.copy_(sum(terms, start=torch.zeros_like(y)))
+    Branch.hide(y)
 
 
 def backward_add_up(
