@@ -138,7 +138,14 @@ def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any)
     output = _empty_output(plan, states[0])
     exact = cell_kernels.products_are_exact()
     pass_ = _Pass(
-        kernels, exact, _is_training(plan), weights.detach(), len(plan.nodes), output, kernels.Branch()
+        kernels,
+        exact,
+        _is_training(plan),
+        weights.detach(),
+        len(states),
+        len(plan.nodes),
+        output,
+        kernels.Branch(),
     )
     shared_weights = _ShareWeights.apply(pass_, len(plan.nodes), weights)
     handles: defaultdict[int, list[Tensor]] = defaultdict(list)
@@ -187,13 +194,19 @@ class _Pass:
     exact: bool  # products of fp32 grade
     training: bool
     weights: Tensor
+    inputs: int  # states that leave together
     nodes: int
     output: Tensor | None  # until it is complete
     branch: Any  # beside the convolutions: what only the next node or the one before waits for
     entries: dict[int, list[_Entry]] = field(default_factory=lambda: defaultdict(list))
     coefs: dict[Term, Tensor] = field(default_factory=dict)
+    late: set[Term] = field(default_factory=set)  # those whose coefs are there after the next join
     begun: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # sums, of how many entries
     grad_weights: Tensor | None = None
+
+    def join(self) -> None:
+        self.branch.join()
+        self.late.clear()
 
 
 class _Flow:
@@ -385,6 +398,7 @@ class _ShareWeights(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_tokens: Tensor) -> tuple[None, None, Tensor | None]:
+        ctx.pass_.join()
         grad_weights, ctx.pass_.grad_weights = ctx.pass_.grad_weights, None
         return None, None, grad_weights
 
@@ -461,12 +475,15 @@ class _LeaveStates(torch.autograd.Function):
         source = {member: (g[member.target], pass_.coefs.pop(member, None)) for member in saved.first_z}
         partials: list[Any] = []
 
+        if not pass_.late.isdisjoint(flow.computed + flow.pools):
+            pass_.join()
         if flow.second:
             us, coefs, second_partials = kernels.backward_second(
                 saved.second_grads(source), pass_.exact, pass_.training, wants_weights
             )
             source.update(zip(flow.second, zip(us, coefs, strict=True), strict=True))
             partials.append(second_partials)
+        pass_.branch.start()
         if flow.first:
             grads = saved.first_grads(source)
             dxs, first_partials = kernels.backward_first(list(grads.values()), pass_.exact, wants_weights)
@@ -501,7 +518,7 @@ class _LeaveStates(torch.autograd.Function):
         grad_of_state = dict(zip(totals, grad_states, strict=True))
         grad_outside = _outside_gradients(kernels, flow.outside, saved.first_z, source)
         if wants_weights:
-            pass_.branch.join()
+            pass_.join()
         return None, None, *map(grad_of_state.get, flow.states), *grad_outside, *grad_weights
 
 
@@ -513,7 +530,7 @@ class _EnterNode(torch.autograd.Function):
         ctx: Any, pass_: _Pass, number: int, node: NodeGroup, weights: Tensor, *handles: Tensor
     ) -> Tensor:
         entries = pass_.entries.pop(node.node, [])
-        pass_.branch.join()
+        pass_.join()
         y = _add_up(pass_, number, entries, weights)
         if y.dtype != torch.bfloat16:  # which would be rounded again
             with pass_.branch:
@@ -540,12 +557,17 @@ class _EnterNode(torch.autograd.Function):
             for member, z, stats in zip(ctx.members, kept, stats, strict=True)
             if not isinstance(member, WholeEdge) and (wants_weights or not isinstance(member, IdentityTerm))
         }
-        if summands:
-            grad_weights = pass_.grad_weights if wants_weights else None
-            coefs = pass_.kernels.backward_add_up(
-                list(summands.values()), weights, g, grad_weights, pass_.training
-            )
-            pass_.coefs.update(zip(summands, coefs, strict=True))
+        pass_.join()
+        # The state that was there last goes on first.
+        last = max((_rank(pass_, member) for member in summands), default=0)
+        soon = {member: term for member, term in summands.items() if _rank(pass_, member) == last}
+        late = {member: term for member, term in summands.items() if member not in soon}
+        _backward_add_up(pass_, soon, weights, g, wants_weights)
+        if late:
+            with pass_.branch:
+                pass_.branch.keep(g, *saved)
+                _backward_add_up(pass_, late, weights, g, wants_weights)
+            pass_.late.update(late)
         token = pass_.grad_weights if wants_weights else None
         return None, None, None, token, *(g if need else None for need in ctx.needs_input_grad[4:])
 
@@ -567,6 +589,23 @@ def _begin_sums(pass_: _Pass, number: int, state: int, weights: Tensor) -> None:
         _, added = pass_.begun.get(later, (None, 0))
         if len(entries) - added >= _FEWEST_ADDED_EARLY:
             pass_.begun[later] = _add_up(pass_, later, entries, weights), len(entries)
+
+
+def _rank(pass_: _Pass, member: Term) -> int:
+    """Of the state that it leaves: those that are there together have one."""
+    return max(member.source, pass_.inputs - 1)
+
+
+def _backward_add_up(
+    pass_: _Pass, summands: dict[Term, Summand], weights: Tensor, g: Tensor, wants_weights: bool
+) -> None:
+    """Make the coefs of all ``summands``."""
+    if not summands:
+        return
+    grad_weights = pass_.grad_weights if wants_weights else None
+    terms = list(summands.values())
+    coefs = pass_.kernels.backward_add_up(terms, weights, g, grad_weights, pass_.training)
+    pass_.coefs.update(zip(summands, coefs, strict=True))
 
 
 class _Concatenate(torch.autograd.Function):

@@ -203,11 +203,13 @@ def backward_add_up(
             term = term._replace(z=POOLS[term.pooling.kind](term.z, 3, term.pooling.stride))
         if grad_weights is not None:
             grad_weights[term.entry] = (g * _normalised(term)).sum()
+            Branch.hide(grad_weights[term.entry])
         weight = _weight(weights, term.entry)
         if term.stats is None:
-            coefs.append(g.new_tensor([weight, 0, 0, 0]).expand(g.shape[1], 4))
+            coefs.append(g.new_tensor([weight, 0, 0, 0]).repeat(g.shape[1], 1))
         else:
             coefs.append(_coef(g, term.z, *term.stats.unbind(1), weight, training))
+        coefs[-1] = Branch.hide(coefs[-1])
     return coefs
 
 
