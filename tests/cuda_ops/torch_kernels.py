@@ -49,9 +49,9 @@ class Branch:
     def hide(tensor: Tensor) -> Tensor:
         """The tensor itself, filled with NaN if this is a block."""
         if Branch.active is not None:
-            value = tensor.clone()
-            Branch.active._late.append(lambda: tensor.copy_(value))
-            tensor.fill_(torch.nan)
+            unseen, value = tensor.data, tensor.clone()  # .data: autograd must not see the change
+            Branch.active._late.append(lambda: unseen.copy_(value))
+            unseen.fill_(torch.nan)
         return tensor
 
 
@@ -108,7 +108,8 @@ def reduce(
     x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], exact: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     zs = [_reduce(x, *pair) for pair in weights]
-    return zs, plane_moments(zs)
+    moments = plane_moments(zs)
+    return [Branch.hide(z) for z in zs], moments
 
 
 def backward_reduce(
@@ -166,9 +167,7 @@ def pool(
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     zs = [{kind: POOLS[kind](x, 3, stride) for kind in kinds} for x in xs]
     moments = [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
-    for z in chain(*(of_state.values() for of_state in zs)):
-        Branch.hide(z)
-    return zs, moments
+    return [{kind: Branch.hide(z) for kind, z in of_state.items()} for of_state in zs], moments
 
 
 def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
