@@ -32,6 +32,15 @@ class Run:
         return (self.folder / "result.json").exists()
 
     @property
+    def seconds(self) -> float:
+        """What its processes took so far, from start to end."""
+        return sum(record["seconds"] for record in read_records(self._times))
+
+    @property
+    def _times(self) -> Path:
+        return self.folder.with_suffix(".times.jsonl")
+
+    @property
     def was_begun(self) -> bool:
         return any((self.folder / "checkpoints").glob("*.safetensors"))
 
@@ -42,8 +51,8 @@ class Run:
         else:
             yield from (f"--out={self.folder}", "--overwrite", *self.options)
 
-    def carry_out(self, gpu: str | None, deadline: float) -> float | None:
-        """Seconds that it took; None if the deadline came first. ``gpu`` is one of ``visible_gpus``."""
+    def carry_out(self, gpu: str | None, deadline: float) -> None:
+        """To its end, or so far as the deadline lets it; ``gpu`` is one of ``visible_gpus``."""
         environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         start, command = time.monotonic(), list(self.command())
         with open(self.folder.with_suffix(".log"), "a") as log:
@@ -52,10 +61,11 @@ class Run:
                 code = process.wait(max(0.0, deadline - start))
             except subprocess.TimeoutExpired:
                 _stop(process)
-                return None
+                code = 0
+        with open(self._times, "a") as times:
+            times.write(json.dumps({"seconds": time.monotonic() - start}) + "\n")
         if code:
             raise SystemExit(f"{' '.join(command)} failed:\n{self.folder.with_suffix('.log').read_text()}")
-        return time.monotonic() - start
 
 
 def visible_gpus() -> list[str]:
@@ -73,17 +83,15 @@ def _stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def carry_out_all(
-    runs: Sequence[Run], jobs: int, deadline: float, describe: Callable[[Run, float | None], str]
-) -> dict[Run, float | None]:
-    """Seconds of each run, ``jobs`` at a time; None where the deadline came before its end.
+def carry_out_all(runs: Sequence[Run], jobs: int, deadline: float, describe: Callable[[Run], str]) -> bool:
+    """Whether all runs came to their end; those that had not yet go on, ``jobs`` at a time.
 
     One that fails is printed, and none is started after it.
     """
     waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
     for run in runs:
-        waiting.put(run)
-    seconds: dict[Run, float | None] = dict.fromkeys(runs)
+        if not run.is_done:
+            waiting.put(run)
     failures: list[SystemExit] = []
     gpus = visible_gpus()
 
@@ -92,13 +100,13 @@ def carry_out_all(
         while not failures and time.monotonic() < deadline:
             try:
                 run = waiting.get_nowait()
-                seconds[run] = run.carry_out(gpu, deadline)
+                run.carry_out(gpu, deadline)
             except queue.Empty:
                 return
             except SystemExit as failure:
                 failures.append(failure)
                 return
-            print(f"{run.folder.name}: {describe(run, seconds[run])}", flush=True)
+            print(f"{run.folder.name}: {describe(run)}, {run.seconds:.0f} s", flush=True)
 
     workers = [threading.Thread(target=work, args=(worker,)) for worker in range(jobs)]
     for worker in workers:
@@ -107,7 +115,7 @@ def carry_out_all(
         worker.join()
     if failures:
         print(failures[0], file=sys.stderr)
-    return seconds
+    return all(run.is_done for run in runs)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -92,12 +92,15 @@ IMPLEMENTATIONS = {
     "compile-graph": Implementation("compile", "torch", captured=True),
     "plan": Implementation("fused", "torch", captured=False),
     "plan-graph": Implementation("fused", "torch", captured=True),
+    "triton": Implementation("fused", "triton", captured=False),
+    "triton-graph": Implementation("fused", "triton", captured=True),
     "ext": Implementation("fused", "ext", captured=False),
     "ext-graph": Implementation("fused", "ext", captured=True),
     "ext-graph-recompute": Implementation("fused", "ext", captured=True, recompute=True),
 }
 """``eager``: module by module. ``compile``: every MixedOp through torch.compile. ``plan``: the cell's plan in
-plain PyTorch. ``ext``: the plan in CUDA C++. ``recompute``: keeping only what enters each cell.
+plain PyTorch. ``triton``: the plan in Triton. ``ext``: the plan in CUDA C++. ``recompute``: keeping only what
+enters each cell.
 """
 
 

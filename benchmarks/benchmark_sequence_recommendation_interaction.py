@@ -6,6 +6,7 @@ repository's root: ``python benchmarks/benchmark_sequence_recommendation_interac
 
 import functools
 import itertools
+import re
 import sys
 
 import torch
@@ -70,10 +71,15 @@ def sweep() -> None:
     triton._blocks, triton._CHUNK_LENGTH = standard
 
 
+def name_of(batch: int, length: int, width: int) -> str:
+    """As results are recorded under."""
+    return f"b{batch}-n{length}-d{width}"
+
+
 def comparisons(case: tuple[int, int, int], quick: bool) -> list[Comparison]:
     """Full sequences with times, then sequences of all lengths."""
-    batch, length, width = case
-    name = f"b{batch}-n{length}-d{width}"
+    batch, length, _ = case
+    name = name_of(*case)
     times = torch.rand(batch, length, device="cuda", dtype=torch.float64).cumsum(1)
     lengths = torch.linspace(0, length, batch, device="cuda").round().long()
     make = functools.partial(make_inputs, *case)
@@ -109,7 +115,8 @@ def main() -> int:
         if arguments.sweep:
             sweep()
             return 0
-        compared = {case: comparisons(case, arguments.quick) for case in CASES}
+        cases = [case for case in CASES if re.match(arguments.cases, name_of(*case))]
+        compared = {case: comparisons(case, arguments.quick) for case in cases}
         compile_in_parallel(
             compile_one,
             [

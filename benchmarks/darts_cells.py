@@ -70,16 +70,8 @@ def more_options(arguments: argparse.Namespace, chosen: Sequence[str]) -> list[s
     return data + [f"--{option}" for option in chosen]
 
 
-def carry_out(runs: Sequence[Run], jobs: int, deadline: float) -> bool:
-    """Whether all runs have come to their end."""
-    carry_out_all([run for run in runs if not run.is_done], jobs, deadline, describe)
-    return all(run.is_done for run in runs)
-
-
-def describe(run: Run, seconds: float | None) -> str:
-    if seconds is None:
-        return "goes on next time"
-    return f"test accuracy {result_of(run)['test_accuracy']:.2%}, {seconds:.0f} s"
+def describe(run: Run) -> str:
+    return f"test accuracy {result_of(run)['test_accuracy']:.2%}" if run.is_done else "goes on next time"
 
 
 def result_of(run: Run) -> dict[str, Any]:
@@ -180,10 +172,10 @@ def measure(arguments: argparse.Namespace) -> bool:
     gpus, deadline = torch.cuda.device_count(), time.monotonic() + arguments.limit
     jobs = arguments.jobs or max(1, gpus)
     searches = list(search_runs(arguments))
-    if not carry_out(searches, jobs, deadline):
+    if not carry_out_all(searches, jobs, deadline, describe):
         return False
     trainings = list(training_runs(arguments))
-    if not carry_out([run for _, run in trainings], jobs, deadline):
+    if not carry_out_all([run for _, run in trainings], jobs, deadline, describe):
         return False
     results = open_results("darts_cells", arguments, "cuda" if gpus else "cpu")
     epochs = json.loads((trainings[0][1].folder / "config.json").read_text())["epochs"]

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 SHOWN_UNITS = {"ms": ("µs", 1e3), "bytes": ("MiB", 2**-20)}
 # Tables in which anything takes so long show milliseconds.
 LONG_MS = 100.0
-OURS = ("ext-graph", "ext-graph-recompute", "ext", "fused", "graph", "triton", "plan")
+OURS = ("ext-graph", "ext-graph-recompute", "ext", "triton-graph", "fused", "graph", "triton", "plan")
 BASELINES = ("eager", "eager-graph", "stack", "compile", "compile-graph", "floor")
 
 

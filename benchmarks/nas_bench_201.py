@@ -5,7 +5,7 @@ search`` for every strategy and seed, each in a process of its own and ``--jobs`
 the GPUs; appends accuracies and seconds to the results; lets random search and regularised evolution ask the
 same table; and draws all of it. ``--draw`` only draws. What the ``--limit`` cuts short is recorded as such.
 
-``accuracy`` is the table's test accuracy on CIFAR-10 of the last epoch's genotype, ``wall_s`` the process
+``accuracy`` is the table's test accuracy on CIFAR-10 of the last epoch's genotype, ``wall_s`` its processes
 from start to end, ``search_s`` the epochs of the search, validation included.
 """
 
@@ -72,12 +72,9 @@ class Search:
         seconds = [record["seconds"] for record in timing if record["phase"] == "search"]
         return list(accumulate(seconds)), [record[METRIC] for record in metrics if METRIC in record]
 
-    def describe(self, seconds: float | None) -> str:
+    def describe(self) -> str:
         _, accuracies = self.curve()
-        found = f"{accuracies[-1]:.2%} after {len(accuracies)} epochs" if accuracies else "no epoch done"
-        if seconds is None:
-            return f"cut short by the limit, {found}"
-        return f"{found}, {seconds:.0f} s"
+        return f"{accuracies[-1]:.2%} after {len(accuracies)} epochs" if accuracies else "no epoch done"
 
     def config(self) -> dict[str, Any]:
         return json.loads((self.folder / "config.json").read_text())
@@ -99,7 +96,7 @@ def record_searches(
             record_strategy(results, case, done, [seconds[search] or 0.0 for search in done], share)
         for search in mine:
             if search not in done:
-                status = f"seed {search.seed}: {search.describe(None)}"
+                status = f"seed {search.seed}: cut short by the limit, {search.describe()}"
                 results.add_status(dataset, strategy, "as shipped", status)
 
 
@@ -249,8 +246,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     searches = list(searches_of(arguments, folder))
     of_run = {search.run(options): search for search in searches}
     deadline = time.monotonic() + arguments.limit
-    taken = carry_out_all(list(of_run), jobs, deadline, lambda run, taken: of_run[run].describe(taken))
-    seconds = {of_run[run]: found for run, found in taken.items()}
+    carry_out_all(list(of_run), jobs, deadline, lambda run: of_run[run].describe())
+    seconds = {search: run.seconds if run.is_done else None for run, search in of_run.items()}
     record_searches(results, seconds, arguments.dataset, jobs / max(1, gpus))
 
 

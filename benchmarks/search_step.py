@@ -13,7 +13,7 @@ of α in the step of w, and share optimizers and loss.
 ``device_ms`` and ``launches`` are those of all kernels, copies and fills of one step; ``peak_bytes`` is
 everything allocated, parameters and graphs included; ``gbps`` are the bytes that must move (``visit_bytes``)
 over ``device_ms``. The floor is those bytes over the bandwidth of a copy measured in the same run.
-``group_ms`` says where the device time of the captured extension goes.
+``group_ms`` says where the device time of the captured kernels goes.
 """
 
 import argparse
@@ -59,20 +59,22 @@ TOLERANCES = {
 VISITS = {1: 2, 2: 5}
 """Forward and backward passes of a step by its order."""
 GROUPS = {
-    "convolutions of cells, forward": r"cell_conv::.*\bforward_kernel",
+    "convolutions of cells, forward": r"cell_conv::.*\bforward_kernel|^cell_conv_fwd",
     "first convolutions, backward": r"\bbackward_first_kernel",
     "second convolutions, backward": r"\bbackward_second_kernel",
+    "pointwise convolutions, backward": r"^cell_conv_bwd_pointwise",
+    "depthwise convolutions, backward": r"^cell_conv_bwd_depthwise",
     "their weight gradients, summed": r"partial_sums::",
     "strided convolutions": r"(cell_strided|sepconv)::",
     "1x1 convolutions": r"pointwise::",
     "dense convolutions, forward": r"dense_conv::.*\bfwd_kernel",
     "dense convolutions, backward": r"dense_conv::.*\bdx_kernel",
     "their weights' gradients": r"dense_conv::.*\bdw_kernel",
-    "pools": r"node::.*\bpool_kernel",
-    "node sums": r"node::.*\bsum_kernel",
-    "node dots": r"node::.*\bdots_kernel",
-    "gradients of states": r"node::.*\b(state|affine)_kernel",
-    "statistics and coefficients": r"\b(moments|finalize|(first_)?coefficients)_kernel",
+    "pools": r"node::.*\bpool_kernel|^node_pool",
+    "node sums": r"node::.*\bsum_kernel|^node_sum",
+    "node dots": r"node::.*\bdots_kernel|^node_dots",
+    "gradients of states": r"node::.*\b(state|affine)_kernel|^node_(state|window)",
+    "statistics and coefficients": r"(\b|^node_)(moments|finalize|statistics|(first_)?coefficients)_kernel",
     "optimizers": r"multi_tensor_apply|adam|sgd",
     "PyTorch's BatchNorms": r"batch_norm|bn_(fw|bw)",
     "PyTorch's convolutions and products": r"conv|gemm|gemv|cudnn|cutlass|xmma|wgrad|dgrad|nchw|nhwc|splitK",
@@ -236,7 +238,7 @@ def measure_step(case: Case, order: int, results: Results, seconds: float, error
     add("launches", "launches", Spread.exactly(len(works)))
     moved = VISITS[order] * visit_bytes(supernet, case.network, case.batch, case.precision)
     add("gbps", "GB/s", Spread.exactly(moved / device_ms / 1e6))
-    if case.implementation == "ext-graph":
+    if case.implementation in ("ext-graph", "triton-graph"):
         for group, ms in by_group(works):
             name = f"{case.name(order)}/{group}"
             results.add(name, case.implementation, case.precision, "group_ms", "ms", Spread.exactly(ms))

@@ -39,6 +39,18 @@ def small_space(monkeypatch):
 
 
 @pytest.fixture
+def exact_products():
+    """fp32 products of convolutions and of matrices exact to rounding, unless the test asks for less."""
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    yield
+    for setting, precision in zip(settings, before, strict=True):
+        setting.fp32_precision = precision
+
+
+@pytest.fixture
 def nan_filled_empty():
     """Let ``torch.empty`` and its kin return NaN, so that output a kernel does not write shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

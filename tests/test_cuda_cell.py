@@ -273,7 +273,7 @@ def test_gradient_of_a_state(shape, stride, kinds, ties, stored):
 @pytest.mark.parametrize("shape", [(64, 64, 32, 32), (64, 256, 8, 8), (3, 48, 7, 12), (1, 16, 1, 8)])
 @pytest.mark.parametrize("kind", ["relu_conv_bn", "factorized_reduce"])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
-@pytest.mark.usefixtures("ieee")
+@pytest.mark.usefixtures("exact_products")
 def test_preprocessing(shape, kind, wants, stored):
     conv = ReLUConvBN(shape[1], 32, 1, affine=False).op
     op = (conv if kind == "relu_conv_bn" else FactorizedReduce(shape[1], 32, affine=False)).cuda()
@@ -389,7 +389,7 @@ def strided_tolerance(stored: torch.dtype) -> float:
 
 
 @gpu
-@pytest.mark.usefixtures("ieee")
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("shape", CONV_SHAPES)
 @pytest.mark.parametrize("wants_weights", [True, False])
 def test_strided_convolutions(shape, wants_weights, stored):
@@ -426,7 +426,7 @@ def test_strided_convolutions(shape, wants_weights, stored):
 
 
 @gpu
-@pytest.mark.usefixtures("ieee")
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("shape", CONV_SHAPES)
 @pytest.mark.parametrize("wants_weights", [True, False])
 def test_factorized_reductions(shape, wants_weights, stored):
@@ -458,15 +458,6 @@ def test_factorized_reductions(shape, wants_weights, stored):
             torch_kernels.reduce_partials(wanted, exact(of_half)),
             tolerance,
         )
-
-
-@pytest.fixture
-def ieee():
-    """Convolutions without TF32."""
-    convolutions = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
-    yield
-    convolutions.fp32_precision = before
 
 
 def run_fused(cell, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
@@ -510,7 +501,7 @@ def exact_to_fp32(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @gpu
-@pytest.mark.usefixtures("ieee")
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("channels", [16, 32, 64])
 @pytest.mark.parametrize("reduction", [False, True])
 @pytest.mark.parametrize("training", [True, False])
@@ -521,7 +512,7 @@ def test_matches_the_modules(channels, reduction, training, wants):
 
 
 @gpu
-@pytest.mark.usefixtures("ieee")
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("size", [(1, 2, 3), (2, 9, 7), (3, 33, 18), (1, 40, 40), (64, 8, 8)])
 @pytest.mark.parametrize("reduction", [False, True])
 def test_of_odd_sizes(size, reduction):
@@ -530,7 +521,7 @@ def test_of_odd_sizes(size, reduction):
 
 
 @gpu
-@pytest.mark.usefixtures("ieee")
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize(("channels", "size"), [(16, (4, 32, 32)), (32, (3, 9, 7)), (64, (2, 8, 8))])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
@@ -548,7 +539,7 @@ def test_of_one_input_and_the_last_node_alone(channels, size, training, wants):
 
 
 @gpu
-@pytest.mark.usefixtures("ieee")
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("count", [4, 8, 12, 16])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("training", [True, False])

@@ -13,7 +13,8 @@ from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
 
 gpu = pytest.mark.gpu
-pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+# Calls that the kernels leave to PyTorch are exact in both cases.
+pytestmark = pytest.mark.usefixtures("nan_filled_empty", "exact_products")
 
 # Batch, channels, height, width of a state: a network's own; then pictures that do not fill their tiles.
 SHAPES = [
@@ -53,15 +54,6 @@ def in_double(thing):
     if isinstance(thing, Tensor):
         return thing.double()
     return type(thing)(*map(in_double, thing)) if isinstance(thing, tuple) else thing
-
-
-@pytest.fixture(autouse=True)
-def pytorch_without_tf32():
-    """Calls that the kernels leave to PyTorch are exact in both cases."""
-    convolutions = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
-    yield
-    convolutions.fp32_precision = before
 
 
 def assert_close(got: Tensor, wanted: Tensor, grade: str) -> None:

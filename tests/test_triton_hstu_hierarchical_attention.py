@@ -200,18 +200,11 @@ def test_every_dtype_and_head_width(dtype: torch.dtype, width: int, nan_filled_e
     assert_matches_definition(make_inputs((4, 333, 2, width), width, jagged=True, **common))
 
 
-@pytest.fixture
-def tf32_allowed():
-    before = torch.backends.cuda.matmul.fp32_precision
-    yield lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
 @gpu
-def test_tf32_where_products_may_be_rounded_to_it(tf32_allowed) -> None:
+def test_tf32_where_products_may_be_rounded_to_it(exact_products) -> None:
     arguments = make_inputs((2, 300, 2, 64), 64)
     exact = attend(kernels.hstu_hierarchical_attention, arguments)
-    tf32_allowed()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     rounded = attend(kernels.hstu_hierarchical_attention, arguments)
     for name, x in exact.items():
         assert 0 < (rounded[name] - x).abs().max() / x.abs().max() < 5e-3, name

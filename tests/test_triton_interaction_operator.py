@@ -9,17 +9,9 @@ from neuroexapt.backend import explain, use_backend
 from neuroexapt.kernels import interaction_operator as definition
 from tests.kernels.held_to_reference import TOLERANCE, largest_error, random_tensors, results_and_gradients
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 # Batch, fields and width: one and several samples a program, one and several tiles of the width.
 SHAPES = [(1024, 26, 64), (301, 50, 128), (33, 5, 16), (7, 127, 300), (5, 1, 1), (3, 15, 513), (2, 0, 8)]
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def by_kernel(*tensors: Tensor) -> Tensor:

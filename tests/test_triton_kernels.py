@@ -20,6 +20,7 @@ from neuroexapt.kernels import pool_triton, reference, sepconv_triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 WEIGHT_NAMES = ("dx", "depthwise_grad", "pointwise_grad")
+pytestmark = pytest.mark.usefixtures("exact_products")
 gpu = pytest.mark.gpu
 
 
@@ -38,15 +39,6 @@ def _kernels_can_run():
         _count_kernel[1,](torch.zeros(1, dtype=torch.int32, device=DEVICE), 2)
     except triton.runtime.errors.InterpreterError as error:
         pytest.skip(f"this Triton's interpreter cannot run loops: {error}")
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    """fp32 products exact to rounding, in the kernels and in PyTorch."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

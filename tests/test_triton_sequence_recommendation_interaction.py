@@ -12,17 +12,9 @@ from neuroexapt.backend import explain, use_backend
 from neuroexapt.kernels import sequence_recommendation_interaction as definition
 from tests.kernels.held_to_reference import TOLERANCE, largest_error, random_tensors, results_and_gradients
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 # Batch, longest sequence, width: one chunk, several, more than 16, and widths of several tiles.
 SHAPES = [(128, 50, 64), (16, 200, 64), (3, 1, 8), (2, 64, 33), (3, 65, 300), (2, 1100, 256), (1, 2100, 16)]
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def inputs(batch: int, length: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -22,6 +22,7 @@ MODULES = {
     ("relu_conv_bn", "ext"): "neuroexapt.cuda_ops.preprocess",
     ("factorized_reduce", "ext"): "neuroexapt.cuda_ops.preprocess",
     ("cell", "ext"): "neuroexapt.cuda_ops.cell",
+    ("cell", "triton"): "neuroexapt.kernels.cell_triton",
     ("sepconv", "ext"): "neuroexapt.cuda_ops.sepconv",
     ("sepconv", "triton"): "neuroexapt.kernels.sepconv_triton",
     ("avg_pool", "triton"): "neuroexapt.kernels.pool_triton",

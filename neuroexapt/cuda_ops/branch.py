@@ -29,6 +29,8 @@ class Branch:
     must be kept until the join. What our launchers allocate in the block is.
     """
 
+    is_one = True
+
     def __init__(self) -> None:
         self._put_off: list[Callable[[int], None]] = []
         self._kept: list[Tensor] = []
@@ -64,6 +66,23 @@ class Branch:
             torch.cuda.current_stream().wait_stream(self._stream)
         self._stream = None
         self._kept.clear()
+
+
+class NoBranch:
+    """For launchers that know no branches: all runs when it is its turn."""
+
+    is_one = False
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_exception: object) -> None: ...
+    def keep(self, *tensors: Tensor) -> None: ...
+    def start(self) -> None: ...
+    def join(self) -> None: ...
+
+
+def on_a_branch() -> bool:
+    """Whether launches are put off."""
+    return _active.get() is not None
 
 
 def launch(launcher: Callable[..., None], *arguments: Any) -> None:

@@ -75,24 +75,19 @@ def supports(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Suppo
     return Support(not reason, reason)
 
 
-def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
-    """What stands in the way."""
-    flows = [_Flow([group]) for group in plan.states]
+def refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
+    """What stands in the way of kernels on any tier."""
     convs = [term for state in plan.states for term in state.convs]
     pools = [term for state in plan.states for term in state.pools]
-    others = (weights, *_own_tensors(plan, flows))
+    others = (weights, *_own_tensors(plan))
     yield from dtype_refusals(states, others)
     if any(tensor.device != weights.device for tensor in (*states, *others)):
         yield "tensors on several devices"
     if any(state.shape != states[0].shape for state in states):
         yield "states of several shapes"
-    channels, height, width = states[0].shape[1:]
-    if channels not in CHANNELS:
-        yield f"{channels} channels"
+    height, width = states[0].shape[2:]
     if states[0].numel() == 0:
         yield "an empty batch"
-    if width > cell_kernels.MAX_WIDTH:
-        yield f"pictures {width} wide"
     if states[0].shape[0] * -(-height // 2) * -(-width // 2) == 1:
         yield "a single value per channel"
     for conv in convs:
@@ -102,6 +97,17 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield f"pools other than of size {POOL_SIZE}"
     if len({(pool.edge, pool.pool.kind) for pool in pools}) < len(pools):
         yield "an edge with two pools of a kind"
+
+
+def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
+    """What stands in the way of these kernels."""
+    yield from refusals(plan, states, weights)
+    flows = [_Flow([group]) for group in plan.states]
+    channels, width = states[0].shape[1], states[0].shape[3]
+    if channels not in CHANNELS:
+        yield f"{channels} channels"
+    if width > cell_kernels.MAX_WIDTH:
+        yield f"pictures {width} wide"
     if any(
         max(len(flow.first), 2 * len(flow.reductions), len(flow.dense)) > cell_kernels.MAX_CONVS
         for flow in flows
@@ -123,10 +129,10 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield f"{len(plan.nodes)} nodes"
 
 
-def _own_tensors(plan: CellPlan, flows: "Sequence[_Flow]") -> Iterator[Tensor]:
+def _own_tensors(plan: CellPlan) -> Iterator[Tensor]:
     """What the kernels read besides their arguments: weights and running statistics."""
-    for flow in flows:
-        yield from flow.weights
+    for group in plan.states:
+        yield from _Flow([group]).weights
     for node in plan.nodes:
         bns = (term.bn for term in node.terms if term.bn is not None)
         yield from (bn.running_mean for bn in bns if bn.running_mean is not None)
@@ -451,7 +457,8 @@ class _LeaveStates(torch.autograd.Function):
         z.update((term, xs[term.source].detach()) for term in flow.identities)
 
         for member, output in z.items():
-            kept = xs[member.source].detach() if isinstance(member, PoolTerm) else output
+            forms_again = isinstance(member, PoolTerm) and not pass_.kernels.KEEPS_POOLS
+            kept = xs[member.source].detach() if forms_again else output
             pass_.entries[member.target].append(_Entry(member, output, stats.get(member), kept))
         ctx.set_materialize_grads(False)
         ctx.pass_, ctx.flow = pass_, flow
@@ -514,7 +521,7 @@ class _LeaveStates(torch.autograd.Function):
         grad_weights: list[Any] = [None] * len(weights)
         if wants_weights:
             with pass_.branch:
-                grad_weights = kernels.reduce_partials(partials, weights, beside=True)
+                grad_weights = kernels.reduce_partials(partials, weights)
         totals = {
             state: StateGrad(saved.xs[state], pool_grads, addends[state])
             for state, pool_grads in _pool_grads(flow, g, pass_.coefs).items()
@@ -538,7 +545,7 @@ class _EnterNode(torch.autograd.Function):
         entries = pass_.entries.pop(node.node, [])
         pass_.join()
         y = _add_up(pass_, number, entries, weights)
-        if y.dtype != torch.bfloat16:  # which would be rounded again
+        if pass_.branch.is_one and y.dtype != torch.bfloat16:  # which would be rounded again
             with pass_.branch:
                 _begin_sums(pass_, number, node.node, weights)
         ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]
@@ -559,15 +566,15 @@ class _EnterNode(torch.autograd.Function):
         if wants_weights and pass_.grad_weights is None:
             pass_.grad_weights = torch.zeros_like(weights)
         summands = {
-            member: Summand(z, stats, _weight_of(member), _pooling_of(member))
+            member: Summand(
+                z, stats, _weight_of(member), None if pass_.kernels.KEEPS_POOLS else _pooling_of(member)
+            )
             for member, z, stats in zip(ctx.members, kept, stats, strict=True)
             if not isinstance(member, WholeEdge) and (wants_weights or not isinstance(member, IdentityTerm))
         }
         pass_.join()
-        # The state that was there last goes on first.
-        last = max((_rank(pass_, member) for member in summands), default=0)
-        soon = {member: term for member, term in summands.items() if _rank(pass_, member) == last}
-        late = {member: term for member, term in summands.items() if member not in soon}
+        late = _late(pass_, summands)
+        soon = {member: term for member, term in summands.items() if member not in late}
         _backward_add_up(pass_, soon, weights, g, wants_weights)
         if late:
             with pass_.branch:
@@ -597,9 +604,13 @@ def _begin_sums(pass_: _Pass, number: int, state: int, weights: Tensor) -> None:
             pass_.begun[later] = _add_up(pass_, later, entries, weights), len(entries)
 
 
-def _rank(pass_: _Pass, member: Term) -> int:
-    """Of the state that it leaves: those that are there together have one."""
-    return max(member.source, pass_.inputs - 1)
+def _late(pass_: _Pass, summands: dict[Term, Summand]) -> dict[Term, Summand]:
+    """Those whose coefs can wait: of all states but the one, or those together, that was there last."""
+    if not pass_.branch.is_one:
+        return {}
+    last = max((member.source for member in summands), default=0)
+    first_soon = 0 if last < pass_.inputs else last
+    return {member: term for member, term in summands.items() if member.source < first_soon}
 
 
 def _backward_add_up(

@@ -27,7 +27,7 @@ from neuroexapt.cuda_ops.arguments import (
     strided,
 )
 from neuroexapt.cuda_ops.branch import Branch as Branch
-from neuroexapt.cuda_ops.branch import kept, launch
+from neuroexapt.cuda_ops.branch import kept, launch, on_a_branch
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.cuda_ops.pointwise import Product, Source, Target
 from neuroexapt.kernels import reference
@@ -37,6 +37,8 @@ MAX_CONVS, MAX_EDGES, MAX_ADDENDS, MAX_WIDTH = 32, 16, 64, 1024
 """Of one state: convolutions and edges that leave it, parts of its gradient, columns of its pictures."""
 MAX_TERMS, MAX_POOLED_EDGES = 96, 16
 """Of one node: terms, and edges with pools."""
+KEEPS_POOLS = False
+"""For the backward pass, which forms them once more from their state."""
 
 
 class Conv(NamedTuple):
@@ -316,17 +318,16 @@ def backward_dense(
     return dxs, partials
 
 
-def reduce_partials(
-    partials: Sequence[Tensor], weights: Sequence[Tensor], beside: bool = False
-) -> list[Tensor]:
-    """The weights' gradients, Σ_parts partial; ``beside``: in the block of a branch."""
+def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights' gradients, Σ_parts partial. On a branch no other launch may precede it in its block."""
     kernels = extension()
     gradients = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     jobs = [
         kernels.PartialSumsJob(*addresses(partial, gradient), gradient.numel(), partial.shape[0])
         for partial, gradient in zip(partials, gradients, strict=True)
     ]
-    launch(kernels.partial_sums_add_up, jobs, not beside)
+    early = not on_a_branch()
+    launch(kernels.partial_sums_add_up, jobs, early)
     return gradients
 
 

@@ -42,6 +42,7 @@ _MAX_WIDTH = 2048
 _NARROW = 128
 # Of which wide rows' gradients of biases and norm are summed up in registers.
 _ROWS_OF_A_SHARE = 64
+_STAGES = 2
 _MAX_HEAD = 256
 # From this length on PyTorch's attention is the faster one; its kinds, that for Hopper's tensor cores first.
 _LONG = 512
@@ -88,19 +89,21 @@ def project_add_norm_fwd_kernel(
             attended = load_rows(attended_ptr, rows, inner, INNER, valid)  # [BM, BK]
             weight = load_rows(weight_ptr, columns, inner, INNER, columns < D)  # [DP, BK]
             z = tl.dot(attended, tl.trans(weight), z, input_precision=PRECISION)
-        z += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
     else:
         z = load_rows(attended_ptr, rows, columns, D, valid).to(tl.float32)
+    x = load_rows(x_ptr, rows, columns, D, valid).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    z += bias[None, :]
     if seed_ptr is not None:
         z = _drop(z, seed_ptr, rows, columns, dropout, D)
-    z += load_rows(x_ptr, rows, columns, D, valid).to(tl.float32)
+    z += x
     places = rows[:, None] * D + columns[None, :]
     mask = (rows < count)[:, None] & (columns < D)[None, :]
     if KEEP:
         tl.store(z_ptr + places, z.to(z_ptr.dtype.element_ty), mask=valid[:, None] & mask)
     z, _ = normalised(z, D, DP, eps)
-    norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    norm_bias = tl.load(norm_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     y = tl.where(valid[:, None], z * norm_weight[None, :] + norm_bias[None, :], 0.0)
     tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -110,7 +113,7 @@ def project_add_norm_bwd_kernel(
     dy_ptr, z_ptr, weight_ptr, norm_weight_ptr, dx_ptr, dprojected_ptr, dattended_ptr, partial_ptr,
     seed_ptr, lengths, count, max_length, dropout, eps,
     D: tl.constexpr, DP: tl.constexpr, INNER: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, NARROW: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx, dprojected [R, D] (dx itself without dropout) and, if NARROW, dattended [R, INNER].
 
@@ -124,7 +127,7 @@ def project_add_norm_bwd_kernel(
     dnorm_weight = tl.zeros([BM, DP], tl.float32)
     dnorm_bias = tl.zeros([BM, DP], tl.float32)
     dbias = tl.zeros([BM, DP], tl.float32)
-    for block in range(0, TILE, BM):
+    for block in tl.range(0, TILE, BM, num_stages=STAGES):
         rows = tl.program_id(0).to(tl.int64) * TILE + block + tl.arange(0, BM)
         valid = _valid_rows(rows, count, lengths, max_length)
         dy = load_rows(dy_ptr, rows, columns, D, valid).to(tl.float32)
@@ -189,19 +192,20 @@ def _forward(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    results = _empty_results(x, keep)
+    y, z = _empty_results(x, keep)
     rows = x.shape[:-1].numel()
     if rows:
         blocks = _blocks(*weight.shape, x.itemsize)
         if not blocks["NARROW"]:
-            attended = F.linear(attended, weight, bias)
+            attended = F.linear(attended, weight)
+            z = attended if keep else z  # in its place, so memory is written once
         inputs = x, attended, weight, bias, norm_weight, norm_bias
         with torch.cuda.device_of(x):
             project_add_norm_fwd_kernel[ceil_div(rows, blocks["BM"]),](
-                *(tensor.contiguous() for tensor in inputs), *results, seed, lengths, rows, x.shape[-2],
+                *(tensor.contiguous() for tensor in inputs), y, z, seed, lengths, rows, x.shape[-2],
                 dropout, eps, KEEP=keep, PRECISION=input_precision(), **blocks,
             )  # fmt: skip
-    return results
+    return y, z
 
 
 def _empty_gradients(
@@ -234,8 +238,8 @@ def _backward(
     with torch.cuda.device_of(z):
         project_add_norm_bwd_kernel[programs,](
             dy.contiguous(), z, weight.contiguous(), norm_weight.contiguous(), dx, dprojected, dattended,
-            partials, seed, lengths, rows, z.shape[-2], dropout, eps, TILE=tile, PRECISION=input_precision(),
-            **blocks,
+            partials, seed, lengths, rows, z.shape[-2], dropout, eps, TILE=tile,
+            STAGES=1 if blocks["NARROW"] else _STAGES, PRECISION=input_precision(), **blocks,
         )  # fmt: skip
         add_up(partials, sums)
         if not blocks["NARROW"]:

@@ -30,7 +30,7 @@ _KERNEL_SIZES = (3, 5, 7)
 
 
 @triton.jit
-def _tile(channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def tile(channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """This program's image, its channels [BLOCK_C] and its pixels [BLOCK_P]; grid: see ``_grid``."""
     pixel_blocks = tl.cdiv(pixels, BLOCK_P)
     image = (tl.program_id(0) // pixel_blocks).to(tl.int64)
@@ -56,7 +56,7 @@ def _in_plane(row, column, stride_h, stride_w):
 
 
 @triton.jit
-def _pixels_inside(first, size, K: tl.constexpr):
+def pixels_inside(first, size, K: tl.constexpr):
     """How many of the K pixels from ``first`` on lie inside ``size``; beyond the picture, 1."""
     return tl.maximum(tl.minimum(first + K, size) - tl.maximum(first, 0), 1)
 
@@ -68,7 +68,7 @@ def pool_fwd_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """y: the windows' average or their maximum (MAX); with WINNER also the number of the maximum's tap."""
-    image, channel, pixel = _tile(channels, out_height * out_width, BLOCK_C, BLOCK_P)
+    image, channel, pixel = tile(channels, out_height * out_width, BLOCK_C, BLOCK_P)
     row, column = pixel // out_width, pixel % out_width
     top, left = row * STRIDE - K // 2, column * STRIDE - K // 2
     valid = (channel < channels)[:, None] & (row < out_height)[None, :]
@@ -97,7 +97,7 @@ def pool_fwd_kernel(
             else:
                 result += value
     if not MAX:
-        result /= (_pixels_inside(top, height, K) * _pixels_inside(left, width, K))[None, :].to(tl.float32)
+        result /= (pixels_inside(top, height, K) * pixels_inside(left, width, K))[None, :].to(tl.float32)
     y_tile = _at_channels(y_ptr, image, channel, y_n, y_c) + _in_plane(row, column, y_h, y_w)
     tl.store(y_tile, result, mask=valid)
     if WINNER:
@@ -112,7 +112,7 @@ def pool_bwd_kernel(
     K: tl.constexpr, STRIDE: tl.constexpr, MAX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx of the average, or of the maximum from the ``winner`` taps; the tile's pixels are those of dx."""
-    image, channel, pixel = _tile(channels, height * width, BLOCK_C, BLOCK_P)
+    image, channel, pixel = tile(channels, height * width, BLOCK_C, BLOCK_P)
     row, column = pixel // width, pixel % width
     valid = (channel < channels)[:, None] & (row < height)[None, :]
     dy_planes = _at_channels(dy_ptr, image, channel, dy_n, dy_c)
@@ -138,8 +138,8 @@ def pool_bwd_kernel(
                 )
                 total += tl.where(winner == ky * K + kx, dy, 0.0)
             else:
-                rows = _pixels_inside(row_s - K // 2, height, K)
-                columns = _pixels_inside(column_s - K // 2, width, K)
+                rows = pixels_inside(row_s - K // 2, height, K)
+                columns = pixels_inside(column_s - K // 2, width, K)
                 total += dy * (1.0 / (rows * columns).to(tl.float32))[None, :]
     dx_tile = _at_channels(dx_ptr, image, channel, dx_n, dx_c) + _in_plane(row, column, dx_h, dx_w)
     tl.store(dx_tile, total, mask=valid)

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels import sepconv as shared
+from neuroexapt.kernels.moments_triton import merge_moments, store_moments
 from neuroexapt.kernels.registration import define
 from neuroexapt.kernels.sizes import ceil_div
 
@@ -44,14 +45,14 @@ _REDUCE = {"BLOCK_S": 128, "BLOCK": 8}
 
 
 @triton.jit
-def _pixel_of(index, height, width):
+def pixel_of(index, height, width):
     """Flat pixel index → (image, row, column)."""
     row = index // width
     return row // height, row % height, index % width
 
 
 @triton.jit
-def _pixel_offsets(image, row, column, stride_n, stride_h, stride_w):
+def pixel_offsets(image, row, column, stride_n, stride_h, stride_w):
     """Offsets of pixels, [BLOCK_P], hinted so that neighbouring threads of a tile get neighbouring pixels.
 
     The hint only chooses the tile's fastest axis: across the end of a row it is not true, but every access
@@ -62,31 +63,37 @@ def _pixel_offsets(image, row, column, stride_n, stride_h, stride_w):
 
 
 @triton.jit
-def _depthwise_tile(
+def depthwise_tile(
     x_ptr, x_n, x_c, x_h, x_w, dw_ptr, channel, pixel, channels, pixels, height, width, out_height, out_width,
-    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, RELU: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, dilation, RELU: tl.constexpr,
+    mean=None, NORMED: tl.constexpr = False,
 ):  # fmt: skip
-    """Depthwise outputs at ``channel`` x ``pixel`` in fp32, zero outside: [BLOCK_C, BLOCK_P]."""
-    PAD: tl.constexpr = DILATION * (K // 2)
-    image, out_row, out_column = _pixel_of(pixel, out_height, out_width)
-    top, left = out_row * STRIDE - PAD, out_column * STRIDE - PAD
-    corner = _pixel_offsets(image, top, left, x_n, x_h, x_w)
+    """Depthwise outputs at ``channel`` x ``pixel`` in fp32, zero outside: [BLOCK_C, BLOCK_P].
+
+    NORMED: of relu(x - mean), ``mean``: [BLOCK_C].
+    """
+    padding = dilation * (K // 2)
+    image, out_row, out_column = pixel_of(pixel, out_height, out_width)
+    top, left = out_row * STRIDE - padding, out_column * STRIDE - padding
+    corner = pixel_offsets(image, top, left, x_n, x_h, x_w)
     x_tile = x_ptr + channel.to(tl.int64)[:, None] * x_c + corner[None, :]  # [BLOCK_C, BLOCK_P]
-    row_step = tl.cast(x_h, tl.int64) * DILATION
-    column_step = tl.cast(x_w, tl.int64) * DILATION
+    row_step = tl.cast(x_h, tl.int64) * dilation
+    column_step = tl.cast(x_w, tl.int64) * dilation
     in_channels = channel < channels
     total = tl.zeros([channel.shape[0], pixel.shape[0]], tl.float32)
     for ky in range(K):
-        row = top + ky * DILATION
+        row = top + ky * dilation
         in_rows = (pixel < pixels) & (row >= 0) & (row < height)
         for kx in tl.static_range(K):
-            column = left + kx * DILATION
+            column = left + kx * dilation
             inside = in_rows & (column >= 0) & (column < width)
             value = tl.load(
                 x_tile + (ky * row_step + kx * column_step),
                 mask=in_channels[:, None] & inside[None, :],
-                other=0.0,
+                other=float("-inf") if NORMED else 0.0,
             ).to(tl.float32)
+            if NORMED:
+                value -= mean[:, None]
             if RELU:
                 value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
             weight = tl.load(dw_ptr + channel * (K * K) + (ky * K + kx), mask=in_channels, other=0.0)
@@ -112,7 +119,7 @@ def sepconv_fwd_kernel(
     total = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
     for first in range(0, C, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
-        depthwise = _depthwise_tile(
+        depthwise = depthwise_tile(
             x_ptr, x_n, x_c, x_h, x_w, dw_ptr, channel, pixel, C, pixels,
             height, width, out_height, out_width, K, STRIDE, DILATION, RELU,
         )  # fmt: skip
@@ -123,21 +130,17 @@ def sepconv_fwd_kernel(
         )  # [BLOCK_O, BLOCK_C]
         total = tl.dot(weight, depthwise.to(weight.dtype), total, input_precision=PRECISION)
 
-    image, row, column = _pixel_of(pixel, out_height, out_width)
+    image, row, column = pixel_of(pixel, out_height, out_width)
     y_tile = (
         y_ptr
         + out_channel.to(tl.int64)[:, None] * y_c
-        + _pixel_offsets(image, row, column, y_n, y_h, y_w)[None, :]
+        + pixel_offsets(image, row, column, y_n, y_h, y_w)[None, :]
     )
     valid = (out_channel < C_OUT)[:, None] & (pixel < pixels)[None, :]
     tl.store(y_tile, total, mask=valid)
     if STATS:
         count = tl.minimum(pixels - tile * BLOCK_P, BLOCK_P)
-        mean = tl.sum(total, 1) / count
-        deviation = tl.where(valid, total - mean[:, None], 0.0)
-        partial = stats_ptr + tile.to(tl.int64) * (2 * C_OUT) + out_channel
-        tl.store(partial, mean, mask=out_channel < C_OUT)
-        tl.store(partial + C_OUT, tl.sum(deviation * deviation, 1), mask=out_channel < C_OUT)
+        store_moments(stats_ptr + tile.to(tl.int64) * (2 * C_OUT), out_channel, total, valid, count, C_OUT)
 
 
 @triton.jit(do_not_specialize=["pixels", "tiles"])
@@ -145,27 +148,9 @@ def sepconv_stats_kernel(
     stats_ptr, mean_ptr, var_ptr, pixels, tiles,
     C_OUT: tl.constexpr, TILE_PIXELS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Merge the tiles' (mean, M2) in fixed order (Chan et al., 1979) → mean and biased variance, [O]."""
+    """Merge the tiles' (mean, M2) → mean and biased variance, [O]."""
     out_channel = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    count = 0.0
-    mean = tl.zeros([BLOCK_O], tl.float32)
-    m2 = tl.zeros([BLOCK_O], tl.float32)
-    for first in range(0, tiles, BLOCK_T):
-        tile = first + tl.arange(0, BLOCK_T)
-        valid = (tile < tiles)[:, None] & (out_channel < C_OUT)[None, :]
-        partial = stats_ptr + tile.to(tl.int64)[:, None] * (2 * C_OUT) + out_channel[None, :]
-        tile_mean = tl.load(partial, mask=valid, other=0.0)  # [BLOCK_T, BLOCK_O]
-        tile_m2 = tl.load(partial + C_OUT, mask=valid, other=0.0)
-        weight = tl.maximum(tl.minimum(pixels - tile * TILE_PIXELS, TILE_PIXELS), 0).to(tl.float32)[:, None]
-        group_count = tl.minimum(pixels - first * TILE_PIXELS, BLOCK_T * TILE_PIXELS).to(tl.float32)
-        group_mean = tl.sum(tile_mean * weight, 0) / group_count
-        deviation = tile_mean - group_mean[None, :]
-        group_m2 = tl.sum(tile_m2 + weight * deviation * deviation, 0)
-        delta = group_mean - mean
-        merged = count + group_count
-        mean += delta * (group_count / merged)
-        m2 += group_m2 + delta * delta * (count * group_count / merged)
-        count = merged
+    mean, m2 = merge_moments(stats_ptr, out_channel, C_OUT, pixels, tiles, TILE_PIXELS, BLOCK_T)
     tl.store(mean_ptr + out_channel, mean, mask=out_channel < C_OUT)
     tl.store(var_ptr + out_channel, m2 / pixels, mask=out_channel < C_OUT)
 
@@ -188,15 +173,15 @@ def sepconv_bwd_pointwise_kernel(
     weight_grad = tl.zeros([BLOCK_O, BLOCK_C], tl.float32)
     for tile in range(split, tl.cdiv(pixels, BLOCK_P), splits):
         pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        image, row, column = _pixel_of(pixel, out_height, out_width)
-        dy_pixel = dy_ptr + _pixel_offsets(image, row, column, dy_n, dy_h, dy_w)[None, :]
+        image, row, column = pixel_of(pixel, out_height, out_width)
+        dy_pixel = dy_ptr + pixel_offsets(image, row, column, dy_n, dy_h, dy_w)[None, :]
         if NEED_PW:
             dy = tl.load(
                 dy_pixel + out_channel.to(tl.int64)[:, None] * dy_c,
                 mask=(out_channel < C_OUT)[:, None] & (pixel < pixels)[None, :],
                 other=0.0,
             )  # [BLOCK_O, BLOCK_P]
-            depthwise = _depthwise_tile(
+            depthwise = depthwise_tile(
                 x_ptr, x_n, x_c, x_h, x_w, dw_ptr, channel, pixel, C, pixels,
                 height, width, out_height, out_width, K, STRIDE, DILATION, RELU,
             )  # fmt: skip
@@ -217,7 +202,7 @@ def sepconv_bwd_pointwise_kernel(
                 )  # [BLOCK_O, BLOCK_P]
                 e = tl.dot(weight, dy, e, input_precision=PRECISION)
             plane = tl.cast(out_height * out_width, tl.int64)
-            e_tile = e_ptr + _pixel_offsets(image, row, column, C * plane, out_width, 1)[None, :]
+            e_tile = e_ptr + pixel_offsets(image, row, column, C * plane, out_width, 1)[None, :]
             e_tile += channel[:, None] * plane
             tl.store(e_tile, e, mask=(channel < C)[:, None] & (pixel < pixels)[None, :])
     if NEED_PW:
@@ -250,7 +235,7 @@ def sepconv_bwd_depthwise_kernel(
     for tile in range(split, tl.cdiv(pixels, BLOCK_P), splits):
         pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         valid = pixel < pixels
-        image, row, column = _pixel_of(pixel, height, width)
+        image, row, column = pixel_of(pixel, height, width)
         # Output pixel (row_s / STRIDE, column_s / STRIDE) reads input pixel (row, column) through the tap.
         row_s = row[None, :] + shift_row[:, None]
         column_s = column[None, :] + shift_column[:, None]
@@ -267,7 +252,7 @@ def sepconv_bwd_depthwise_kernel(
         ).to(tl.float32)  # [TAPS, BLOCK_P]
         channel_offset = channel.to(tl.int64)
         x = tl.load(
-            x_ptr + channel_offset * x_c + _pixel_offsets(image, row, column, x_n, x_h, x_w),
+            x_ptr + channel_offset * x_c + pixel_offsets(image, row, column, x_n, x_h, x_w),
             mask=valid,
             other=0.0,
         ).to(tl.float32)
@@ -281,7 +266,7 @@ def sepconv_bwd_depthwise_kernel(
             if RELU:
                 dx = tl.where(x <= 0, 0.0, dx)
             tl.store(
-                dx_ptr + channel_offset * dx_c + _pixel_offsets(image, row, column, dx_n, dx_h, dx_w),
+                dx_ptr + channel_offset * dx_c + pixel_offsets(image, row, column, dx_n, dx_h, dx_w),
                 dx,
                 mask=valid,
             )

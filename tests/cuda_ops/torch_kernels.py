@@ -20,10 +20,13 @@ from neuroexapt.cuda_ops.cell_kernels import (
 )
 from neuroexapt.kernels import reference
 
+KEEPS_POOLS = False
+
 
 class Branch:
     """As late as allowed: what a block computes is there after ``join``, NaN before."""
 
+    is_one = True
     active: "Branch | None" = None
 
     def __init__(self) -> None:
@@ -150,9 +153,7 @@ def _convolve_dense(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(F.relu(x), weight, padding=weight.shape[-1] // 2)
 
 
-def reduce_partials(
-    partials: Sequence[Tensor], weights: Sequence[Tensor], beside: bool = False
-) -> list[Tensor]:
+def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     return [
         Branch.hide(partial.sum(0).view_as(weight)) for partial, weight in zip(partials, weights, strict=True)
     ]

@@ -21,6 +21,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from neuroexapt.core.cells import CellTopology, SearchCell, TwoInputs
+from neuroexapt.core.operations import PRIMITIVES
+from neuroexapt.core.plan import plan_cell
+from neuroexapt.kernels.cell_triton import cell
 from neuroexapt.kernels.fused_attention_layernorm_triton import fused_attention_layernorm
 from neuroexapt.kernels.hierarchical_sequence_fusion_triton import hierarchical_sequence_fusion
 from neuroexapt.kernels.hstu_hierarchical_attention_triton import hstu_hierarchical_attention
@@ -96,6 +100,16 @@ def call_convolutions_and_pools() -> None:
         backward(global_avg_pool(x))
 
 
+def call_cells() -> None:
+    """A normal and a reduction cell, with and without gradients of their weights."""
+    for reduction, channels, dtype in ((False, 16, torch.float32), (True, 64, torch.bfloat16)):
+        inputs = TwoInputs(channels, channels, channels, False, affine=False)
+        search_cell = SearchCell(CellTopology(1), PRIMITIVES, inputs, channels, reduction=reduction)
+        search_cell.requires_grad_(not reduction)
+        states = [tensor(64, channels, 16, 16, dtype=dtype) for _ in range(2)]
+        backward(cell(plan_cell(search_cell), states, torch.rand(2, len(PRIMITIVES), requires_grad=True)))
+
+
 def call_with_all_options() -> None:
     """Operators of sequences that are given everything they take, over rows that fill their kernels."""
     backward(interaction_operator(tensor(8, 64), tensor(8, 26, 64)))
@@ -133,6 +147,7 @@ def call_on_rows(x: Tensor, heads: list[Tensor], dropout: float = 0.0, **place: 
 def main(arch: int) -> None:
     compile_launches(arch)
     call_convolutions_and_pools()
+    call_cells()
     call_with_all_options()
     if arch == 90:  # what is left out is so on every GPU
         call_without_options()

@@ -18,6 +18,9 @@ KERNELS = {
     "pool_fwd_kernel",
     "pool_bwd_kernel",
     "global_avg_pool_fwd_kernel",
+    *(f"cell_conv_{part}_kernel" for part in ("fwd", "bwd_pointwise", "bwd_depthwise")),
+    *(f"node_{part}_kernel" for part in ("moments", "pool", "statistics", "sum", "dots", "coefficients")),
+    *(f"node_{part}_gradient{s}_kernel" for part, s in (("window", "s"), ("state", ""))),
     "interaction_operator_fwd_kernel",
     "interaction_operator_bwd_kernel",
     *(

@@ -1,0 +1,209 @@
+"""The fused cell in Triton against fp64: on a GPU natively, elsewhere tiny cells through the interpreter."""
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from neuroexapt.backend.dispatch import dispatch_report, explain, reset_dispatch_report
+from neuroexapt.backend.registry import use_backend
+from neuroexapt.core.cells import SearchCell
+from neuroexapt.core.plan import plan_cell
+from neuroexapt.kernels import cell_triton
+from tests.cuda_ops.test_cell import (
+    make_cell,
+    make_cell_of_one_input,
+    make_edge,
+    make_edge_inputs,
+    make_inputs,
+    results,
+    run_edge_reference,
+    run_reference,
+    sixteen_operations,
+)
+from tests.test_cuda_cell import (
+    assert_as_good_as_eager,
+    cell_on_gpu,
+    error,
+    exact_to_fp32,
+    of_kind,
+    under_autocast,
+)
+
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """fp32 products exact to rounding, in the kernels and in PyTorch."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def stored(request: pytest.FixtureRequest) -> torch.dtype:
+    """What pictures are stored in."""
+    return request.param
+
+
+def run_fused(cell: SearchCell, *inputs: Tensor) -> Tensor:
+    *states, weights = inputs
+    plan = plan_cell(cell).for_kernels
+    support = cell_triton.supports(plan, states, weights)
+    assert support.ok, support.reason
+    return cell_triton.cell(plan, states, weights)
+
+
+def run_edge(edge, x: Tensor, weights: Tensor) -> Tensor:
+    """An edge in use by itself."""
+    with use_backend("cuda:triton"):
+        reset_dispatch_report()
+        y = edge(x, weights)
+    assert ("cell", "triton") in {(decision.op, decision.impl) for decision in dispatch_report()}
+    return y
+
+
+@pytest.mark.parametrize(("reduction", "training"), [(False, True), (True, True), (True, False)])
+def test_tiny_cells_match_the_modules(reduction, training):
+    cell = make_cell(reduction, channels=2, nodes=1).train(training)
+    inputs = make_inputs(cell, (2, 3, 5), channels=2)
+    expected = results(run_reference, cell, inputs)
+    try:
+        actual = results(run_fused, cell.float(), exact_to_fp32(inputs))
+    except triton.runtime.errors.InterpreterError as problem:
+        pytest.skip(f"this Triton's interpreter cannot run loops: {problem}")
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert (actual[name] is None) == (wanted is None), name
+        if wanted is not None:
+            assert error(actual[name], wanted.double()) < 2e-5, name
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"channels": 129}, "129 channels"),
+        ({"size": (0, 8, 8)}, "an empty batch"),
+        ({"size": (1, 1, 1)}, "a single value"),
+        ({"primitives": ("sep_conv_7x7",)}, "kernel size 7"),
+    ],
+)
+def test_says_which_cells_it_takes(change, reason):
+    options = {"channels": 20, "primitives": ("skip_connect",), "nodes": 1, "size": (2, 8, 8)} | change
+    size = options.pop("size")
+    cell = make_cell(**options).float()
+    *states, weights = exact_to_fp32(make_inputs(cell, size, options["channels"]))
+    support = cell_triton.supports(plan_cell(cell), states, weights)
+    assert support.ok == (not reason)
+    assert reason in support.reason
+
+
+@gpu
+@pytest.mark.parametrize("channels", [16, 24, 32, 64, 128])
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_matches_the_modules(channels, reduction, training, wants):
+    cell, inputs = cell_on_gpu(channels, (4, 16, 16), reduction)
+    assert_as_good_as_eager(cell.train(training), inputs, *wants, run=run_fused)
+
+
+@gpu
+@pytest.mark.parametrize("size", [(1, 2, 3), (2, 9, 7), (3, 33, 18), (1, 40, 40), (64, 8, 8)])
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("channels", [2, 16])
+def test_of_odd_sizes(size, reduction, channels):
+    cell, inputs = cell_on_gpu(channels, size, reduction)
+    assert_as_good_as_eager(cell, inputs, run=run_fused)
+
+
+@gpu
+@pytest.mark.parametrize(("channels", "size"), [(16, (4, 32, 32)), (32, (3, 9, 7)), (64, (2, 8, 8))])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_of_one_input_and_the_last_node_alone(channels, size, training, wants):
+    cell, inputs = make_cell_of_one_input(channels, size)
+    inputs = tuple(x.cuda() for x in inputs)
+    cell = cell.cuda().train(training)
+    assert_as_good_as_eager(cell, inputs, *wants, reference=SearchCell.forward, run=run_fused)
+
+
+@gpu
+@pytest.mark.parametrize("count", [4, 8, 12, 16])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_edge_by_itself(monkeypatch, count, stride, training):
+    edge = make_edge(sixteen_operations(monkeypatch)[:count], stride, 16).cuda().train(training)
+    inputs = tuple(x.cuda() for x in make_edge_inputs(edge, (3, 9, 7), 16))
+    assert_as_good_as_eager(edge, inputs, reference=run_edge_reference, run=run_edge)
+
+
+@gpu
+@pytest.mark.parametrize(("channels", "size"), [(16, (8, 32, 32)), (32, (8, 16, 16)), (64, (3, 9, 7))])
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_in_bf16_is_as_good_as_autocast(channels, size, reduction, wants):
+    cell, inputs = cell_on_gpu(channels, size, reduction)
+    expected = results(run_reference, cell, inputs, *wants)
+    cell, (*states, weights) = cell.float(), inputs
+    inputs = (*(x.bfloat16() for x in states), weights.float())
+    eager = results(under_autocast(run_reference), cell, inputs, *wants)
+    actual = results(under_autocast(run_fused), cell, inputs, *wants)
+    assert actual["y"].dtype == torch.bfloat16
+    for kind in ("y", "grad of input", "grad of ", "buffer"):
+        got, found, wanted = (of_kind(kind, found) for found in (actual, eager, expected))
+        assert error(got, wanted) <= max(5e-3, 1.25 * error(found, wanted)), kind
+
+
+@gpu
+def test_with_tf32_products():
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    cell, inputs = cell_on_gpu(32, (8, 16, 16))
+    expected = run_reference(cell, *inputs)
+    y = run_fused(cell.float(), *exact_to_fp32(inputs))
+    assert 1e-6 < error(y, expected) < 4e-3
+
+
+@gpu
+@pytest.mark.parametrize("reduction", [False, True])
+def test_twenty_runs_give_the_same_bits(reduction, stored):
+    torch.backends.cudnn.deterministic = True  # factorized reductions are PyTorch's
+    cell, (*states, weights) = cell_on_gpu(16, (64, 32, 32), reduction)
+    cell, inputs = cell.float(), (*(x.to(stored) for x in states), weights.float())
+    first = results(run_fused, cell, inputs)
+    for _ in range(19):
+        again = results(run_fused, cell, inputs)
+        assert all(torch.equal(again[name], wanted) for name, wanted in first.items())
+    torch.backends.cudnn.deterministic = False
+
+
+@gpu
+@pytest.mark.parametrize("reduction", [False, True])
+def test_runs_inside_a_cuda_graph(reduction):
+    cell, inputs = cell_on_gpu(16, (8, 16, 16), reduction)
+    cell, leaves = cell.float(), [x.float().requires_grad_() for x in inputs]
+    leaves += list(cell.edges.parameters())
+
+    def run() -> list[Tensor]:
+        y = run_fused(cell, *leaves[:3])
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        expected = run()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            captured = run()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(got, wanted) for got, wanted in zip(captured, expected, strict=True))
+
+
+@gpu
+def test_is_chosen_by_name():
+    cell, inputs = cell_on_gpu(16, (8, 16, 16))
+    *states, weights = exact_to_fp32(inputs)
+    with use_backend("cuda:triton"):
+        assert explain("cell", plan_cell(cell.float()), states, weights).impl == "triton"
