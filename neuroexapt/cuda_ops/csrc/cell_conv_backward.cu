@@ -127,7 +127,7 @@ struct Strips {
 
 // Forms dz where e will be, and for the weight gradients also by itself. Its channels lie in gradient_slot order.
 // A thread takes a strip and every kGroups-th channel, so that all of their addresses differ by constants.
-template <int C, bool kWeights, typename T, bool kExact>
+template <int C, bool kWeights, typename T>
 __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& job, const Strips<C>& strips,
                               const Place<C>& at, const Shape& shape) {
   using M = Memory<C, kWeights>;
@@ -171,9 +171,8 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const int slot = gradient_slot(i + j * kGroups);  // bits that `first` has not
-        const float4 rounded = operand<kExact>(dz[j]);
-        *reinterpret_cast<float4*>(target + slot * memory.plane) = rounded;
-        if (kWeights && in_tile) *reinterpret_cast<float4*>(copy + slot * M::kGradientPlane) = rounded;
+        *reinterpret_cast<float4*>(target + slot * memory.plane) = dz[j];
+        if (kWeights && in_tile) *reinterpret_cast<float4*>(copy + slot * M::kGradientPlane) = dz[j];
       }
     }
   }
@@ -202,7 +201,7 @@ struct PointwiseWeights {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int i = thread_index() + n * Threads;
-      if (has(i)) target[i] = operand<kExact>(values[n]);
+      if (has(i)) target[i] = unbiased<kExact>(values[n]);
     }
   }
 };
@@ -236,12 +235,12 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const Strips<C>& st
     for (int step = 0; step < C / 8; ++step) {
       const float4 weights = memory.weights[(m * (C / 8) + step) * 32 + lane];
       Fragment<4, kExact> a;
-      a.set_operand(0, weights.x), a.set_operand(1, weights.y);
-      a.set_operand(2, weights.z), a.set_operand(3, weights.w);
+      a.set_cut(0, weights.x), a.set_cut(1, weights.y);
+      a.set_cut(2, weights.z), a.set_cut(3, weights.w);
 #pragma unroll
       for (int t = 0; t < kPixels; ++t) {
         Fragment<2, kExact> b;
-        b.set_operand(0, (&dz[step][0].x)[t]), b.set_operand(1, (&dz[step][1].x)[t]);
+        b.set_cut(0, (&dz[step][0].x)[t]), b.set_cut(1, (&dz[step][1].x)[t]);
         multiply<kExact>(sums[t], a, b);
       }
     }
@@ -314,15 +313,15 @@ __device__ void add_pointwise_gradient(float (&pointwise)[C / 16][4], const Memo
 #pragma unroll
   for (int t = 0; t < 8; t += 4) {
     Fragment<2, kExact> b[2];
-    b[0].set(0, d[t]), b[0].set(1, d[t + 1]), b[1].set(0, d[t + 2]), b[1].set(1, d[t + 3]);
+    b[0].set_cut(0, d[t]), b[0].set_cut(1, d[t + 1]), b[1].set_cut(0, d[t + 2]), b[1].set_cut(1, d[t + 3]);
 #pragma unroll
     for (int m = 0; m < C / 16; ++m) {
       const float4 upper = *reinterpret_cast<const float4*>(dz + m * 16 * kPlane + t);
       const float4 lower = *reinterpret_cast<const float4*>(dz + (m * 16 + 8) * kPlane + t);
       Fragment<4, kExact> a;
-      a.set_operand(0, upper.x), a.set_operand(1, lower.x), a.set_operand(2, upper.y), a.set_operand(3, lower.y);
+      a.set_cut(0, upper.x), a.set_cut(1, lower.x), a.set_cut(2, upper.y), a.set_cut(3, lower.y);
       multiply<kExact>(pointwise[m], a, b[0]);
-      a.set_operand(0, upper.z), a.set_operand(1, lower.z), a.set_operand(2, upper.w), a.set_operand(3, lower.w);
+      a.set_cut(0, upper.z), a.set_cut(1, lower.z), a.set_cut(2, upper.w), a.set_cut(3, lower.w);
       multiply<kExact>(pointwise[m], a, b[1]);
     }
   }
@@ -429,7 +428,7 @@ __device__ void differentiate(float (&dx)[Block<C, kWeights>::kPasses][8], const
 
 // The block's weight gradients, summed over the warps that share channels. What a thread stores one after the other
 // lies at constant distances, in both memories.
-template <int C>
+template <int C, bool kExact>
 __device__ void store_weight_partials(const GradJob& job, const float* partial, bool holds_all) {
   using B = Block<C, true>;
   const auto sum_over_warps = [&](const float* place) {
@@ -446,7 +445,7 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
   const float* row = partial + slot / 8 * B::kWeightFloats + gradient_slot(thread / C) * 8 + slot % 8;
   float* pointwise = reinterpret_cast<float*>(job.pointwise_partial) + int64_t(blockIdx.x) * C * C + thread;
 #pragma unroll
-  for (int i = 0; i < C; i += kRows) pointwise[i * C] = sum_over_warps(row + gradient_slot(i) * 8);
+  for (int i = 0; i < C; i += kRows) pointwise[i * C] = unbiased<kExact>(sum_over_warps(row + gradient_slot(i) * 8));
 
   const int taps = job.kernel_size * job.kernel_size;
   if (lane >= taps) return;
@@ -466,7 +465,7 @@ __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memor
   taps.load(reinterpret_cast<const float*>(job.depthwise), job.kernel_size);
   weights.load(reinterpret_cast<const float*>(job.pointwise));
   const Strips<C> strips(at, shape, job.dilation * (job.kernel_size / 2));
-  load_gradient<C, kWeights, T, kExact>(memory, job, strips, at, shape);
+  load_gradient<C, kWeights, T>(memory, job, strips, at, shape);
   taps.store(memory.taps, job.kernel_size, channel_slot<C>);
   weights.store(memory.weights);
   __syncthreads();
@@ -475,7 +474,7 @@ __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memor
   differentiate<C, kWeights, kExact>(dx, memory, job, at, shape);
   __syncthreads();
   if constexpr (kWeights) {
-    store_weight_partials<C>(job, memory.partial, memory.holds_all_warps(shape, at.pad));
+    store_weight_partials<C, kExact>(job, memory.partial, memory.holds_all_warps(shape, at.pad));
     __syncthreads();  // the next convolution's weights will be there
   }
 }

@@ -18,9 +18,9 @@ using launching::launch_early;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::multiply_strip;
-using tensor_core::operand;
 using tensor_core::sum_over_quad;
 using tensor_core::sums_over_quad;
+using tensor_core::unbiased;
 using namespace tiles;
 
 constexpr int kHalo = 4;  // columns beside a tile: what a 5 x 5 of dilation 2 reads; rows are as many as needed
