@@ -132,7 +132,7 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
                               const Place<C>& at, const Shape& shape) {
   using M = Memory<C, kWeights>;
   constexpr int kThreads = Block<C, kWeights>::kThreads, kStrips = C == 16 ? 128 : C == 32 ? 64 : 16;
-  constexpr int kGroups = kThreads / kStrips, kBatch = kWeights && C == 16 ? 4 : C / kGroups;  // of loads in flight
+  constexpr int kGroups = kThreads / kStrips, kBatch = C == 16 ? 4 : C / kGroups;  // of loads in flight
   const int first = thread_index() / kStrips, width = shape.width, plane = shape.height * width;
   const bool aligned = rows_aligned(reinterpret_cast<const void*>(job.g), job.g_batch_stride, width);
   const float4* coef = reinterpret_cast<const float4*>(job.coef) + first;
@@ -499,11 +499,13 @@ __device__ void prepare(const Memory<C, kWeights>& memory, const GradJob& job, c
   __syncthreads();
 }
 
-// Stores relu'(x) · dx; returns this lane's {Σ dx, Σ dx · (x − mean)}.
+// Stores relu'(x) · dx; returns this lane's {Σ dx, Σ dx · (x − mean)}, or {Σ dx, Σ dx · (x − mean) · rstd} where the
+// tile of x is there and need not be read again.
 template <int C, bool kWeights, typename T>
 __device__ float2 store_dx(T* target, const float (&dx)[Block<C, kWeights>::kPasses][8],
-                           const Source<T>& source, const Place<C>& at, const Shape& shape) {
-  const int channel = slot_channel<C>(lane_slot<C, kWeights>()), width = shape.width;
+                           const Memory<C, kWeights>& memory, const Source<T>& source, const Place<C>& at,
+                           const Shape& shape) {
+  const int slot = lane_slot<C, kWeights>(), channel = slot_channel<C>(slot), width = shape.width;
   const float mean = source.mean(channel);
   float2 sums = make_float2(0.f, 0.f);
 #pragma unroll
@@ -514,12 +516,19 @@ __device__ float2 store_dx(T* target, const float (&dx)[Block<C, kWeights>::kPas
 #pragma unroll
     for (int t = 0; t < 8; t += 4) {
       const int column = at.x0 + run.y + t;
-      const float4 x = load_row4(source.x + row, column, width, source.aligned);
+      float4 x;
+      if constexpr (kWeights) {
+        const float* stored = memory.row(memory.x + slot * memory.plane, at, at.y0 + run.x);
+        x = *reinterpret_cast<const float4*>(stored + kHalo + run.y + t);
+      } else {
+        x = load_row4(source.x + row, column, width, source.aligned);
+        x.x -= mean, x.y -= mean, x.z -= mean, x.w -= mean;
+      }
       const auto masked = [&](float x_, float dx_, int at_) {
-        const float v = x_ > mean && at_ < width ? dx_ : 0.f;
-        sums.x += v;
-        sums.y = fmaf(v, v == 0.f ? 0.f : x_ - mean, sums.y);
-        return v;
+        if (!(x_ > 0.f && at_ < width)) return 0.f;
+        sums.x += dx_;
+        sums.y = fmaf(dx_, x_, sums.y);
+        return dx_;
       };
       const float4 v = make_float4(masked(x.x, dx[pass][t], column), masked(x.y, dx[pass][t + 1], column + 1),
                                    masked(x.z, dx[pass][t + 2], column + 2),
@@ -556,8 +565,8 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   const Source<T> source(common.x, common.x_batch_stride, common.stats, shape, place.picture);
   const int64_t picture = int64_t(C) * shape.height * shape.width;
   store_dx<C, kWeights>(
-      reinterpret_cast<T*>(common.dx) + (int64_t(blockIdx.y) * shape.batch + place.picture) * picture, dx, source,
-      place, shape);
+      reinterpret_cast<T*>(common.dx) + (int64_t(blockIdx.y) * shape.batch + place.picture) * picture, dx,
+      Memory<C, kWeights>(shape, kFirstPad, shared), source, place, shape);
 }
 
 // Grid: (parts, jobs).
@@ -577,7 +586,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
 
   const Source<T> source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
-  float2 sums = store_dx<C, kWeights>(reinterpret_cast<T*>(job.dx) + picture, dx, source, at, shape);
+  float2 sums = store_dx<C, kWeights>(reinterpret_cast<T*>(job.dx) + picture, dx, memory, source, at, shape);
   sums = make_float2(sum_over_quad(sums.x), sum_over_quad(sums.y));
   float2* by_warp = reinterpret_cast<float2*>(memory.e);  // which nobody reads any more
   const int slot = lane_slot<C, kWeights>();
@@ -589,6 +598,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
       const float2 v = by_warp[warp * C + channel_slot<C>(channel)];
       total.x += v.x, total.y += v.y;
     }
+    if (kWeights) total.y /= __ldg(source.stats + channel).y;
     reinterpret_cast<float2*>(job.sums)[int64_t(blockIdx.x) * C + channel] = total;
   }
 }
