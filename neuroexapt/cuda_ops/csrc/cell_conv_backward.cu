@@ -46,7 +46,7 @@ __device__ inline int gradient_slot(int channel) {
 
 template <int C, bool kWeights>
 struct Block {
-  static constexpr int kThreads = C == 16 || (C == 64 && !kWeights) ? 256 : 512;
+  static constexpr int kThreads = C == 32 ? 512 : 256;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kChannelGroups = C / 8;                        // of eight channels, one a lane g
   static constexpr int kWarpsPerGroup = kWarps / kChannelGroups;
@@ -59,14 +59,20 @@ struct Block {
 
 template <int C, bool kWeights>
 struct Memory {  // of a block, in shared memory
-  static constexpr int kPitch = C == 16 ? 40 : C == 32 ? 28 : 20;
   static constexpr int kGradientPlane = Tile<C>::kRows * Tile<C>::kWidth + 4;
-  int plane;  // chosen against bank conflicts of phase two's windows
+  int pitch, plane;  // of a row and a channel, chosen against bank conflicts of phase two's windows
   float *e, *taps, *x, *dz, *partial;
   float4* weights;  // where later `partial` is: pointwise weights in the order in which lanes multiply with them
 
+  // At 64 channels the columns beside pictures no wider than a tile, all zeros, are those beside the next row, too: two
+  // blocks fit a multiprocessor.
+  __host__ __device__ static int row_floats(const Shape& shape) {
+    if (C == 64) return shape.width <= Tile<C>::kWidth ? 12 : 20;
+    return C == 16 ? 40 : 28;
+  }
   __host__ __device__ static int plane_floats(const Shape& shape, int pad) {
-    return pad_to_bank(stored_rows<C>(shape, pad) * kPitch, C == 16 ? 4 : 16);
+    const int beside_last_row = C == 64 ? kHalo : 0;
+    return pad_to_bank(stored_rows<C>(shape, pad) * row_floats(shape) + beside_last_row, C == 16 ? 4 : 16);
   }
   __host__ __device__ static int floats(const Shape& shape, int pad) {
     using B = Block<C, kWeights>;
@@ -82,7 +88,8 @@ struct Memory {  // of a block, in shared memory
                      B::kWarps * B::kWeightFloats;
     return most * int(sizeof(float)) <= kMaxSharedBytes;
   }
-  __device__ Memory(const Shape& shape, int pad, float* shared) : plane(plane_floats(shape, pad)) {
+  __device__ Memory(const Shape& shape, int pad, float* shared)
+      : pitch(row_floats(shape)), plane(plane_floats(shape, pad)) {
     e = shared;
     taps = e + C * plane;
     x = taps + C * kTapsPitch;
@@ -91,7 +98,7 @@ struct Memory {  // of a block, in shared memory
     weights = reinterpret_cast<float4*>(partial);
   }
   __device__ const float* row(const float* slot_plane, const Place<C>& at, int y) const {
-    return slot_plane + at.stored(y) * kPitch;
+    return slot_plane + at.stored(y) * pitch;
   }
 };
 
@@ -142,7 +149,7 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
     const int offset = first * plane + y * width;
     const T* g = reinterpret_cast<const T*>(job.g) + at.picture * job.g_batch_stride + offset;
     const T* z = reinterpret_cast<const T*>(job.z) + int64_t(at.picture) * C * plane + offset;
-    float* target = memory.e + gradient_slot(first) * memory.plane + strips.offset(strip, at, M::kPitch);
+    float* target = memory.e + gradient_slot(first) * memory.plane + strips.offset(strip, at, memory.pitch);
     float* copy = memory.dz + gradient_slot(first) * M::kGradientPlane + row * Tile<C>::kWidth + column;
     const bool in_tile = 0 <= row && row < Tile<C>::kRows && 0 <= column && column < Tile<C>::kWidth;
 #pragma unroll
@@ -210,7 +217,7 @@ struct PointwiseWeights {
 // them; warps that read the same strips do so in the same round.
 template <int C, bool kWeights, bool kExact>
 __device__ void compute_e(const Memory<C, kWeights>& memory, const Strips<C>& strips, const Place<C>& at) {
-  constexpr int kWarps = Block<C, kWeights>::kWarps, kPitch = Memory<C, kWeights>::kPitch;
+  constexpr int kWarps = Block<C, kWeights>::kWarps;
   constexpr int kParts = C == 64 ? kWarps / 8 : 1, kPixels = 4 / kParts, kTasks = C / 16 * kParts;
   using Vector = std::conditional_t<kPixels == 4, float4, float2>;
   const int lane = thread_index() % 32, q = lane % 4, g = lane / 4;
@@ -218,7 +225,7 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const Strips<C>& st
   for (int first = 0; first < units * kTasks; first += kWarps) {
     const int task = first + thread_index() / 32, unit = task / kTasks;
     const int m = task % kTasks / kParts, pixel = task % kParts * kPixels;
-    const int own = strips.offset(unit * 8 + g, at, kPitch);
+    const int own = strips.offset(unit * 8 + g, at, memory.pitch);
     Vector dz[C / 8][2];
 #pragma unroll
     for (int step = 0; step < C / 8; ++step) {
@@ -246,7 +253,7 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const Strips<C>& st
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int target = strips.offset(unit * 8 + 2 * q + i, at, kPitch);  // of the sums' column 2q + i
+      const int target = strips.offset(unit * 8 + 2 * q + i, at, memory.pitch);  // of the sums' column 2q + i
       if (target < 0) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -457,9 +464,15 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
 }
 
 template <int C, bool kWeights, typename T, bool kExact>
-__device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memory<C, kWeights>& memory,
-                        const GradJob& job, const Place<C>& at, const Shape& shape) {
+__device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], float* shared, const GradJob& job,
+                        const Place<C>& place, const Shape& shape) {
   constexpr int kThreads = Block<C, kWeights>::kThreads;
+  // Unknown to the compiler, which would else compute addresses long before they are used, and spill them.
+  int zero = 0;
+  asm volatile("" : "+r"(zero));
+  Place<C> at = place;
+  at.y0 += zero;
+  const Memory<C, kWeights> memory(shape, place.pad, shared + zero);
   Taps<C, kThreads> taps;
   PointwiseWeights<C, kThreads, kExact> weights;
   taps.load(reinterpret_cast<const float*>(job.depthwise), job.kernel_size);
@@ -493,7 +506,7 @@ __device__ void prepare(const Memory<C, kWeights>& memory, const GradJob& job, c
   if constexpr (kWeights) {
     clear(memory.dz, C * Memory<C, kWeights>::kGradientPlane);
     const Source<T> source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
-    load_tile<C, kThreads>(memory.x, source, at, shape, Memory<C, kWeights>::kPitch, memory.plane,
+    load_tile<C, kThreads>(memory.x, source, at, shape, memory.pitch, memory.plane,
                            channel_slot<C>);
   }
   __syncthreads();
@@ -553,14 +566,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   float dx[Block<C, kWeights>::kPasses][8] = {};
 #pragma unroll 1
   for (int j = first + blockIdx.y; j < end; j += launch.splits) {
-    const GradJob& job = launch.jobs[j];
-    // Unknown to the compiler, which would else compute addresses ahead of the loop, and spill them.
-    int zero = 0;
-    asm volatile("" : "+r"(zero));
-    Place<C> at = place;
-    at.y0 += zero;
-    const Memory<C, kWeights> memory(shape, kFirstPad, shared + zero);
-    process<C, kWeights, T, kExact>(dx, memory, job, at, shape);
+    process<C, kWeights, T, kExact>(dx, shared, launch.jobs[j], place, shape);
   }
   const Source<T> source(common.x, common.x_batch_stride, common.stats, shape, place.picture);
   const int64_t picture = int64_t(C) * shape.height * shape.width;
@@ -582,7 +588,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   const Memory<C, kWeights> memory(shape, kSecondPad, shared);
   prepare<C, kWeights, T>(memory, job, at, shape);
   float dx[B::kPasses][8] = {};
-  process<C, kWeights, T, kExact>(dx, memory, job, at, shape);
+  process<C, kWeights, T, kExact>(dx, shared, job, at, shape);
 
   const Source<T> source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
