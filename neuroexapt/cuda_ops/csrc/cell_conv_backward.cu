@@ -134,7 +134,7 @@ struct Strips {
 
 // Forms dz where e will be, and for the weight gradients also by itself. Its channels lie in gradient_slot order.
 // A thread takes a strip and every kGroups-th channel, so that all of their addresses differ by constants.
-template <int C, bool kWeights, typename T>
+template <int C, bool kWeights, typename T, bool kExact>
 __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& job, const Strips<C>& strips,
                               const Place<C>& at, const Shape& shape) {
   using M = Memory<C, kWeights>;
@@ -143,6 +143,7 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
   const int first = thread_index() / kStrips, width = shape.width, plane = shape.height * width;
   const bool aligned = rows_aligned(reinterpret_cast<const void*>(job.g), job.g_batch_stride, width);
   const float4* coef = reinterpret_cast<const float4*>(job.coef) + first;
+  const auto scaled = [&](int channel) { return unbiased<kExact>(__ldg(coef + channel)); };  // all products are of dz
   for (int strip = thread_index() % kStrips; strip < strips.count(); strip += kStrips) {
     const int x = strips.column(strip), y = strips.row(strip), row = y - at.y0, column = x - at.x0;
     if (!strips.contains(x)) continue;
@@ -163,13 +164,13 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
           dz[j] = load4(g + channel + x), zs[j] = load4(z + channel + x);
         }
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) dz[j] = affine(__ldg(coef + i + j * kGroups), dz[j], zs[j]);
+        for (int j = 0; j < kBatch; ++j) dz[j] = affine(scaled(i + j * kGroups), dz[j], zs[j]);
       } else {
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
           const int channel = (i + j * kGroups) * plane;
           const float4 own = load_row4(g + channel, x, width, false), at_z = load_row4(z + channel, x, width, false);
-          dz[j] = affine(__ldg(coef + i + j * kGroups), own, at_z);
+          dz[j] = affine(scaled(i + j * kGroups), own, at_z);
           if (x + 1 >= width) dz[j].y = 0.f;
           if (x + 2 >= width) dz[j].z = 0.f;
           if (x + 3 >= width) dz[j].w = 0.f;
@@ -185,33 +186,20 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
   }
 }
 
-// The pointwise weights as the left operand of phase one, a float4 for each lane of each product.
-template <int C, int Threads, bool kExact>
-struct PointwiseWeights {
-  static constexpr int kCount = C * C / 4 / Threads + (C * C / 4 % Threads != 0);
-  float4 values[kCount];
-
-  static __device__ bool has(int i) { return C * C / 4 % Threads == 0 || i < C * C / 4; }
-
-  __device__ void load(const float* pointwise) {
+// Sends the pointwise weights to shared memory as the left operand of phase one, a float4 for each lane of each product.
+template <int C, int Threads>
+__device__ void copy_pointwise(float4* target, const float* pointwise) {
+  const int thread = thread_index();
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const int i = thread_index() + n * Threads, q = i % 4, g = i / 4 % 8, step = i / 32 % (C / 8), m = i / 4 / C;
-      if (!has(i)) continue;
-      const float* row = pointwise + (step / 2 * 16 + 4 * q + step % 2 * 2) * C + g * (C / 8) + 2 * m;
-      const float2 first = __ldg(reinterpret_cast<const float2*>(row));
-      const float2 second = __ldg(reinterpret_cast<const float2*>(row + C));
-      values[n] = make_float4(first.x, first.y, second.x, second.y);
-    }
+  for (int first = 0; first < C * C / 4; first += Threads) {
+    const int i = first + thread;
+    if (C * C / 4 % Threads != 0 && i >= C * C / 4) return;
+    const int q = i % 4, g = i / 4 % 8, step = i / 32 % (C / 8), m = i / 4 / C;
+    const float* row = pointwise + (step / 2 * 16 + 4 * q + step % 2 * 2) * C + g * (C / 8) + 2 * m;
+    copy8_async(&target[i].x, row);
+    copy8_async(&target[i].z, row + C);
   }
-  __device__ void store(float4* target) const {
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const int i = thread_index() + n * Threads;
-      if (has(i)) target[i] = unbiased<kExact>(values[n]);
-    }
-  }
-};
+}
 
 // Replaces dz by e. A warp computes sixteen channels of eight strips, or of their halves where there are warps for
 // them; warps that read the same strips do so in the same round.
@@ -435,7 +423,7 @@ __device__ void differentiate(float (&dx)[Block<C, kWeights>::kPasses][8], const
 
 // The block's weight gradients, summed over the warps that share channels. What a thread stores one after the other
 // lies at constant distances, in both memories.
-template <int C, bool kExact>
+template <int C>
 __device__ void store_weight_partials(const GradJob& job, const float* partial, bool holds_all) {
   using B = Block<C, true>;
   const auto sum_over_warps = [&](const float* place) {
@@ -452,7 +440,7 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
   const float* row = partial + slot / 8 * B::kWeightFloats + gradient_slot(thread / C) * 8 + slot % 8;
   float* pointwise = reinterpret_cast<float*>(job.pointwise_partial) + int64_t(blockIdx.x) * C * C + thread;
 #pragma unroll
-  for (int i = 0; i < C; i += kRows) pointwise[i * C] = unbiased<kExact>(sum_over_warps(row + gradient_slot(i) * 8));
+  for (int i = 0; i < C; i += kRows) pointwise[i * C] = sum_over_warps(row + gradient_slot(i) * 8);
 
   const int taps = job.kernel_size * job.kernel_size;
   if (lane >= taps) return;
@@ -473,21 +461,18 @@ __device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], float* shar
   Place<C> at = place;
   at.y0 += zero;
   const Memory<C, kWeights> memory(shape, place.pad, shared + zero);
-  Taps<C, kThreads> taps;
-  PointwiseWeights<C, kThreads, kExact> weights;
-  taps.load(reinterpret_cast<const float*>(job.depthwise), job.kernel_size);
-  weights.load(reinterpret_cast<const float*>(job.pointwise));
+  copy_taps<C, kThreads>(memory.taps, reinterpret_cast<const float*>(job.depthwise), job.kernel_size, channel_slot<C>);
+  copy_pointwise<C, kThreads>(memory.weights, reinterpret_cast<const float*>(job.pointwise));
   const Strips<C> strips(at, shape, job.dilation * (job.kernel_size / 2));
-  load_gradient<C, kWeights, T>(memory, job, strips, at, shape);
-  taps.store(memory.taps, job.kernel_size, channel_slot<C>);
-  weights.store(memory.weights);
+  load_gradient<C, kWeights, T, kExact>(memory, job, strips, at, shape);
+  wait_for_copies();
   __syncthreads();
   compute_e<C, kWeights, kExact>(memory, strips, at);
   __syncthreads();
   differentiate<C, kWeights, kExact>(dx, memory, job, at, shape);
   __syncthreads();
   if constexpr (kWeights) {
-    store_weight_partials<C, kExact>(job, memory.partial, memory.holds_all_warps(shape, at.pad));
+    store_weight_partials<C>(job, memory.partial, memory.holds_all_warps(shape, at.pad));
     __syncthreads();  // the next convolution's weights will be there
   }
 }
