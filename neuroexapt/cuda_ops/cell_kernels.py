@@ -29,6 +29,8 @@ from neuroexapt.cuda_ops.arguments import (
     stored_in_bf16,
     strided,
 )
+from neuroexapt.cuda_ops.branch import Branch as Branch
+from neuroexapt.cuda_ops.branch import kept, launch, on_a_branch
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.cuda_ops.pointwise import Product, Source, Target
 from neuroexapt.kernels import reference
@@ -337,7 +339,9 @@ def backward_dense(
 def reduce_partials(
     partials: Sequence[Tensor], weights: Sequence[Tensor], mixing: Sequence[Tensor | None] | None = None
 ) -> list[Tensor]:
-    """The weights' gradients, Σ_parts partial; 0 for those of candidates that did not run."""
+    """The weights' gradients, Σ_parts partial; 0 for those of candidates that did not run. On a branch no
+    other launch may precede it in its block.
+    """
     kernels = extension()
     gradients = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     jobs = [
@@ -348,7 +352,8 @@ def reduce_partials(
             partials, gradients, mixing or [None] * len(partials), strict=True
         )
     ]
-    kernels.partial_sums_add_up(jobs, current_stream())
+    early = not on_a_branch()
+    launch(kernels.partial_sums_add_up, jobs, early)
     return gradients
 
 
@@ -386,7 +391,7 @@ def pool(
         )
         for x, z, m, mixing_weights in zip(xs, zs, moments, mixing or [()] * len(xs), strict=True)
     ]
-    kernels.node_pool(shape, jobs, current_stream())
+    launch(kernels.node_pool, shape, jobs)
     return zs, moments
 
 
@@ -408,18 +413,20 @@ def statistics(
         )
         for bn, m, s, mixing_weight in zip(bns, moments, stats, mixing or [None] * len(bns), strict=True)
     ]
-    kernels.node_finalize(channels, EPS, MOMENTUM, jobs, current_stream())
+    launch(kernels.node_finalize, channels, EPS, MOMENTUM, jobs)
     return stats
 
 
 def add_up(summands: Sequence[Summand], weights: Tensor | None, y: Tensor, drawn_only: bool = False) -> None:
-    """y = the sum of ``summands``; with ``drawn_only`` of those whose weight is not 0, in gradients too."""
+    """y = the sum of ``summands``, of which one may be y itself; with ``drawn_only`` of those whose weight is
+    not 0, in gradients too.
+    """
     kernels = extension()
     terms = [
         kernels.NodeTerm(_tensor(term.z), *addresses(term.stats), _element(weights, term.entry))
         for term in summands
     ]
-    kernels.node_sum(_shape(y), terms, drawn_only, _tensor(y), current_stream())
+    launch(kernels.node_sum, _shape(y), terms, drawn_only, _tensor(y))
 
 
 def backward_add_up(
@@ -441,7 +448,7 @@ def backward_add_up(
     ]
     (mixing,) = addresses(weights if drawn_only else None)
     pooled = _pooled_terms(summands, weights)
-    kernels.node_dots(shape, g.shape[3], terms, pooled, mixing, _tensor(g), dots.data_ptr(), current_stream())
+    launch(kernels.node_dots, shape, g.shape[3], terms, pooled, mixing, _tensor(g), dots.data_ptr())
     gradients = [
         kernels.NodeTermGradient(
             *addresses(term.stats),
@@ -451,7 +458,7 @@ def backward_add_up(
         )
         for term, coef in zip(summands, coefs, strict=True)
     ]
-    kernels.node_coefficients(shape, training, gradients, drawn_only, dots.data_ptr(), current_stream())
+    launch(kernels.node_coefficients, shape, training, gradients, drawn_only, dots.data_ptr())
     return coefs
 
 
@@ -680,11 +687,11 @@ def _partials(grads: Sequence[ConvGrad], parts: int, wanted: bool) -> Partials:
 
 
 def _empty(like: Tensor, count: int, *shape: int) -> list[Tensor]:
-    return list(like.new_empty(count, *shape).unbind())
+    return list(kept(like.new_empty(count, *shape)).unbind())
 
 
 def _empty_fp32(like: Tensor, count: int, *shape: int) -> list[Tensor]:
-    return list(like.new_empty(count, *shape, dtype=torch.float32).unbind())
+    return list(kept(like.new_empty(count, *shape, dtype=torch.float32)).unbind())
 
 
 def _empty_like(x: Tensor, count: int) -> list[Tensor]:

@@ -40,7 +40,8 @@ class CapturedStep:
         self._step = step
         self._network = network
         self._graphs: dict[tuple, _Graph | None] = {}
-        self._stream = torch.cuda.Stream()
+        # Kernels of the graph have its priority: a second branch (cuda_ops/branch.py) gets what it leaves.
+        self._stream = torch.cuda.Stream(priority=-1)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *inputs: Tensor) -> Tensor:

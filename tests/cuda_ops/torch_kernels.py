@@ -3,7 +3,7 @@
 What a candidate that does not run would have written is NaN.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -24,6 +24,43 @@ from neuroexapt.cuda_ops.cell_kernels import (
 from neuroexapt.kernels import reference
 
 KEEPS_POOLS = False
+
+
+class Branch:
+    """As late as allowed: what a block computes is there after ``join``, NaN before."""
+
+    is_one = True
+    active: "Branch | None" = None
+
+    def __init__(self) -> None:
+        self._late: list[Callable[[], object]] = []
+
+    def __enter__(self) -> None:
+        Branch.active = self
+
+    def __exit__(self, *_exception: object) -> None:
+        Branch.active = None
+
+    def keep(self, *tensors: Tensor) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def join(self) -> None:
+        while self._late:
+            self._late.pop()()
+
+    @staticmethod
+    def hide(tensor: Tensor) -> Tensor:
+        """The tensor itself, filled with NaN if this is a block."""
+        if Branch.active is not None:
+            unseen, value = tensor.data, tensor.clone()  # .data: autograd must not see the change
+            Branch.active._late.append(lambda: unseen.copy_(value))
+            unseen.fill_(torch.nan)
+        return tensor
+
+
 POOLS = {"max": reference.max_pool, "avg": reference.avg_pool}
 
 
@@ -87,7 +124,8 @@ def reduce(
     x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], exact: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     zs = [_reduce(x, *pair) for pair in weights]
-    return zs, plane_moments(zs)
+    moments = plane_moments(zs)
+    return [Branch.hide(z) for z in zs], moments
 
 
 def backward_reduce(
@@ -136,7 +174,7 @@ def reduce_partials(
     partials: Sequence[Tensor], weights: Sequence[Tensor], mixing: Sequence[Tensor | None] | None = None
 ) -> list[Tensor]:
     return [
-        partial.sum(0).view_as(weight) if _runs(m) else torch.zeros_like(weight)
+        Branch.hide(partial.sum(0).view_as(weight) if _runs(m) else torch.zeros_like(weight))
         for partial, weight, m in zip(partials, weights, mixing or [None] * len(partials), strict=True)
     ]
 
@@ -153,7 +191,8 @@ def pool(
         {kind: _if(is_wanted, POOLS[kind](x, 3, stride)) for kind in kinds}
         for x, is_wanted in zip(xs, wanted, strict=True)
     ]
-    return zs, [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
+    moments = [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
+    return [{kind: Branch.hide(z) for kind, z in of_state.items()} for of_state in zs], moments
 
 
 def statistics(
@@ -175,16 +214,15 @@ def statistics(
                 bn.running_mean.lerp_(mean, MOMENTUM)
                 bn.running_var.lerp_(squares / (count - 1), MOMENTUM)
                 bn.num_batches_tracked += 1
-        stats.append(torch.stack([mean, (variance + EPS).rsqrt()], 1))
+        stats.append(Branch.hide(torch.stack([mean, (variance + EPS).rsqrt()], 1)))
     return stats
 
 
 def add_up(summands: Sequence[Summand], weights: Tensor, y: Tensor, drawn_only: bool = False) -> None:
-    y.zero_()
-    for term in summands:
-        weight = _weight(weights, term.entry)
-        if not drawn_only or weight != 0:
-            y += weight * _normalised(term)
+    read = [term for term in summands if not drawn_only or _weight(weights, term.entry) != 0]
+    terms = (_weight(weights, term.entry) * _normalised(term) for term in read)
+    y.copy_(sum(terms, start=torch.zeros_like(y)))
+    Branch.hide(y)
 
 
 def backward_add_up(
@@ -206,11 +244,13 @@ def backward_add_up(
             term = term._replace(z=POOLS[term.pooling.kind](term.z, 3, term.pooling.stride))
         if grad_weights is not None:
             grad_weights[term.entry] = (g * _normalised(term)).sum()
+            Branch.hide(grad_weights[term.entry])
         weight = _weight(weights, term.entry)
         if term.stats is None:
-            coefs.append(g.new_tensor([weight, 0, 0, 0]).expand(g.shape[1], 4))
+            coefs.append(g.new_tensor([weight, 0, 0, 0]).repeat(g.shape[1], 1))
         else:
             coefs.append(_coef(g, term.z, *term.stats.unbind(1), weight, training))
+        coefs[-1] = Branch.hide(coefs[-1])
     return coefs
 
 
