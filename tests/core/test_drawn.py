@@ -79,8 +79,7 @@ DRAWS = [[1, 2, 3], [3, 0, 4], [4, 1, 0, 2], [0]]
 
 @pytest.mark.parametrize("columns", DRAWS)
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("readable", [True, False])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("readable", "training"), [(True, True), (False, True), (True, False)])
 def test_equals_a_cell_of_the_drawn_candidates(cell, columns, fused, readable, training, monkeypatch):
     if not readable:
         for module in (drawn, merged):
