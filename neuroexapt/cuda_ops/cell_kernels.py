@@ -27,7 +27,7 @@ from neuroexapt.cuda_ops.arguments import (
     strided,
 )
 from neuroexapt.cuda_ops.branch import Branch as Branch
-from neuroexapt.cuda_ops.branch import kept, launch, on_a_branch
+from neuroexapt.cuda_ops.branch import kept, launch, launch_early
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.cuda_ops.pointwise import Product, Source, Target
 from neuroexapt.kernels import reference
@@ -319,15 +319,14 @@ def backward_dense(
 
 
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights' gradients, Σ_parts partial. On a branch no other launch may precede it in its block."""
+    """The weights' gradients, Σ_parts partial."""
     kernels = extension()
     gradients = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     jobs = [
         kernels.PartialSumsJob(*addresses(partial, gradient), gradient.numel(), partial.shape[0])
         for partial, gradient in zip(partials, gradients, strict=True)
     ]
-    early = not on_a_branch()
-    launch(kernels.partial_sums_add_up, jobs, early)
+    launch_early(kernels.partial_sums_add_up, jobs)
     return gradients
 
 
@@ -374,7 +373,7 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], trainin
         )
         for bn, m, s in zip(bns, moments, stats, strict=True)
     ]
-    launch(kernels.node_finalize, channels, EPS, MOMENTUM, jobs)
+    launch_early(kernels.node_finalize, channels, EPS, MOMENTUM, jobs)
     return stats
 
 
@@ -414,7 +413,7 @@ def backward_add_up(
         )
         for term, coef in zip(summands, coefs, strict=True)
     ]
-    launch(kernels.node_coefficients, shape, training, gradients, dots.data_ptr())
+    launch_early(kernels.node_coefficients, shape, training, gradients, dots.data_ptr())
     return coefs
 
 
