@@ -32,6 +32,7 @@ from neuroexapt.kernels.cell_conv_triton import (
     cell_conv_fwd_kernel,
 )
 from neuroexapt.kernels.node_triton import (
+    node_affine_kernel,
     node_coefficients_kernel,
     node_dots_kernel,
     node_moments_kernel,
@@ -184,6 +185,24 @@ def backward_reduce(
     return [dx], Partials(*(list(half.view(len(grads), 1, -1)) for half in halves)) if wants_weights else (
         Partials([], [])
     )
+
+
+def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Moments]:
+    """z = W · relu(x) with ``weight`` [O, C, 1, 1], and its ``moments``."""
+    z = _convolve_dense(x, weight)
+    return z, _moments(z)
+
+
+def backward_multiply(
+    x: Tensor, weight: Tensor, z: Tensor, g: Tensor, coef: Tensor, exact: bool, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and weight, where they are wanted, from dz = A · g + B · z + D."""
+    leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip((x, weight), wanted, strict=True)]
+    with torch.enable_grad():
+        y = _convolve_dense(*leaves)
+    found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], _affine(g, z, coef)))
+    dx, dw = (next(found) if want else None for want in wanted)
+    return dx, dw
 
 
 def convolve_dense(x: Tensor, weights: Sequence[Tensor], exact: bool) -> tuple[list[Tensor], list[Moments]]:
@@ -369,8 +388,13 @@ def _window_gradients(
 
 
 def _affine(g: Tensor, z: Tensor, coef: Tensor) -> Tensor:
-    a, b, d, _ = coef[:, :, None, None].unbind(1)
-    return (a * g + b * z + d).to(z.dtype)
+    dz = z.new_empty(z.shape)
+    _, grid, blocks = _tiles(z.shape)
+    node_affine_kernel[grid](
+        g, g.stride(0), z, z.stride(0), coef.contiguous(), dz, z.shape[1], _pixels(z.shape),
+        z.shape[2:].numel(), **blocks,
+    )  # fmt: skip
+    return dz
 
 
 def _dz(grad: ReduceGrad | DenseGrad) -> Tensor:
