@@ -25,7 +25,7 @@ from torch import Tensor
 from neuroexapt.backend import use_backend
 from neuroexapt.core.genotypes import DARTS_V2
 from neuroexapt.data import make_loader
-from neuroexapt.data.dataset import ResidentImages
+from neuroexapt.data.parts import ResidentImages
 from neuroexapt.engine.config import EvaluateConfig
 from neuroexapt.engine.device import peak_memory_bytes, place, reset_peak_memory
 from neuroexapt.engine.training import TrainPhase

@@ -8,7 +8,6 @@
 Every option of ``neuroexapt search`` works, ``--genotype`` names the one to train in mode fixed.
 """
 
-import dataclasses
 import enum
 import json
 import subprocess
@@ -55,32 +54,17 @@ def main(
     if mode is Mode.BENCHMARK:
         benchmark(settings, genotype)
     elif mode is Mode.FIXED:
-        evaluate(**fixed_settings(settings, genotype))
+        evaluate(**make_config(SearchConfig, settings).settings_of_fixed(genotype))
     elif mode is Mode.CACHED:
         search(**{**settings, "execution": "fastest"})
     else:
         search(**settings)
 
 
-def fixed_settings(settings: dict[str, Any], genotype: str) -> dict[str, Any]:
-    """The genotype in a network as large as the search's, trained as long as its derived network."""
-    config = make_config(SearchConfig, settings)
-    shared = {f.name for f in dataclasses.fields(EvaluateConfig)} & {
-        f.name for f in dataclasses.fields(SearchConfig)
-    }
-    chosen = {name: getattr(config, name) for name in shared}
-    return {
-        **chosen,
-        "epochs": config.train_epochs,
-        "genotype": genotype,
-        "auxiliary": False,
-        "drop_path": 0.0,
-    }
-
-
 def benchmark(settings: dict[str, Any], genotype: str) -> None:
     """Each mode in a process of its own, so that its time and peak memory are its own."""
-    make_config(EvaluateConfig, fixed_settings(settings, genotype))  # refused now, not after the search
+    fixed = make_config(SearchConfig, settings).settings_of_fixed(genotype)
+    make_config(EvaluateConfig, fixed)  # refused now, not after the search
     out = settings.pop("out")
     rows = {
         mode: run_mode(mode, settings, genotype, out / mode.value)

@@ -8,7 +8,6 @@ reviews, or ``user item item …`` a line; see docs/sequence.md. Every option of
 The model's file is what ``neuroexapt serve-recommender`` serves.
 """
 
-import dataclasses
 import enum
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from neuroexapt import EvaluateConfig, SearchConfig, UserError, evaluate, search
+from neuroexapt import SearchConfig, UserError, evaluate, search
 from neuroexapt.cli.app import run_command
 from neuroexapt.cli.options import dashes, with_settings
 from neuroexapt.data.sequences import SequenceDataset, load_sequences
@@ -56,26 +55,11 @@ def main(
     settings.setdefault("out", Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{mode.value}")
     config = make_config(SearchConfig, settings)
     data = load_sequences(path, config.max_length)
-    found = search(**settings) if mode is Mode.EXAPT else evaluate(**fixed_settings(config, genotype))
+    found = search(**settings) if mode is Mode.EXAPT else evaluate(**config.settings_of_fixed(genotype))
     recommender = SequenceRecommender(found.model, data.item_counts).cpu().eval()
     recommender.save(model)
     print(f"saved {model}; serve it with: neuroexapt serve-recommender {model}")
     show(SequenceRecommender.load(model), data)
-
-
-def fixed_settings(config: SearchConfig, genotype: str) -> dict[str, Any]:
-    """The genotype in a network as large as the search's, trained as long as its derived network."""
-    shared = {field.name for field in dataclasses.fields(EvaluateConfig)} & {
-        field.name for field in dataclasses.fields(SearchConfig)
-    }
-    chosen = {name: getattr(config, name) for name in shared}
-    return {
-        **chosen,
-        "epochs": config.train_epochs,
-        "genotype": genotype,
-        "auxiliary": False,
-        "drop_path": 0.0,
-    }
 
 
 def show(recommender: SequenceRecommender, data: SequenceDataset, count: int = 5) -> None:

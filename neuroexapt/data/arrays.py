@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from neuroexapt.data.dataset import ResidentImages, Splits
+from neuroexapt.data.parts import ResidentImages, Splits
 from neuroexapt.errors import UserError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")

@@ -1,62 +1,17 @@
-"""What a data set is to the rest of the package: two labelled parts and the facts a network needs."""
+"""What a data set of pictures is to the rest of the package: two labelled parts, the facts a network needs,
+and batches.
+"""
 
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from neuroexapt.data.augment import Augmentation
-from neuroexapt.errors import UserError
-
-
-@dataclass(frozen=True, eq=False)
-class ResidentImages:
-    """Decoded images in memory: `images` uint8 [N, C, H, W] and `labels` int64 [N], on the CPU."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
-
-
-@dataclass(frozen=True, eq=False)
-class StreamedImages:
-    """Image files decoded when they are read, for data larger than memory; `labels` int64 [N]."""
-
-    paths: Sequence[Path]
-    labels: Tensor
-    shape: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """Decode the images at `indices` to uint8 [B, C, H, W]."""
-        return torch.stack([decode_image(self.paths[i], self.shape) for i in indices])
-
-
-ImagePart = ResidentImages | StreamedImages
-Part = TypeVar("Part", bound=ImagePart, covariant=True)
-
-
-@dataclass(frozen=True, eq=False)
-class Splits(Generic[Part]):
-    """What a source reads."""
-
-    train: Part
-    test: Part
-    classes: tuple[str, ...]
+from neuroexapt.data.loaders import ImageLoader, make_loader
+from neuroexapt.data.parts import ImagePart
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +51,35 @@ class ImageDataset:
             self.std,
         ]
 
+    def loader(
+        self,
+        part: str,
+        *,
+        training: bool,
+        batch_size: int,
+        device: torch.device,
+        seed: int,
+        indices: Tensor | None = None,
+        workers: int | None = None,
+        **augmentation: Any,
+    ) -> ImageLoader:
+        """Batches of ``part``, ``"train"`` or ``"test"``; see ``make_loader``.
+
+        training: full batches only, and augmented; ``augmentation`` changes what suits these images.
+        """
+        return make_loader(
+            getattr(self, part),
+            indices,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            mean=self.mean,
+            std=self.std,
+            augmentation=dataclasses.replace(self.augmentation, **augmentation) if training else None,
+            workers=workers,
+            drop_last=training,
+        )
+
     @property
     def in_channels(self) -> int:
         return self.train.shape[0]
@@ -125,26 +109,3 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         means.append(mean.item())
         deviations.append(max(deviation.item(), 1 / 255))
     return tuple(means), tuple(deviations)
-
-
-def decode_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """One image file as uint8 [C, H, W]: upright, scaled to cover H x W, the overhang cropped evenly."""
-    from PIL import Image, ImageOps
-
-    channels, height, width = shape
-    try:
-        with Image.open(path) as image:
-            # A JPEG decodes at 1/2, 1/4 or 1/8 scale for a fraction of the time; twice the target is spared
-            # for the resampling.
-            image.draft(None, (2 * width, 2 * height))
-            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
-    except Exception as error:  # decoders raise anything on bad bytes
-        raise unreadable(path, error) from error
-    pixels = np.array(fitted).reshape(height, width, channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"{path} is not a readable picture ({reason}); repair or remove it")

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from neuroexapt.data.dataset import ResidentImages, Splits, StreamedImages, decode_image, unreadable
+from neuroexapt.data.parts import ResidentImages, Splits, StreamedImages, decode_image, unreadable
 from neuroexapt.errors import UserError
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from neuroexapt.data.dataset import ResidentImages
+from neuroexapt.data.parts import ResidentImages
 from neuroexapt.errors import UserError
 
 STEMS = (

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from neuroexapt.data.augment import Augmentation, augment, normalise
-from neuroexapt.data.dataset import ImagePart, ResidentImages, StreamedImages
+from neuroexapt.data.parts import ImagePart, ResidentImages, StreamedImages
 from neuroexapt.errors import UserError
 
 Batch = tuple[Tensor, Tensor]

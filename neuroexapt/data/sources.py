@@ -14,9 +14,10 @@ from torch import Tensor
 
 from neuroexapt.data.arrays import read_npz
 from neuroexapt.data.augment import Augmentation
-from neuroexapt.data.dataset import ImageDataset, ImagePart, ResidentImages, Splits, channel_statistics
+from neuroexapt.data.dataset import ImageDataset, channel_statistics
 from neuroexapt.data.folders import decode_images, read_folder
 from neuroexapt.data.idx import find_idx_files, read_idx_part
+from neuroexapt.data.parts import ImagePart, ResidentImages, Splits
 from neuroexapt.data.sequences import SequenceDataset, load_sequences
 from neuroexapt.errors import UserError
 

@@ -8,6 +8,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,11 @@ PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("sgd", "adamw")
 CONTROLS = ("random", "resnet18")
 CONTROL_BUDGETS = ("epochs", "time")
+
+LOADING = ("workers", "crop_padding", "flip", "cutout")
+"""Settings of the batches of pictures,"""
+OF_PICTURES = ("image_size", *LOADING)
+"""and all settings that say nothing of other data."""
 
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -95,6 +101,10 @@ class RunConfig:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed}: choose one from 0 to 2**63 - 1")
 
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the settings that are not None."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the run's own folder: another run may load them."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "overwrite")}
@@ -146,6 +156,19 @@ class SearchConfig(RunConfig):
             raise UserError(
                 f"warmup_epochs={self.warmup_epochs} leaves none of {self.epochs} epochs for α; choose fewer"
             )
+
+    def settings_of_fixed(self, genotype: str) -> dict[str, Any]:
+        """Those of ``evaluate`` that train ``genotype`` in a network as large as the search's, as long as the
+        search's derived network is trained.
+        """
+        shared = EvaluateConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
+        return {
+            **{name: getattr(self, name) for name in shared},
+            "epochs": self.train_epochs,
+            "genotype": genotype,
+            "auxiliary": False,
+            "drop_path": 0.0,
+        }
 
     def _refuse_combinations(self) -> None:
         """Those of strategy, selection and stopping that make no sense."""

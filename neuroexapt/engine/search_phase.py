@@ -30,6 +30,7 @@ from neuroexapt.engine.training import (
     score,
     set_learning_rate,
 )
+from neuroexapt.errors import UserError
 from neuroexapt.spaces import get_space
 from neuroexapt.spaces.space import Space
 from neuroexapt.strategies import against_collapse, get_strategy
@@ -73,6 +74,8 @@ class SearchPhase(Phase):
         self._is_warned = False
         self._execution = "reference"
         self._shape_network()
+        if config.recompute and next(supernet.search_cells(), None) is None:
+            raise UserError(f"only cells of pictures can --recompute; leave it out for {self.space.name}")
         self.resources = self._make_resources()
         self._make_step()
 
@@ -83,7 +86,7 @@ class SearchPhase(Phase):
 
     def _make_resources(self) -> Resources | None:
         config = self._config
-        limits = {name: limit for name in MEASURES if (limit := getattr(config, name)) is not None}
+        limits = config.given(MEASURES)
         if not limits:
             return None
         inputs = next(self._train_loader.epoch(0))[0]

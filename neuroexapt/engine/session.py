@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from neuroexapt.backend import Backend, get_backend, list_backends, use_backend
 from neuroexapt.core.derived import DerivedNetwork
 from neuroexapt.core.genotypes import AnyGenotype
-from neuroexapt.data import AnyDataset, ImageDataset, Loader, load_dataset, make_loader
-from neuroexapt.data.augment import Augmentation
-from neuroexapt.data.sequences import SequenceLoader
-from neuroexapt.engine.config import RunConfig, make_config
+from neuroexapt.core.task import CLASSIFICATION
+from neuroexapt.data import AnyDataset, Loader, load_dataset
+from neuroexapt.engine.config import LOADING, OF_PICTURES, RunConfig, make_config
 from neuroexapt.engine.device import Network, get_device_name, place
 from neuroexapt.engine.interrupt import StopRequest
 from neuroexapt.engine.phase import Phase, PhaseRunner, Session
@@ -105,30 +103,19 @@ class OpenRun(Generic[Config]):
     def folder(self) -> RunFolder:
         return self.session.run
 
-    def loader(self, part: str, *, training: bool, indices: Tensor | None = None, stream: str = "") -> Loader:
-        """Batches of a part of the data; ``stream`` tells loaders of one run apart."""
-        data = self.data
-        settings: dict[str, Any] = {
-            "batch_size": self.config.batch_size,
-            "device": self.device,
-            "seed": seed_for(self.config.seed, f"{part} {stream}"),
-            "drop_last": training,
-        }
-        if not isinstance(data, ImageDataset):
-            return SequenceLoader(getattr(data, part), **settings)
-        return make_loader(
-            getattr(data, part),
-            indices,
-            mean=data.mean,
-            std=data.std,
-            augmentation=self._augmentation(data) if training else None,
-            workers=self.config.workers,
-            **settings,
+    def loader(self, part: str, *, training: bool, stream: str = "", **options: Any) -> Loader:
+        """Batches of a part of the data; ``stream`` tells loaders of one run apart, ``options`` are the data
+        set's own.
+        """
+        return self.data.loader(
+            part,
+            training=training,
+            batch_size=self.config.batch_size,
+            device=self.device,
+            seed=seed_for(self.config.seed, f"{part} {stream}"),
+            **self.config.given(LOADING),
+            **options,
         )
-
-    def _augmentation(self, data: ImageDataset) -> Augmentation:
-        chosen = {name: getattr(self.config, name) for name in ("crop_padding", "flip", "cutout")}
-        return dataclasses.replace(data.augmentation, **{k: v for k, v in chosen.items() if v is not None})
 
     def valid_loader(self) -> Loader | None:
         """Of the data's own validation part, for choosing between epochs; None if it has none."""
@@ -146,6 +133,10 @@ class OpenRun(Generic[Config]):
                 f"{self.config.dataset} holds {self.data.kind}, and --space {self.config.space} is for "
                 f"{self.space.task.unit}; choose --space {' or '.join(fitting)}, or another --dataset"
             )
+        of_pictures = self.config.given(OF_PICTURES)
+        if of_pictures and self.data.kind != CLASSIFICATION.unit:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in of_pictures)
+            raise UserError(f"only pictures have {options}; leave out for {self.data.kind}")
         self.space.check(
             self.data.input_size, self.config.init_channels, self.config.layers, self.config.batch_size
         )

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from neuroexapt.data.augment import Augmentation
-from neuroexapt.data.dataset import ImageDataset, ResidentImages, channel_statistics, decode_image
+from neuroexapt.data.dataset import ImageDataset, channel_statistics
+from neuroexapt.data.parts import ResidentImages, decode_image
 from neuroexapt.errors import UserError
 
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from neuroexapt.data.dataset import ResidentImages, StreamedImages
 from neuroexapt.data.folders import read_folder
+from neuroexapt.data.parts import ResidentImages, StreamedImages
 from neuroexapt.errors import UserError
 
 

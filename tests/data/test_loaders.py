@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from neuroexapt.data.augment import Augmentation
-from neuroexapt.data.dataset import ResidentImages, StreamedImages
 from neuroexapt.data.folders import decode_images
 from neuroexapt.data.loaders import ResidentLoader, StreamingLoader, make_loader, split_indices
+from neuroexapt.data.parts import ResidentImages, StreamedImages
 from neuroexapt.errors import UserError
 
 COUNT, BATCH = 22, 4

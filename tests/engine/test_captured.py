@@ -13,7 +13,7 @@ from neuroexapt.core.derived import DartsNetwork
 from neuroexapt.core.genotypes import DARTS_V2
 from neuroexapt.data import make_loader
 from neuroexapt.data.augment import Augmentation
-from neuroexapt.data.dataset import ResidentImages
+from neuroexapt.data.parts import ResidentImages
 from neuroexapt.engine import captured, search_phase, training
 from neuroexapt.engine.captured import CapturedStep, capture
 from neuroexapt.engine.config import EvaluateConfig, SearchConfig

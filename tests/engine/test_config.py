@@ -110,3 +110,12 @@ def test_refuses_a_file_that_holds_no_settings(tmp_path: Path, content: str) -> 
     file.write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):
         make_config(SearchConfig, {}, file)
+
+
+def test_a_fixed_genotype_is_trained_as_what_a_search_finds() -> None:
+    settings = {"space": "seqrec", "dataset": "seq:x", "train_epochs": 7, "init_channels": 32, "seed": 3}
+    config = make_config(SearchConfig, settings)
+    evaluated = make_config(EvaluateConfig, config.settings_of_fixed("SASRec"))
+    assert (evaluated.genotype, evaluated.epochs, evaluated.auxiliary) == ("SASRec", 7, False)
+    assert (evaluated.layers, evaluated.init_channels, evaluated.seed) == (2, 32, 3)
+    assert evaluated.learning_rate_min == config.learning_rate_min

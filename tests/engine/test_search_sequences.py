@@ -148,3 +148,13 @@ def test_the_best_network_survives_a_checkpoint() -> None:
     restored.load_state_dict(best.state_dict())
     assert torch.equal(restored.network.weight, network.weight)
     assert (restored.epoch, restored.value, restored.test) == (3, 0.5, {"loss": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"cutout": 4, "flip": True}, "--flip, --cutout"), ({"recompute": True}, "--recompute")],
+)
+def test_settings_of_pictures_are_refused(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=f"^only .* {named}; leave"):
+        search(**tiny_settings(tmp_path, **settings))
+    assert not (tmp_path / "run").exists()

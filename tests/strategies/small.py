@@ -8,7 +8,7 @@ from neuroexapt.core.cells import CellTopology
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import make_loader
 from neuroexapt.data.augment import Augmentation
-from neuroexapt.data.dataset import ResidentImages
+from neuroexapt.data.parts import ResidentImages
 from neuroexapt.engine.bilevel import Batch, BilevelStep, Strategy
 from neuroexapt.engine.config import SearchConfig, make_config
 from neuroexapt.engine.search_phase import SearchPhase
