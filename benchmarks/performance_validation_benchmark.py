@@ -4,8 +4,8 @@
 Each implementation is held to the definition in fp64, forward and in every gradient, before it is
 timed; one that fails is reported, not timed, and makes the exit code 1. ``float32`` has exact products,
 ``tf32`` lets convolutions round to TF32, PyTorch's default. An edge runs as in a network of its own, batch
-normalisations included: ``fused`` as shipped, ``triton`` operation by operation on Triton kernels, ``ext`` as
-a cell in CUDA C++; what these do not know runs in PyTorch. Its eager version, ``sum(w * op(x))``, is the same
+normalisations included: ``fused`` as shipped, ``triton`` as a cell in Triton, ``ext`` as one in CUDA C++;
+what these do not know runs in PyTorch. Its eager version, ``sum(w * op(x))``, is the same
 module operation by operation on PyTorch's own kernels. It is not compiled, which takes up to a minute.
 The floor is the bytes that must move over the bandwidth of a copy measured in the same run.
 """

@@ -1,15 +1,19 @@
 """The fused cell in Triton against fp64: on a GPU natively, elsewhere tiny cells through the interpreter."""
 
+import copy
+
 import pytest
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuroexapt.backend.dispatch import dispatch_report, explain, reset_dispatch_report
 from neuroexapt.backend.registry import use_backend
 from neuroexapt.core.cells import SearchCell
+from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
-from neuroexapt.kernels import cell_triton
+from neuroexapt.cuda_ops import preprocess
+from neuroexapt.kernels import cell_triton, preprocess_triton
 from tests.cuda_ops.test_cell import (
     draw,
     drawn_by_values,  # noqa: F401
@@ -32,16 +36,9 @@ from tests.test_cuda_cell import (
     under_autocast,
 )
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    """fp32 products exact to rounding, in the kernels and in PyTorch."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -67,15 +64,69 @@ def run_edge(edge, x: Tensor, weights: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize(("reduction", "training"), [(False, True), (True, True), (True, False)])
-def test_tiny_cells_match_the_modules(reduction, training):
-    cell = make_cell(reduction, channels=2, nodes=1).train(training)
-    inputs = make_inputs(cell, (2, 3, 5), channels=2)
-    expected = results(run_reference, cell, inputs)
+@pytest.fixture(scope="module")
+def _kernels_can_run():
+    """Skip where Triton's interpreter is too old for the installed NumPy."""
     try:
-        actual = results(run_fused, cell.float(), exact_to_fp32(inputs))
+        assert_preprocessing_matches((1, 2, 2, 1), "relu_conv_bn", (True, True), torch.float32)
     except triton.runtime.errors.InterpreterError as problem:
         pytest.skip(f"this Triton's interpreter cannot run loops: {problem}")
+
+
+def assert_preprocessing_matches(
+    shape: tuple[int, ...], kind: str, wants: tuple[bool, bool], dtype: torch.dtype
+) -> None:
+    """The gradients of x and of the weights, where ``wants`` asks for them, y and buffers."""
+    torch.manual_seed(0)
+    expected_op: nn.Module = FactorizedReduce(shape[1], 4, affine=False)
+    if kind == "relu_conv_bn":
+        expected_op = ReLUConvBN(shape[1], 4, 1, affine=False).op
+    expected_op = expected_op.to(DEVICE)
+    x = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(wants[0])
+    op, expected_x = copy.deepcopy(expected_op), x.detach().double().requires_grad_(wants[0])
+    for parameter in (*op.parameters(), *expected_op.double().parameters()):
+        parameter.requires_grad_(wants[1])
+    support = getattr(preprocess_triton, f"supports_{kind}", preprocess.supports_factorized_reduce)(x, op)
+    assert support.ok, support.reason
+    y, expected = getattr(preprocess_triton, kind)(x, op), expected_op(expected_x)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+    assert error(y, expected) < tolerance
+    g = torch.randn(y.shape, device=DEVICE).to(dtype)
+    for leaf, expected_leaf in (
+        (x, expected_x),
+        *zip(op.parameters(), expected_op.parameters(), strict=True),
+    ):
+        if leaf.requires_grad:
+            (got,) = torch.autograd.grad(y, leaf, g, retain_graph=True)
+            (right,) = torch.autograd.grad(expected, expected_leaf, g.double(), retain_graph=True)
+            assert error(got, right) < tolerance
+    for got, wanted in zip(op.buffers(), expected_op.buffers(), strict=True):
+        assert error(got, wanted.double()) < tolerance
+
+
+@pytest.mark.usefixtures("_kernels_can_run")
+@pytest.mark.parametrize("kind", ["relu_conv_bn", "factorized_reduce"])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_tiny_preprocessing(kind, wants):
+    assert_preprocessing_matches((2, 6, 3, 5), kind, wants, torch.float32)
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(64, 64, 32, 32), (64, 256, 8, 8), (3, 48, 7, 12), (1, 20, 1, 8)])
+@pytest.mark.parametrize("kind", ["relu_conv_bn", "factorized_reduce"])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_preprocessing(shape, kind, wants, stored):
+    assert_preprocessing_matches(shape, kind, wants, stored)
+
+
+@pytest.mark.usefixtures("_kernels_can_run")
+@pytest.mark.parametrize(("reduction", "training"), [(False, True), (True, False)])
+def test_tiny_cells_match_the_modules(reduction, training):
+    primitives = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_5x5")
+    cell = make_cell(reduction, 2, primitives, nodes=1).train(training)
+    inputs = make_inputs(cell, (2, 3, 5), channels=2)
+    expected = results(run_reference, cell, inputs)
+    actual = results(run_fused, cell.float(), exact_to_fp32(inputs))
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         assert (actual[name] is None) == (wanted is None), name

@@ -21,6 +21,8 @@ MODULES = {
     ("weighted_sum", "triton"): "neuroexapt.kernels.softmax_sum_triton",
     ("relu_conv_bn", "ext"): "neuroexapt.cuda_ops.preprocess",
     ("factorized_reduce", "ext"): "neuroexapt.cuda_ops.preprocess",
+    ("relu_conv_bn", "triton"): "neuroexapt.kernels.preprocess_triton",
+    ("factorized_reduce", "triton"): "neuroexapt.kernels.preprocess_triton",
     ("cell", "ext"): "neuroexapt.cuda_ops.cell",
     ("cell", "triton"): "neuroexapt.kernels.cell_triton",
     ("sepconv", "ext"): "neuroexapt.cuda_ops.sepconv",

@@ -12,6 +12,7 @@ Nothing of a table may be used by a search: it tells how good the search is.
 
 import csv
 import gzip
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,9 +67,10 @@ class CsvTable(Table):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
+            open_text = gzip.open if path.suffix == ".gz" else open
+            with open_text(path, "rt", encoding="utf-8-sig") as file:
                 self._rows = dict(self._read(file))
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"cannot read the table {path}: {error}") from error
 
     def _read(self, file: TextIO) -> Iterator[tuple[str, dict[str, float]]]:
@@ -81,7 +83,7 @@ class CsvTable(Table):
             )
         for row in reader:
             try:
-                figures = {name: float(row[column]) / 100 for name, column in known.items()}
+                figures = {name: _percent(row[column]) / 100 for name, column in known.items()}
                 if PARAMETERS_COLUMN in columns:
                     figures["parameters"] = float(row[PARAMETERS_COLUMN])
             except (TypeError, ValueError) as error:
@@ -90,6 +92,13 @@ class CsvTable(Table):
 
     def _find(self, arch: str) -> dict[str, float] | None:
         return self._rows.get(arch)
+
+
+def _percent(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise ValueError(f"{text!r} is no accuracy in per cent")
+    return value
 
 
 class NatsTable(Table):

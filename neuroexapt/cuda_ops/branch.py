@@ -22,8 +22,7 @@ class Branch:
     up to the end of the last block. Launch what is waited for most between the two: a GPU begins with what
     comes first. After ``join`` the current stream waits for them. Both do nothing where nothing is left.
 
-    The first launch of a block must not be an early one (``csrc/launch.cuh``), nor the first after ``join``:
-    what precedes it in its stream is no kernel.
+    The first launch after ``join`` must not be an early one: what precedes it is no kernel.
 
     Memory is the current stream's, which hands it out again once it is free: what the launches read and write
     must be kept until the join. What our launchers allocate in the block is.
@@ -80,11 +79,6 @@ class NoBranch:
     def join(self) -> None: ...
 
 
-def on_a_branch() -> bool:
-    """Whether launches are put off."""
-    return _active.get() is not None
-
-
 def launch(launcher: Callable[..., None], *arguments: Any) -> None:
     """``launcher(*arguments, stream)``, on the current stream or put off."""
     branch = _active.get()
@@ -92,6 +86,11 @@ def launch(launcher: Callable[..., None], *arguments: Any) -> None:
         launcher(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
         branch._put_off.append(functools.partial(launcher, *arguments))
+
+
+def launch_early(launcher: Callable[..., None], *arguments: Any) -> None:
+    """``launcher(*arguments, early, stream)``: early (``csrc/launch.cuh``) but for what is put off."""
+    launch(launcher, *arguments, _active.get() is None)
 
 
 def kept(tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from neuroexapt.cuda_ops.arguments import (
     strided,
 )
 from neuroexapt.cuda_ops.branch import Branch as Branch
-from neuroexapt.cuda_ops.branch import kept, launch, on_a_branch
+from neuroexapt.cuda_ops.branch import kept, launch, launch_early
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.cuda_ops.pointwise import Product, Source, Target
 from neuroexapt.kernels import reference
@@ -339,9 +339,7 @@ def backward_dense(
 def reduce_partials(
     partials: Sequence[Tensor], weights: Sequence[Tensor], mixing: Sequence[Tensor | None] | None = None
 ) -> list[Tensor]:
-    """The weights' gradients, Σ_parts partial; 0 for those of candidates that did not run. On a branch no
-    other launch may precede it in its block.
-    """
+    """The weights' gradients, Σ_parts partial; 0 for those of candidates that did not run."""
     kernels = extension()
     gradients = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     jobs = [
@@ -352,8 +350,7 @@ def reduce_partials(
             partials, gradients, mixing or [None] * len(partials), strict=True
         )
     ]
-    early = not on_a_branch()
-    launch(kernels.partial_sums_add_up, jobs, early)
+    launch_early(kernels.partial_sums_add_up, jobs)
     return gradients
 
 
@@ -413,7 +410,7 @@ def statistics(
         )
         for bn, m, s, mixing_weight in zip(bns, moments, stats, mixing or [None] * len(bns), strict=True)
     ]
-    launch(kernels.node_finalize, channels, EPS, MOMENTUM, jobs)
+    launch_early(kernels.node_finalize, channels, EPS, MOMENTUM, jobs)
     return stats
 
 
@@ -458,7 +455,7 @@ def backward_add_up(
         )
         for term, coef in zip(summands, coefs, strict=True)
     ]
-    launch(kernels.node_coefficients, shape, training, gradients, drawn_only, dots.data_ptr())
+    launch_early(kernels.node_coefficients, shape, training, gradients, drawn_only, dots.data_ptr())
     return coefs
 
 

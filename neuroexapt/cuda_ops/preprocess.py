@@ -29,12 +29,18 @@ def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
 def supports_relu_conv_bn(x: Tensor, op: nn.Sequential) -> Support:
     """Whether the kernels take these arguments."""
     conv: Any = op[1]
-    if (conv.kernel_size, conv.stride, conv.padding, conv.groups) != ((1, 1), (1, 1), (0, 0), 1):
-        return Support(False, "only 1x1 convolutions of stride 1")
-    if conv.bias is not None:
-        return Support(False, "the convolution has a bias")
-    reason = next(_refusals(x, op, op[2]), "")
+    reason = next(relu_conv_bn_refusals(x, op), "")
     return Support(False, reason) if reason else pointwise.takes(x, conv.weight)
+
+
+def relu_conv_bn_refusals(x: Tensor, op: nn.Sequential) -> Iterator[str]:
+    """What stands in the way of kernels on any tier."""
+    conv: Any = op[1]
+    if (conv.kernel_size, conv.stride, conv.padding, conv.groups) != ((1, 1), (1, 1), (0, 0), 1):
+        yield "only 1x1 convolutions of stride 1"
+    if conv.bias is not None:
+        yield "the convolution has a bias"
+    yield from _refusals(x, op, op[2])
 
 
 def factorized_reduce(x: Tensor, op: FactorizedReduce) -> Tensor:

@@ -5,6 +5,7 @@ Shape legend: U users, N positions of a history, C what is known of each (the it
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -225,11 +226,12 @@ Reader = Callable[[TextIO], Iterator[Event]]
 
 def _read_events(path: Path, reader: Reader) -> list[Event]:
     try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
+        open_text = gzip.open if path.suffix == ".gz" else open
+        with open_text(path, "rt", encoding="utf-8-sig") as file:
             return list(reader(file))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -252,11 +254,18 @@ def _read_columns(file: TextIO, separator: str | None, names: tuple[str, str, st
             user, item, time = (fields.index(name) for name in names)
         elif line.strip():
             try:
-                yield Event(fields[user], fields[item], float(fields[time]))
+                yield Event(fields[user], fields[item], _seconds(fields[time]))
             except (IndexError, ValueError) as error:
                 raise UserError(
                     f"line {number} is no `user, item, rating, time`: {line.strip()!r}"
                 ) from error
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not abs(seconds) < 2**62:
+        raise ValueError(f"{value} is no time")
+    return seconds
 
 
 def _read_inter(file: TextIO) -> Iterator[Event]:
@@ -268,7 +277,7 @@ def _read_inter(file: TextIO) -> Iterator[Event]:
     for number, line in enumerate(file, 2):
         fields = line.rstrip("\n").split("\t")
         try:
-            when = None if time is None else float(fields[time])
+            when = None if time is None else _seconds(fields[time])
             yield Event(fields[columns["user_id"]], fields[columns["item_id"]], when)
         except (IndexError, ValueError) as error:
             raise UserError(f"line {number} does not fit the header: {line.strip()!r}") from error
@@ -278,7 +287,7 @@ def _read_reviews(file: TextIO) -> Iterator[Event]:
     for number, line in enumerate(file, 1):
         try:
             review = json.loads(line)
-            yield Event(review["reviewerID"], review["asin"], float(review["unixReviewTime"]))
+            yield Event(review["reviewerID"], review["asin"], _seconds(review["unixReviewTime"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"line {number} is no review with reviewerID, asin, unixReviewTime") from error
 

@@ -1,6 +1,7 @@
 """A whole search: bilevel steps, genotype, derived network with inherited weights, and its control."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from neuroexapt.benchmarks import load_table
-from neuroexapt.core.derived import count_parameters, inherit_weights
+from neuroexapt.core.derived import DerivedNetwork, count_parameters, inherit_weights
 from neuroexapt.core.genotypes import AnyGenotype, genotype_from_dict
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import Loader, split_indices
@@ -141,6 +142,18 @@ def _create_folder(run: OpenRun[SearchConfig]) -> None:
     run.folder.write_json("split.json", {"w": train_indices.tolist(), "alpha": valid_indices.tolist()})
 
 
+def _inherit(network: DerivedNetwork, supernet: Supernet, say: Callable[[str], None]) -> None:
+    """Give ``network`` the weights of the search network, unless the search ended before that was as deep."""
+    searched, derived = len(supernet.cells), len(network.cells)
+    if searched == derived:
+        inherit_weights(network, supernet)
+    else:
+        say(
+            f"the search network had only {searched} of {derived} cells when the search ended, so nothing is "
+            "inherited: the derived network starts anew"
+        )
+
+
 def _train_derived(
     run: OpenRun[SearchConfig], name: str, genotype: AnyGenotype, supernet: Supernet | None
 ) -> tuple[nn.Module, float, dict[str, float]]:
@@ -148,7 +161,7 @@ def _train_derived(
     config, task = run.config, run.space.task
     network = run.derived_network(genotype, name)
     if supernet is not None:
-        inherit_weights(network, supernet)
+        _inherit(network, supernet, run.session.progress.say)
     test_loader = run.loader("test", training=False)
     if config.train_epochs == 0:
         figures = evaluate_figures(functools.partial(score, network.eval(), task), task, test_loader)

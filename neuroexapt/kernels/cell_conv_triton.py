@@ -2,11 +2,8 @@
 
 Shapes: as in ``sepconv_triton``, from whose tiles these kernels are made; C channels in and out. Every
 picture is contiguous. What differs among the jobs of a launch (the second or third axis of its grid) comes in
-tuples; bit j of ``dilations`` says whether job j has dilation 2. NORMED: the convolutions are of
-(x − mean) · rstd with ``stats`` [C, 2]. Their outputs' gradient is dz = A · g + B · z + D with ``coefs``
-[C, 4], formed where it is read.
-
-Dilations are no constants of a kernel, so that a search network needs a fifth of the compilations.
+tuples. NORMED: the convolutions are of (x − mean) · rstd with ``stats`` [C, 2]. Their outputs' gradient is
+dz = A · g + B · z + D with ``coefs`` [C, 4], formed where it is read.
 """
 
 import triton
@@ -16,7 +13,7 @@ from neuroexapt.kernels.moments_triton import store_moments
 from neuroexapt.kernels.node_triton import pick, pick_integer
 from neuroexapt.kernels.sepconv_triton import depthwise_tile, pixel_of, pixel_offsets
 
-_SIZES = ["pixels", "height", "width", "out_height", "out_width", "dilations"]
+_SIZES = ["pixels", "height", "width", "out_height", "out_width"]
 
 
 @triton.jit
@@ -34,10 +31,10 @@ def _input_stats(stats, job, channel, C: tl.constexpr, NORMED: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def cell_conv_fwd_kernel(
-    xs, x_strides, stats, depthwise, pointwise, z_ptr, partials_ptr, dilations,
+    xs, x_strides, stats, depthwise, pointwise, z_ptr, partials_ptr,
     pixels, height, width, out_height, out_width,
-    C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, NORMED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, NORMED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One tile of a job's z [jobs, B, C, OH, OW], and its (mean, M2) into [jobs, tiles, 2, C].
 
@@ -48,14 +45,13 @@ def cell_conv_fwd_kernel(
     out_channel = tl.arange(0, BLOCK_O)
     x_ptr, x_n = pick(xs, job), pick_integer(x_strides, job)
     dw_ptr, pw_ptr = pick(depthwise, job), pick(pointwise, job)
-    dilation = 1 + (dilations >> job & 1)
     total = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
     for first in range(0, C, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
         mean, rstd = _input_stats(stats, job, channel, C, NORMED)
         depthwise_out = depthwise_tile(
             x_ptr, x_n, height * width, width, 1, dw_ptr, channel, pixel, C, pixels,
-            height, width, out_height, out_width, K, STRIDE, dilation, True, mean, NORMED,
+            height, width, out_height, out_width, K, STRIDE, DILATION, True, mean, NORMED,
         )  # fmt: skip
         weight = tl.load(
             pw_ptr + out_channel[:, None] * C + channel[None, :],
@@ -95,9 +91,9 @@ def _gradient_tile(
 
 @triton.jit(do_not_specialize=_SIZES)
 def cell_conv_bwd_pointwise_kernel(
-    gs, g_strides, zs, coefs, xs, x_strides, stats, depthwise, pointwise, e_ptr, partials_ptr, dilations,
+    gs, g_strides, zs, coefs, xs, x_strides, stats, depthwise, pointwise, e_ptr, partials_ptr,
     pixels, height, width, out_height, out_width,
-    C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, NORMED: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, NORMED: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +115,6 @@ def cell_conv_bwd_pointwise_kernel(
     )  # [BLOCK_C, BLOCK_O]
     if NEED_WEIGHTS:
         x_ptr, x_n, dw_ptr = pick(xs, job), pick_integer(x_strides, job), pick(depthwise, job)
-        dilation = 1 + (dilations >> job & 1)
         mean, rstd = _input_stats(stats, job, channel, C, NORMED)
         weight_grad = tl.zeros([BLOCK_O, BLOCK_C], tl.float32)
     for tile in range(split, tl.cdiv(pixels, BLOCK_P), splits):
@@ -128,7 +123,7 @@ def cell_conv_bwd_pointwise_kernel(
         if NEED_WEIGHTS:
             depthwise_out = depthwise_tile(
                 x_ptr, x_n, height * width, width, 1, dw_ptr, channel, pixel, C, pixels,
-                height, width, out_height, out_width, K, STRIDE, dilation, True, mean, NORMED,
+                height, width, out_height, out_width, K, STRIDE, DILATION, True, mean, NORMED,
             )  # fmt: skip
             depthwise_out *= rstd[:, None]
             weight_grad = tl.dot(dz, tl.trans(depthwise_out), weight_grad, input_precision=PRECISION)
@@ -151,74 +146,64 @@ def cell_conv_bwd_pointwise_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def cell_conv_bwd_depthwise_kernel(
-    e_ptr, xs, x_strides, stats, depthwise, dx_ptr, partials_ptr, dots_ptr, dilations,
+    e_ptr, xs, x_strides, stats, depthwise, dx_ptr, partials_ptr, dots_ptr,
     pixels, height, width, out_height, out_width,
-    C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, NORMED: tl.constexpr,
-    NEED_WEIGHTS: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, NORMED: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the inputs [jobs, B, C, H, W] and parts of ``dW_dw`` [jobs, splits, C, k²] from e.
+    """Gradients of the inputs [jobs, B, C, H, W] and parts of ``dW_dw`` [jobs, tiles, C, k²] from e.
 
     With NORMED the gradients u are of the normalised inputs, and parts of Σ u · (x − mean) and of Σ u go into
-    ``dots`` [jobs, splits, 2, C]. ``pixels`` counts input pixels. Grid: (C, splits of the pixels, jobs).
-    As in ``sepconv_bwd_depthwise_kernel`` a thread holds one pixel and every tap.
+    ``dots`` [jobs, tiles, 2, C]. ``pixels`` counts input pixels. Grid: (tiles, blocks of C, jobs). Each
+    shifted e is loaded once for both gradients. A program is one warp, so that sums over a tile's pixels
+    need no shared memory, and has few channels, so that a thread's pixels share what it loads of weights.
     """
-    channel, job = tl.program_id(0), tl.program_id(2)
-    split, splits = tl.program_id(1), tl.num_programs(1)
+    tile, tiles, job = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
+    pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_channels = channel < C
+    valid = in_channels[:, None] & (pixel < pixels)[None, :]
     x_ptr, x_n, dw_ptr = pick(xs, job), pick_integer(x_strides, job), pick(depthwise, job)
-    dilation = 1 + (dilations >> job & 1)
-    padding = dilation * (K // 2)
-    tap = tl.arange(0, TAPS)
-    shift_row, shift_column = padding - tap // K * dilation, padding - tap % K * dilation
-    weight = tl.load(dw_ptr + channel * (K * K) + tap, mask=tap < K * K, other=0.0)
-    mean, rstd = 0.0, 1.0
-    if NORMED:
-        stats_ptr = pick(stats, job) + 2 * channel
-        mean, rstd = tl.load(stats_ptr), tl.load(stats_ptr + 1)
-    plane = tl.cast(height * width, tl.int64)
-    out_plane = out_height * out_width
+    mean, rstd = _input_stats(stats, job, channel, C, NORMED)
+    PAD: tl.constexpr = DILATION * (K // 2)
+    image, row, column = pixel_of(pixel, height, width)
+    plane, out_plane = tl.cast(height * width, tl.int64), tl.cast(out_height * out_width, tl.int64)
+    in_picture = channel[:, None] * plane
+    x_tile = x_ptr + (in_picture + pixel_offsets(image, row, column, x_n, width, 1)[None, :])
+    x = tl.load(x_tile, mask=valid, other=0.0).to(tl.float32) - mean[:, None]
+    active = tl.where(valid, tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
     images = pixels // (height * width)
-    e_job = e_ptr + (job.to(tl.int64) * images * C + channel) * out_plane
-    dx_job = dx_ptr + job.to(tl.int64) * pixels * C
-    products = tl.zeros([TAPS, BLOCK_P], tl.float32)
-    dots = tl.zeros([BLOCK_P], tl.float32)
-    sums = tl.zeros([BLOCK_P], tl.float32)
-    for tile in range(split, tl.cdiv(pixels, BLOCK_P), splits):
-        pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        valid = pixel < pixels
-        image, row, column = pixel_of(pixel, height, width)
+    e_tile = e_ptr + (job.to(tl.int64) * images * C + channel)[:, None] * out_plane
+    part = (job * tiles + tile).to(tl.int64)
+    partial = partials_ptr + (part * C + channel) * (K * K)
+    dx = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    e_center = e_tile + pixel_offsets(image, row, column, C * out_plane, out_width, 1)[None, :]
+    for ky in range(K):
         # Output pixel (row_s / STRIDE, column_s / STRIDE) reads input pixel (row, column) through the tap.
-        row_s = row[None, :] + shift_row[:, None]
-        column_s = column[None, :] + shift_column[:, None]
-        inside = (
-            (row_s >= 0) & (row_s < out_height * STRIDE) & (column_s >= 0) & (column_s < out_width * STRIDE)
-        )
-        on_grid = (row_s % STRIDE == 0) & (column_s % STRIDE == 0)
-        e_image = e_job + image.to(tl.int64) * C * out_plane
-        e_pixel = e_image[None, :] + (row_s // STRIDE * out_width + column_s // STRIDE)
-        e = tl.load(
-            tl.max_contiguous(e_pixel, [1, 2]),
-            mask=inside & on_grid & (tap < K * K)[:, None] & valid[None, :],
-            other=0.0,
-        ).to(tl.float32)  # [TAPS, BLOCK_P]
-        in_picture = channel * plane
-        x = tl.load(
-            x_ptr + (in_picture + pixel_offsets(image, row, column, x_n, width, 1)), mask=valid, other=0.0
-        )
-        x = x.to(tl.float32) - mean
-        if NEED_WEIGHTS:
-            products += e * tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)[None, :]
-        dx = tl.where((x <= 0) | (pixel >= pixels), 0.0, tl.sum(e * weight[:, None], 0))
-        if NORMED:
-            dots += dx * x
-            sums += dx
-        tl.store(
-            dx_job + (in_picture + pixel_offsets(image, row, column, C * plane, width, 1)), dx, mask=valid
-        )
-    part = (job * splits + split).to(tl.int64)
-    if NEED_WEIGHTS:
-        partial = partials_ptr + (part * C + channel) * (K * K) + tap
-        tl.store(partial, tl.sum(products, 1) * rstd, mask=tap < K * K)
+        row_s = row + (PAD - ky * DILATION)
+        in_rows = (pixel < pixels) & (row_s >= 0) & (row_s < out_height * STRIDE) & (row_s % STRIDE == 0)
+        e_row = e_center + (PAD - ky * DILATION) * out_width
+        for kx in tl.static_range(K):
+            column_s = column + (PAD - kx * DILATION)
+            inside = in_rows & (column_s >= 0) & (column_s < out_width * STRIDE) & (column_s % STRIDE == 0)
+            if STRIDE == 1:  # columns at distances that are known when compiling
+                e_pixel = e_row + (PAD - kx * DILATION)
+            else:
+                e_pixel = (
+                    e_tile
+                    + pixel_offsets(image, row_s // STRIDE, column_s // STRIDE, C * out_plane, out_width, 1)[
+                        None, :
+                    ]
+                )
+            e = tl.load(e_pixel, mask=in_channels[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            tap = ky * K + kx
+            dx += e * tl.load(dw_ptr + channel * (K * K) + tap, mask=in_channels, other=0.0)[:, None]
+            if NEED_WEIGHTS:
+                tl.store(partial + tap, tl.sum(e * active, 1) * rstd, mask=in_channels)
+    dx = tl.where((x <= 0) | (pixel >= pixels)[None, :], 0.0, dx)
+    dx_tile = dx_ptr + job.to(tl.int64) * pixels * C + in_picture
+    tl.store(dx_tile + pixel_offsets(image, row, column, C * plane, width, 1)[None, :], dx, mask=valid)
     if NORMED:
         dot = dots_ptr + part * (2 * C) + channel
-        tl.store(dot, tl.sum(dots, 0))
-        tl.store(dot + C, tl.sum(sums, 0))
+        tl.store(dot, tl.sum(dx * x, 1), mask=in_channels)
+        tl.store(dot + C, tl.sum(dx, 1), mask=in_channels)

@@ -33,6 +33,7 @@ from neuroexapt.kernels.cell_conv_triton import (
     cell_conv_fwd_kernel,
 )
 from neuroexapt.kernels.node_triton import (
+    node_affine_kernel,
     node_coefficients_kernel,
     node_dots_kernel,
     node_moments_kernel,
@@ -74,7 +75,7 @@ def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Mom
         zs = x.new_empty(len(part), *shape)
         partials = _empty_fp32(x, len(part), tiles, 2, shape[1])
         cell_conv_fwd_kernel[tiles, len(part)](
-            *_inputs(part), zs, partials, _dilations(part), pixels, *x.shape[2:], *shape[2:],
+            *_inputs(part), zs, partials, pixels, *x.shape[2:], *shape[2:],
             **_options(part[0]), PRECISION=_precision(x, exact), **blocks,
         )  # fmt: skip
         moments = (Moments(partial, blocks["BLOCK_P"], pixels) for partial in partials)
@@ -140,23 +141,23 @@ def _backward_launch(grads: Sequence[ConvGrad], exact: bool, wants_weights: bool
     options = {**_options(convs[0]), "NEED_WEIGHTS": wants_weights}
     sizes = (*x.shape[2:], *z.shape[2:])
 
-    splits, blocks = _pointwise_blocks(z.shape, jobs)
+    splits, blocks = _pointwise_blocks(z.shape, jobs, wants_weights)
     e = z.new_empty(jobs, *z.shape)
     partials = _empty_fp32(z, jobs, splits if wants_weights else 0, channels * channels)
     cell_conv_bwd_pointwise_kernel[splits, ceil_div(channels, blocks["BLOCK_C"]), jobs](
         *_pictures([grad.g for grad in grads], _JOBS), _filled([grad.z.contiguous() for grad in grads]),
         _filled([grad.coef.contiguous() for grad in grads]), xs, x_strides, stats, depthwise, pointwise, e,
-        partials, _dilations(convs), _pixels(z.shape), *sizes, **options, PRECISION=_precision(x, exact),
+        partials, _pixels(z.shape), *sizes, **options, PRECISION=_precision(x, exact),
         **blocks,
     )  # fmt: skip
     pointwise_grads: Any = partials.sum(1, keepdim=True) if wants_weights else [None] * jobs
 
-    splits, blocks = _depthwise_blocks(x.shape, kernel_size, jobs)
+    tiles, blocks = _depthwise_blocks(x.shape)
     dxs = x.new_empty(jobs, *x.shape)
-    partials = _empty_fp32(x, jobs, splits if wants_weights else 0, channels * kernel_size**2)
-    dots = None if stats is None else _empty_fp32(x, jobs, splits, 2, channels)
-    cell_conv_bwd_depthwise_kernel[channels, splits, jobs](
-        e, xs, x_strides, stats, depthwise, dxs, partials, dots, _dilations(convs), _pixels(x.shape), *sizes,
+    partials = _empty_fp32(x, jobs, tiles if wants_weights else 0, channels * kernel_size**2)
+    dots = None if stats is None else _empty_fp32(x, jobs, tiles, 2, channels)
+    cell_conv_bwd_depthwise_kernel[tiles, ceil_div(channels, blocks["BLOCK_C"]), jobs](
+        e, xs, x_strides, stats, depthwise, dxs, partials, dots, _pixels(x.shape), *sizes,
         **options, **blocks,
     )  # fmt: skip
     depthwise_grads: Any = partials.sum(1, keepdim=True) if wants_weights else [None] * jobs
@@ -186,6 +187,24 @@ def backward_reduce(
     return [dx], Partials(*(list(half.view(len(grads), 1, -1)) for half in halves)) if wants_weights else (
         Partials([], [])
     )
+
+
+def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Moments]:
+    """z = W · relu(x) with ``weight`` [O, C, 1, 1], and its ``moments``."""
+    z = _convolve_dense(x, weight)
+    return z, _moments(z)
+
+
+def backward_multiply(
+    x: Tensor, weight: Tensor, z: Tensor, g: Tensor, coef: Tensor, exact: bool, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and weight, where they are wanted, from dz = A · g + B · z + D."""
+    leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip((x, weight), wanted, strict=True)]
+    with torch.enable_grad():
+        y = _convolve_dense(*leaves)
+    found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], _affine(g, z, coef)))
+    dx, dw = (next(found) if want else None for want in wanted)
+    return dx, dw
 
 
 def convolve_dense(x: Tensor, weights: Sequence[Tensor], exact: bool) -> tuple[list[Tensor], list[Moments]]:
@@ -371,8 +390,13 @@ def _window_gradients(
 
 
 def _affine(g: Tensor, z: Tensor, coef: Tensor) -> Tensor:
-    a, b, d, _ = coef[:, :, None, None].unbind(1)
-    return (a * g + b * z + d).to(z.dtype)
+    dz = z.new_empty(z.shape)
+    _, grid, blocks = _tiles(z.shape)
+    node_affine_kernel[grid](
+        g, g.stride(0), z, z.stride(0), coef.contiguous(), dz, z.shape[1], _pixels(z.shape),
+        z.shape[2:].numel(), **blocks,
+    )  # fmt: skip
+    return dz
 
 
 def _dz(grad: ReduceGrad | DenseGrad) -> Tensor:
@@ -419,7 +443,7 @@ def _launches(convs: Sequence[Conv]) -> Iterable[list[int]]:
     """The numbers of those that share a launch."""
     alike = defaultdict(list)
     for i, conv in enumerate(convs):
-        alike[conv.depthwise.shape[-1]].append(i)
+        alike[conv.depthwise.shape[-1], conv.dilation].append(i)
     return [same[i : i + _JOBS] for same in alike.values() for i in range(0, len(same), _JOBS)]
 
 
@@ -438,12 +462,9 @@ def _options(conv: Conv) -> dict[str, Any]:
         "C": conv.x.shape[1],
         "K": conv.depthwise.shape[-1],
         "STRIDE": conv.stride,
+        "DILATION": conv.dilation,
         "NORMED": conv.stats is not None,
     }
-
-
-def _dilations(convs: Sequence[Conv]) -> int:
-    return sum(1 << i for i, conv in enumerate(convs) if conv.dilation == 2)
 
 
 def _filled(things: Sequence[Any]) -> tuple[Any, ...]:
@@ -522,27 +543,35 @@ def _forward_blocks(shape: torch.Size, jobs: int) -> dict[str, int]:
     block_p = 64
     while block_p > 16 and _pixels(shape) * jobs // block_p < 256:
         block_p //= 2
-    block_o = _block(shape[1], MAX_CHANNELS)
     return {
         "BLOCK_C": _block(shape[1], 64),
-        "BLOCK_O": block_o,
+        "BLOCK_O": _block(shape[1], MAX_CHANNELS),
         "BLOCK_P": block_p,
-        "num_warps": 8 if block_o * block_p >= 4096 else 4,
+        "num_warps": min(max(2, shape[1] // 8), 8),
         "num_stages": 1,
     }
 
 
-def _pointwise_blocks(shape: torch.Size, jobs: int) -> tuple[int, dict[str, int]]:
-    """Splits of the pixels, and blocks as they were measured best for ``sepconv``."""
-    block_o = _block(shape[1], MAX_CHANNELS)
-    blocks = {"BLOCK_C": 16, "BLOCK_O": block_o, "BLOCK_P": 32, "num_warps": 2 if block_o <= 32 else 4}
-    tiles, programs = ceil_div(_pixels(shape), 32), jobs * ceil_div(shape[1], 16)
-    return _splits(tiles, programs, _PROGRAMS), {**blocks, "num_stages": 1}
+def _pointwise_blocks(shape: torch.Size, jobs: int, wants_weights: bool) -> tuple[int, dict[str, int]]:
+    """Splits of the pixels, and blocks that need fewest instructions an element and no stack."""
+    channels = shape[1]
+    block_c = _block(channels, 64 if channels <= 64 or not wants_weights else 32)
+    block_p, enough = (32, 32) if wants_weights else (64, 16)
+    blocks = {
+        "BLOCK_C": block_c,
+        "BLOCK_O": _block(channels, MAX_CHANNELS),
+        "BLOCK_P": block_p,
+        "num_warps": 2 if channels <= enough else 4 if channels <= 32 else 8,
+        "num_stages": 1,
+    }
+    programs = jobs * ceil_div(channels, block_c)
+    # With more channels fewer programs fill a GPU, and a part of the weights' gradients is larger.
+    return _splits(ceil_div(_pixels(shape), block_p), programs, 16 * _PROGRAMS // channels), blocks
 
 
-def _depthwise_blocks(shape: torch.Size, kernel_size: int, jobs: int) -> tuple[int, dict[str, int]]:
-    blocks = {"TAPS": power_of_two(kernel_size**2), "BLOCK_P": 128, "num_warps": 4}
-    return _splits(ceil_div(_pixels(shape), 128), shape[1] * jobs, _PROGRAMS), blocks
+def _depthwise_blocks(shape: torch.Size) -> tuple[int, dict[str, int]]:
+    """Tiles of the pixels, and blocks."""
+    return ceil_div(_pixels(shape), _TILE_PIXELS), {"BLOCK_C": 4, "BLOCK_P": _TILE_PIXELS, "num_warps": 1}
 
 
 def _tiles(shape: torch.Size) -> tuple[int, tuple[int, int], dict[str, int]]:

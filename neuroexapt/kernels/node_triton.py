@@ -295,6 +295,22 @@ def _affine(coef_ptr, channel, in_channels, g, z):
     return a[:, None] * g + b[:, None] * z + d[:, None]
 
 
+@triton.jit(do_not_specialize=["pixels"])
+def node_affine_kernel(
+    g_ptr, g_n, z_ptr, z_n, coef_ptr, dz_ptr, channels, pixels, plane,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dz = A · g + B · z + D. Grid as of ``node_moments_kernel``."""
+    channel, pixel, image, place = _flat_tile(channels, plane, BLOCK_C, BLOCK_P)
+    in_channels = channel < channels
+    valid = in_channels[:, None] & (pixel < pixels)[None, :]
+    in_plane = (channel.to(tl.int64) * plane)[:, None] + place[None, :]
+    g = tl.load(g_ptr + (image * g_n)[None, :] + in_plane, mask=valid, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + (image * z_n)[None, :] + in_plane, mask=valid, other=0.0).to(tl.float32)
+    dz = _affine(coef_ptr, channel, in_channels, g, z)
+    tl.store(dz_ptr + (image * channels * plane)[None, :] + in_plane, dz, mask=valid)
+
+
 @triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
 def node_state_gradient_kernel(
     addends, addend_strides, gs, g_strides, codes, weights_ptr, max_ptr, winner_ptr, avg_ptr, dx_ptr,

@@ -65,30 +65,30 @@ def pixel_offsets(image, row, column, stride_n, stride_h, stride_w):
 @triton.jit
 def depthwise_tile(
     x_ptr, x_n, x_c, x_h, x_w, dw_ptr, channel, pixel, channels, pixels, height, width, out_height, out_width,
-    K: tl.constexpr, STRIDE: tl.constexpr, dilation, RELU: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, RELU: tl.constexpr,
     mean=None, NORMED: tl.constexpr = False,
 ):  # fmt: skip
     """Depthwise outputs at ``channel`` x ``pixel`` in fp32, zero outside: [BLOCK_C, BLOCK_P].
 
     NORMED: of relu(x - mean), ``mean``: [BLOCK_C].
     """
-    padding = dilation * (K // 2)
+    PAD: tl.constexpr = DILATION * (K // 2)
     image, out_row, out_column = pixel_of(pixel, out_height, out_width)
-    top, left = out_row * STRIDE - padding, out_column * STRIDE - padding
+    top, left = out_row * STRIDE - PAD, out_column * STRIDE - PAD
     corner = pixel_offsets(image, top, left, x_n, x_h, x_w)
     x_tile = x_ptr + channel.to(tl.int64)[:, None] * x_c + corner[None, :]  # [BLOCK_C, BLOCK_P]
-    row_step = tl.cast(x_h, tl.int64) * dilation
-    column_step = tl.cast(x_w, tl.int64) * dilation
+    row_step, column_step = tl.cast(x_h, tl.int64) * DILATION, x_w * DILATION
     in_channels = channel < channels
     total = tl.zeros([channel.shape[0], pixel.shape[0]], tl.float32)
     for ky in range(K):
-        row = top + ky * dilation
+        row = top + ky * DILATION
+        x_row = x_tile + ky * row_step  # apart from the columns, whose distances are known when compiling
         in_rows = (pixel < pixels) & (row >= 0) & (row < height)
         for kx in tl.static_range(K):
-            column = left + kx * dilation
+            column = left + kx * DILATION
             inside = in_rows & (column >= 0) & (column < width)
             value = tl.load(
-                x_tile + (ky * row_step + kx * column_step),
+                x_row + kx * column_step,
                 mask=in_channels[:, None] & inside[None, :],
                 other=float("-inf") if NORMED else 0.0,
             ).to(tl.float32)

@@ -40,9 +40,9 @@ class TritonOperatorManager(nn.Module):
 
     An operator that is switched off runs in plain PyTorch. One whose kernel fails does so, too, with the same
     weights, from that call on until ``retry_kernels``, and the failure is recorded; what a kernel raises in
-    the backward pass is raised there. The weights are made when an operator is first applied, of the width
-    in the configuration or else the input's, in the input's dtype and on its device; from then on they are
-    parameters of this module, and its mode decides about dropout.
+    the backward pass is raised there. The weights are parameters of this module, made at once where the
+    configuration has their width, else when one of them is first applied, of the input's width. The first
+    input also decides about their dtype and device, and the module's mode about dropout.
 
     Masks ``attention_mask`` [B, N] are true, or not 0, at valid positions. The valid positions of a row, in
     their order and wherever they lie, are its sequence: padding may be on the left or the right. Outputs at
@@ -57,31 +57,30 @@ class TritonOperatorManager(nn.Module):
         self.d_model: int | None = sizes.get("d_model")
         self.num_heads: int = sizes.get("num_heads", 2)
         self.dropout: float = sizes.get("dropout", 0.0)
-        self.attention_layernorm: AttentionLayerNorm | None = None
-        self.sequence_fusion: HierarchicalFusion | None = None
         self.log_decay = nn.Parameter(torch.tensor(_LOG_DECAY))
         self._implementations: dict[str, Counter[str]] = {operator: Counter() for operator in OPERATORS}
         self._failures: dict[str, str] = {}
         self._fallbacks: dict[str, Counter[str]] = {operator: Counter() for operator in OPERATORS}
         self._check_sizes()
+        self.attention_layernorm: AttentionLayerNorm | None = None
+        self.sequence_fusion: HierarchicalFusion | None = None
+        self._are_placed = False
+        if self.d_model is not None:
+            self._make_weights(self.d_model)
 
     def apply_fused_attention_layernorm(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Causal self-attention, its projection and residual, normalised: [B, N, D] → [B, N, D]."""
-        size = self._size_for(hidden_states)
-        if self.attention_layernorm is None:
-            self.attention_layernorm = AttentionLayerNorm(size).to(hidden_states).train(self.training)
-        return self._on_sequences(_of_lengths(self.attention_layernorm), attention_mask, hidden_states)
+        attend, _ = self._operations_for(hidden_states)
+        return self._on_sequences(_of_lengths(attend), attention_mask, hidden_states)
 
     def apply_hierarchical_sequence_fusion(
         self, sequence_features: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Gated means over windows of 1, 3, 7 and 15 positions: [B, N, D] → [B, N, D]."""
-        size = self._size_for(sequence_features)
-        if self.sequence_fusion is None:
-            self.sequence_fusion = HierarchicalFusion(size, _WINDOWS).to(sequence_features)
-        return self._on_sequences(_of_lengths(self.sequence_fusion), attention_mask, sequence_features)
+        _, fuse = self._operations_for(sequence_features)
+        return self._on_sequences(_of_lengths(fuse), attention_mask, sequence_features)
 
     def apply_hstu_hierarchical_attention(
         self,
@@ -291,8 +290,13 @@ class TritonOperatorManager(nn.Module):
             return ""
         return "; ".join(refusals) or f"the backend {backend.value} has no kernels"
 
-    def _size_for(self, x: Tensor) -> SequenceSize:
-        """The size of the weights, whose width the first input decides where the configuration does not."""
+    def _make_weights(self, width: int) -> None:
+        size = SequenceSize(width, max_length=0, heads=self.num_heads, dropout=self.dropout)  # of any length
+        self.attention_layernorm = AttentionLayerNorm(size).train(self.training)
+        self.sequence_fusion = HierarchicalFusion(size, _WINDOWS).train(self.training)
+
+    def _operations_for(self, x: Tensor) -> tuple[AttentionLayerNorm, HierarchicalFusion]:
+        """The operations with weights, for sequences like ``x``."""
         if x.dim() != 3 or not x.is_floating_point():
             raise UserError(
                 f"sequences are [B, N, D] of floating-point numbers, not {[*x.shape]} of {x.dtype}"
@@ -300,11 +304,18 @@ class TritonOperatorManager(nn.Module):
         if self.d_model is None:
             self._heads_of(x)
             self.d_model = x.shape[-1]
+            self._make_weights(self.d_model)
         if x.shape[-1] != self.d_model:
             raise UserError(
                 f"the operators have d_model {self.d_model}, the input has {x.shape[-1]} features"
             )
-        return SequenceSize(self.d_model, x.shape[1], heads=self.num_heads, dropout=self.dropout)
+        assert self.attention_layernorm is not None
+        assert self.sequence_fusion is not None
+        if not self._are_placed:
+            self.attention_layernorm.to(x)
+            self.sequence_fusion.to(x)
+            self._are_placed = True
+        return self.attention_layernorm, self.sequence_fusion
 
     def _heads_of(self, x: Tensor) -> Tensor:
         if x.shape[-1] % self.num_heads:

@@ -30,6 +30,7 @@ def test_a_csv_file_tells_what_its_columns_hold(tmp_path: Path, name: str) -> No
         ("", "it needs a column arch"),
         ("arch,c10_test_200\n|none~0|,high\n", "line 2: could not convert"),
         ("arch,c10_test_200\n|none~0|\n", "line 2"),
+        ("arch,c10_test_200\n|none~0|,nan\n", "line 2: 'nan' is no accuracy"),
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -41,9 +42,12 @@ def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) ->
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no table"):
         load_table(tmp_path / "table.csv")
-    (tmp_path / "table.csv.gz").write_text(CSV)
-    with pytest.raises(UserError, match="cannot read the table"):
-        load_table(tmp_path / "table.csv.gz")
+    damaged = bytearray(gzip.compress("".join(f"{i % 7},{i}\n" for i in range(300)).encode()))
+    damaged[12] ^= 0xFF
+    for content in (CSV.encode(), damaged):
+        (tmp_path / "table.csv.gz").write_bytes(content)
+        with pytest.raises(UserError, match="cannot read the table"):
+            load_table(tmp_path / "table.csv.gz")
 
 
 def test_genotypes_of_another_space_are_not_held(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_users_and_items_with_few_events_are_left_out_until_none_is_left(tmp_pat
         ("a.inter", "user\titem\n1\t2\n", "the first line must name the columns"),
         ("a.inter", "user_id:token\titem_id:token\n1\n", "line 2 does not fit the header"),
         ("a.csv", "1,2,5,10\n1,2\n", "line 2 is no `user, item, rating, time`"),
+        ("a.csv", "1,2,5,nan\n", "line 1 is no `user, item, rating, time`"),
+        ("a.json", '{"reviewerID": "u", "asin": "x", "unixReviewTime": Infinity}\n', "line 1 is no review"),
         ("a.dat", "1::2::5::soon\n", "line 1 is no `user, item, rating, time`"),
         ("a.json", '{"asin": "x"}\n', "line 1 is no review"),
         ("a.txt", "1 a\n2\n", "line 2 is no `user item …`"),
@@ -89,6 +91,20 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, text: str, mess
     with pytest.raises(UserError, match=message) as caught:
         read_histories(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_archive_is_one_clear_line(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress("".join(f"{i % 7} {i}\n" for i in range(300)).encode()))
+    content[12] ^= 0xFF
+    (tmp_path / "a.txt.gz").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_histories(tmp_path / "a.txt.gz")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+    events = "".join(f"{user},{item},5,{item}\n" for user in range(5) for item in range(5))
+    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + events, encoding="utf-8-sig")
+    assert read_histories(tmp_path / "ratings.csv").events == 25
 
 
 def test_a_missing_file_says_where_data_is_to_be_had(tmp_path: Path) -> None:

@@ -128,3 +128,10 @@ def test_warm_up_keeps_alpha(tmp_path: Path) -> None:
 def test_second_order_search_runs(tmp_path: Path) -> None:
     result = neuroexapt.search(**tiny_settings(tmp_path, strategy="darts-2nd", epochs=1, train_epochs=0))
     assert result.result["test_accuracy"] >= 0
+
+
+def test_a_progressive_search_that_ends_early_inherits_nothing(tmp_path: Path, capsys: Any) -> None:
+    """Its network has grown to 3 of 4 cells by then."""
+    settings = tiny_settings(tmp_path, strategy="p-darts", epochs=1, layers=4, quiet=False)
+    assert neuroexapt.search(**settings).result["test_accuracy"] > 0
+    assert "only 3 of 4 cells when the search ended, so nothing is inherited" in capsys.readouterr().err

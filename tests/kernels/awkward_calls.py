@@ -15,6 +15,7 @@ from neuroexapt.cuda_ops import preprocess
 from neuroexapt.cuda_ops import sepconv as sepconv_ext
 from neuroexapt.cuda_ops import softmax_sum as softmax_sum_ext
 from neuroexapt.kernels import (
+    cell_triton,
     fused_attention_layernorm_triton,
     hierarchical_sequence_fusion_triton,
     hstu_hierarchical_attention_triton,
@@ -32,6 +33,15 @@ def tensor(*shape: int) -> torch.Tensor:
 
 def backward(y: torch.Tensor) -> None:
     y.backward(torch.randn_like(y))
+
+
+def call_cells_in_triton() -> None:
+    """Of channels and pixels that fill no tile, stored in fp32 and in bf16."""
+    for reduction, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
+        inputs = TwoInputs(20, 20, 20, False, affine=False)
+        cell = SearchCell(CellTopology(2), PRIMITIVES, inputs, 20, reduction=reduction).cuda()
+        states = [tensor(3, 20, 13, 11).to(dtype) for _ in range(2)]
+        backward(cell_triton.cell(plan_cell(cell), states, tensor(5, len(PRIMITIVES))))
 
 
 def call_separable_convolutions() -> None:
@@ -120,6 +130,7 @@ def call_operators_of_sequences() -> None:
 
 if __name__ == "__main__":
     call_cells()
+    call_cells_in_triton()
     call_preprocessing()
     call_separable_convolutions()
     call_pools()

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from neuroexapt.core.cells import CellTopology, SearchCell, TwoInputs
-from neuroexapt.core.operations import PRIMITIVES
+from neuroexapt.core.operations import PRIMITIVES, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.kernels.cell_triton import cell
 from neuroexapt.kernels.fused_attention_layernorm_triton import fused_attention_layernorm
@@ -30,6 +30,7 @@ from neuroexapt.kernels.hierarchical_sequence_fusion_triton import hierarchical_
 from neuroexapt.kernels.hstu_hierarchical_attention_triton import hstu_hierarchical_attention
 from neuroexapt.kernels.interaction_operator_triton import interaction_operator
 from neuroexapt.kernels.pool_triton import avg_pool, global_avg_pool, max_pool
+from neuroexapt.kernels.preprocess_triton import relu_conv_bn
 from neuroexapt.kernels.sepconv_triton import sepconv_with_stats
 from neuroexapt.kernels.sequence_recommendation_interaction_triton import sequence_recommendation_interaction
 
@@ -101,7 +102,9 @@ def call_convolutions_and_pools() -> None:
 
 
 def call_cells() -> None:
-    """A normal and a reduction cell, with and without gradients of their weights."""
+    """A normal and a reduction cell, with and without gradients of their weights, and what precedes them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        backward(relu_conv_bn(tensor(64, 64, 32, 32, dtype=dtype), ReLUConvBN(64, 16, 1, affine=False).op))
     for reduction, channels, dtype in ((False, 16, torch.float32), (True, 64, torch.bfloat16)):
         inputs = TwoInputs(channels, channels, channels, False, affine=False)
         search_cell = SearchCell(CellTopology(1), PRIMITIVES, inputs, channels, reduction=reduction)

@@ -246,3 +246,31 @@ def test_weights_are_made_once_and_learn(x):
     first.sum().backward()
     assert manager.attention_layernorm.project_in.weight.grad is not None
     assert not torch.equal(manager.train().apply_fused_attention_layernorm(x), first)
+
+
+def test_a_configured_width_makes_the_weights_at_once(x):
+    """So optimizers find them, and a state can be loaded; the first input still decides about the dtype."""
+    sizes = {"d_model": D, "num_heads": 2}
+    manager, other = make_manager(hstu=sizes), create_triton_operator_manager({"hstu": sizes})
+    weights = dict(manager.named_parameters())
+    assert {name.partition(".")[0] for name in weights} == {
+        "log_decay",
+        "attention_layernorm",
+        "sequence_fusion",
+    }
+    other.load_state_dict(manager.state_dict())
+    for operator in SEQUENCE_OPERATORS[:2]:
+        torch.testing.assert_close(apply(other.eval(), operator, x), apply(manager, operator, x))
+    doubled = make_manager(hstu=sizes)
+    parameter = doubled.sequence_fusion.gate.weight
+    assert doubled.apply_hierarchical_sequence_fusion(x.double()).dtype == torch.float64
+    assert doubled.sequence_fusion.gate.weight is parameter
+
+
+@pytest.mark.parametrize("operator", SEQUENCE_OPERATORS[:2])
+@pytest.mark.parametrize("sizes", [{}, {"d_model": D}], ids=["first-input", "configured"])
+def test_nothing_is_dropped_in_evaluation(operator, sizes, x):
+    manager = make_manager(hstu={"dropout": 0.5, **sizes})
+    first = apply(manager, operator, x)
+    torch.manual_seed(5)
+    assert torch.equal(getattr(manager, f"apply_{operator}")(x), first)

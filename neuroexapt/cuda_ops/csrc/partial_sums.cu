@@ -112,9 +112,7 @@ void add_up(const std::vector<Job>& jobs, bool early, Address stream) {
         const int columns = columns_of_block<V()>(job);
         blocks = std::max(blocks, (job.size + columns - 1) / columns);
       }
-      const dim3 grid(blocks, count);
-      if (early) launching::launch_early(sum_kernel<V()>, grid, kThreads, stream, parameters);
-      else launching::launch(sum_kernel<V()>, grid, kThreads, 0, stream, parameters);
+      launching::launch_early(sum_kernel<V()>, dim3(blocks, count), kThreads, stream, parameters, early);
     }
   };
   if (std::all_of(jobs.begin(), jobs.end(), is_wide)) run(std::integral_constant<int, 4>());

@@ -15,7 +15,7 @@ struct Job {
   Address partial, sum, mixing;
   int size, parts;
 };
-// `early`: while the kernel before still runs (launch.cuh), which must be one of ours.
+// `early`: while the kernel before still runs (launch.cuh).
 void add_up(const std::vector<Job>& jobs, bool early, Address stream);
 
 }  // namespace partial_sums
