@@ -121,7 +121,7 @@ def test_preprocessing(shape, kind, wants, stored):
 @pytest.mark.parametrize(("reduction", "training"), [(False, True), (True, False)])
 def test_tiny_cells_match_the_modules(reduction, training):
     primitives = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_5x5")
-    cell = make_cell(reduction, 2, primitives, nodes=1).train(training)
+    cell = make_cell(reduction, 2, primitives, nodes=2 if reduction else 1).train(training)
     inputs = make_inputs(cell, (2, 3, 5), channels=2)
     expected = results(run_reference, cell, inputs)
     actual = results(run_fused, cell.float(), exact_to_fp32(inputs))
@@ -218,20 +218,26 @@ def test_with_tf32_products():
     assert 1e-6 < error(y, expected) < 4e-3
 
 
+@pytest.fixture
+def deterministic_convolutions(monkeypatch):
+    """Of PyTorch, whose factorized reductions are."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 @gpu
+@pytest.mark.usefixtures("deterministic_convolutions")
 @pytest.mark.parametrize("reduction", [False, True])
 def test_twenty_runs_give_the_same_bits(reduction, stored):
-    torch.backends.cudnn.deterministic = True  # factorized reductions are PyTorch's
     cell, (*states, weights) = cell_on_gpu(16, (64, 32, 32), reduction)
     cell, inputs = cell.float(), (*(x.to(stored) for x in states), weights.float())
     first = results(run_fused, cell, inputs)
     for _ in range(19):
         again = results(run_fused, cell, inputs)
         assert all(torch.equal(again[name], wanted) for name, wanted in first.items())
-    torch.backends.cudnn.deterministic = False
 
 
 @gpu
+@pytest.mark.usefixtures("deterministic_convolutions")
 @pytest.mark.parametrize("reduction", [False, True])
 def test_runs_inside_a_cuda_graph(reduction):
     cell, inputs = cell_on_gpu(16, (8, 16, 16), reduction)

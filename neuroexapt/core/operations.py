@@ -37,14 +37,14 @@ PRIMITIVES = (
 
 
 class Zero(nn.Module):
-    """No connection: zeros, subsampled by ``stride``. Its input gets no gradient."""
+    """No connection: zeros like its input, subsampled by ``stride``. The input gets no gradient."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
+        return torch.zeros_like(x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride])
 
 
 class Noise(nn.Module):

@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast wants on ``device``, None where it is not enabled."""
-    is_enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    is_enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if is_enabled else None
 
 

@@ -4,6 +4,10 @@ Shapes: as in ``sepconv_triton``, from whose tiles these kernels are made; C cha
 picture is contiguous. What differs among the jobs of a launch (the second or third axis of its grid) comes in
 tuples. NORMED: the convolutions are of (x − mean) · rstd with ``stats`` [C, 2]. Their outputs' gradient is
 dz = A · g + B · z + D with ``coefs`` [C, 4], formed where it is read.
+
+Sizes of pictures are constants: divisions by them become cheap, and a program needs a third to two thirds of
+the registers. What is written counts as unaligned, lest a thread get neighbouring pixels, see
+``sepconv_triton``.
 """
 
 import triton
@@ -13,7 +17,7 @@ from neuroexapt.kernels.moments_triton import store_moments
 from neuroexapt.kernels.node_triton import pick, pick_integer
 from neuroexapt.kernels.sepconv_triton import depthwise_tile, pixel_of, pixel_offsets
 
-_SIZES = ["pixels", "height", "width", "out_height", "out_width"]
+_UNALIGNED = ["z_ptr", "e_ptr", "dx_ptr"]
 
 
 @triton.jit
@@ -29,10 +33,10 @@ def _input_stats(stats, job, channel, C: tl.constexpr, NORMED: tl.constexpr):
     return mean, rstd
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["pixels"], do_not_specialize_on_alignment=_UNALIGNED)
 def cell_conv_fwd_kernel(
     xs, x_strides, stats, depthwise, pointwise, z_ptr, partials_ptr,
-    pixels, height, width, out_height, out_width,
+    pixels, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, NORMED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -89,10 +93,10 @@ def _gradient_tile(
     return tl.where(valid, a[:, None] * g + b[:, None] * z + d[:, None], 0.0)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["pixels"], do_not_specialize_on_alignment=_UNALIGNED)
 def cell_conv_bwd_pointwise_kernel(
     gs, g_strides, zs, coefs, xs, x_strides, stats, depthwise, pointwise, e_ptr, partials_ptr,
-    pixels, height, width, out_height, out_width,
+    pixels, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, NORMED: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -144,10 +148,10 @@ def cell_conv_bwd_pointwise_kernel(
         )
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["pixels"], do_not_specialize_on_alignment=_UNALIGNED)
 def cell_conv_bwd_depthwise_kernel(
     e_ptr, xs, x_strides, stats, depthwise, dx_ptr, partials_ptr, dots_ptr,
-    pixels, height, width, out_height, out_width,
+    pixels, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, NORMED: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip

@@ -49,8 +49,8 @@ MAX_CHANNELS = 128
 Branch = NoBranch
 KEEPS_POOLS = True
 """Forming them once more in the backward pass takes longer than reading them."""
-_JOBS = 8
-"""Convolutions or BatchNorms of a launch: filled up to them, since another number is another compilation."""
+_JOBS, _BATCH_NORMS = 8, 16
+"""Convolutions and BatchNorms of a launch: filled up to them, since another number is another compilation."""
 _TILE_PIXELS = 128
 """Of a batch, for what a tile has all by itself."""
 
@@ -173,8 +173,7 @@ def reduce(
     x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], exact: bool
 ) -> tuple[list[Tensor], list[Moments]]:
     """``z`` and ``moments`` of factorized reductions of one state, given both halves' weights of each."""
-    z = _reduce(x, *map(torch.cat, zip(*weights, strict=True)))
-    zs = list(_pictures_of(z, len(weights)))
+    zs = list(_reduce(x, *_joined(weights), len(weights)).unbind(1))
     return zs, plane_moments(zs)
 
 
@@ -182,11 +181,12 @@ def backward_reduce(
     x: Tensor, grads: Sequence[ReduceGrad], exact: bool, wants_weights: bool
 ) -> tuple[list[Tensor], Partials]:
     """The gradient of the state, and those of the first and the second halves' weights."""
-    leaves = [x, *map(torch.cat, zip(*(grad.weights for grad in grads), strict=True))]
-    dx, *halves = _differentiate(_reduce, leaves, _joined_gradient(grads), wants_weights)
-    return [dx], Partials(*(list(half.view(len(grads), 1, -1)) for half in halves)) if wants_weights else (
-        Partials([], [])
-    )
+    leaves = [x, *_joined([grad.weights for grad in grads])]
+    dz = torch.stack([_dz(grad) for grad in grads], 1)
+    reduce_all = functools.partial(_reduce, count=len(grads))
+    dx, *halves = _differentiate(reduce_all, leaves, dz, wants_weights)
+    of_weights = [list(half.view(len(grads), 1, -1)) for half in halves]
+    return [dx], Partials(*of_weights) if wants_weights else Partials([], [])
 
 
 def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Moments]:
@@ -261,13 +261,16 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Moments], traini
     """``stats`` of each BatchNorm; in training they enter its running statistics, else they are these."""
     channels = bns[0].num_features
     stats = _empty_fp32(moments[0].partials, len(bns), channels, 2)
-    for first in range(0, len(bns), _JOBS):
-        part, of_part = bns[first : first + _JOBS], moments[first : first + _JOBS]
-        running = (_filled([getattr(bn, name) for bn in part]) for name in _RUNNING)
+    for first in range(0, len(bns), _BATCH_NORMS):
+        part, of_part = bns[first : first + _BATCH_NORMS], moments[first : first + _BATCH_NORMS]
+        jobs = (
+            [one.partials for one in of_part],
+            [one.tile_pixels for one in of_part],
+            *([getattr(bn, name) for bn in part] for name in _RUNNING),
+        )
         node_statistics_kernel[len(part), ceil_div(channels, 16)](
-            _filled([one.partials for one in of_part]), _filled([one.tile_pixels for one in of_part]),
-            *running, stats[first:], of_part[0].pixels, channels, EPS, MOMENTUM, TRAINING=training,
-            BLOCK_T=128, BLOCK_C=16,
+            *(_filled(things, _BATCH_NORMS) for things in jobs), stats[first:], of_part[0].pixels, channels,
+            EPS, MOMENTUM, TRAINING=training, BLOCK_T=256, BLOCK_C=16, num_warps=8,
         )  # fmt: skip
     return list(stats)
 
@@ -403,22 +406,16 @@ def _dz(grad: ReduceGrad | DenseGrad) -> Tensor:
     return _affine(grad.g, grad.z, grad.coef)
 
 
-def _reduce(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """[B, 2, N · C / 2, H', W']: both halves of N factorized reductions."""
+def _joined(weights: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The first and the second halves' weights of all factorized reductions."""
+    return [torch.cat(halves) for halves in zip(*weights, strict=True)]
+
+
+def _reduce(x: Tensor, first: Tensor, second: Tensor, count: int) -> Tensor:
+    """[B, count, C, H', W'], of all factorized reductions."""
     grids = two_grids(F.relu(x).to(first.dtype))
     halves = [F.conv2d(grid, half) for grid, half in zip(grids, (first, second), strict=True)]
-    return torch.stack(halves, 1).to(x.dtype)
-
-
-def _pictures_of(halves: Tensor, count: int) -> Sequence[Tensor]:
-    """[B, 2, N · C / 2, H', W'] → N of [B, C, H', W']."""
-    return halves.unflatten(2, (count, -1)).transpose(1, 2).flatten(2, 3).unbind(1)
-
-
-def _joined_gradient(grads: Sequence[ReduceGrad]) -> Tensor:
-    """The inverse of ``_pictures_of``, of dz."""
-    dz = torch.stack([_dz(grad) for grad in grads], 1)
-    return dz.unflatten(2, (2, -1)).transpose(1, 2).flatten(2, 3)
+    return torch.stack([half.unflatten(1, (count, -1)) for half in halves], 2).flatten(2, 3).to(x.dtype)
 
 
 def _convolve_dense(x: Tensor, weight: Tensor) -> Tensor:
@@ -467,16 +464,15 @@ def _options(conv: Conv) -> dict[str, Any]:
     }
 
 
-def _filled(things: Sequence[Any]) -> tuple[Any, ...]:
-    return (*things, *(things[0] for _ in range(_JOBS - len(things))))
+def _filled(things: Sequence[Any], count: int = _JOBS) -> tuple[Any, ...]:
+    return (*things, *(things[0] for _ in range(count - len(things))))
 
 
 def _pictures(xs: Sequence[Tensor], count: int = 0) -> tuple[Any, Any]:
     """Tensors and the distances of their pictures, filled up to ``count``; None for none."""
     if not xs:
         return None, None
-    fill = _filled if count else tuple
-    return fill(xs), fill([x.stride(0) for x in xs])
+    return _filled(xs, count), _filled([x.stride(0) for x in xs], count)
 
 
 def _stats_of(thing: Conv | Summand) -> Tensor:
@@ -540,33 +536,41 @@ def _block(channels: int, largest: int) -> int:
 
 
 def _forward_blocks(shape: torch.Size, jobs: int) -> dict[str, int]:
-    block_p = 64
+    """Those that need fewest instructions an element and no stack; likewise below."""
+    channels = shape[1]
+    block_p = 64 if channels <= 16 else 32
     while block_p > 16 and _pixels(shape) * jobs // block_p < 256:
         block_p //= 2
     return {
-        "BLOCK_C": _block(shape[1], 64),
-        "BLOCK_O": _block(shape[1], MAX_CHANNELS),
+        "BLOCK_C": _block(channels, 64),
+        "BLOCK_O": _block(channels, MAX_CHANNELS),
         "BLOCK_P": block_p,
-        "num_warps": min(max(2, shape[1] // 8), 8),
+        "num_warps": {16: 2, 32: 1, 64: 2}.get(_block(channels, MAX_CHANNELS), 8),
         "num_stages": 1,
     }
 
 
 def _pointwise_blocks(shape: torch.Size, jobs: int, wants_weights: bool) -> tuple[int, dict[str, int]]:
-    """Splits of the pixels, and blocks that need fewest instructions an element and no stack."""
-    channels = shape[1]
-    block_c = _block(channels, 64 if channels <= 64 or not wants_weights else 32)
-    block_p, enough = (32, 32) if wants_weights else (64, 16)
+    """Splits of the pixels, and blocks."""
+    block_o = _block(shape[1], MAX_CHANNELS)
+    if wants_weights:
+        block_c, block_p, num_warps = {16: (16, 64, 2), 32: (32, 32, 2), 64: (64, 32, 8)}.get(
+            block_o, (32, 16, 8)
+        )
+    else:
+        block_c, block_p, num_warps = {16: (16, 64, 2), 32: (32, 64, 2), 64: (64, 32, 4)}.get(
+            block_o, (64, 32, 8)
+        )
     blocks = {
         "BLOCK_C": block_c,
-        "BLOCK_O": _block(channels, MAX_CHANNELS),
+        "BLOCK_O": block_o,
         "BLOCK_P": block_p,
-        "num_warps": 2 if channels <= enough else 4 if channels <= 32 else 8,
+        "num_warps": num_warps,
         "num_stages": 1,
     }
-    programs = jobs * ceil_div(channels, block_c)
+    programs = jobs * ceil_div(shape[1], block_c)
     # With more channels fewer programs fill a GPU, and a part of the weights' gradients is larger.
-    return _splits(ceil_div(_pixels(shape), block_p), programs, 16 * _PROGRAMS // channels), blocks
+    return _splits(ceil_div(_pixels(shape), block_p), programs, 16 * _PROGRAMS // shape[1]), blocks
 
 
 def _depthwise_blocks(shape: torch.Size) -> tuple[int, dict[str, int]]:

@@ -66,6 +66,12 @@ def test_a_budget_holds_for_a_recommender(tmp_path: Path) -> None:
     assert found.result["params"] == found.result["parameters"] <= 1_000
 
 
+@pytest.mark.parametrize("limit", ["max_flops", "max_latency_ms"])
+def test_recommenders_are_measured_by_running_them(tmp_path: Path, limit: str) -> None:
+    found = search(**tiny_settings(tmp_path, epochs=1, train_epochs=0, **{limit: 1e9}))
+    assert 0 < found.result[limit.removeprefix("max_")] < 1e9
+
+
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ("pc-darts", "lambda-darts")])
 def test_every_other_strategy_takes_steps(name: str) -> None:
     torch.manual_seed(0)

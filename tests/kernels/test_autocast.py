@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from neuroexapt import functional
+from neuroexapt.kernels.autocast import autocast_dtype
 from tests.kernels.held_to_reference import random_tensors
 
 CALLS = {
@@ -35,3 +36,14 @@ def test_operands_keep_their_dtype(name):
 def test_devices_without_autocast_are_taken(name):
     tensors = [x.to("meta") for x in random_tensors(*CALLS[name])]
     assert results(getattr(functional, name), tensors)[0].is_meta
+
+
+def test_is_asked_within_one_compiled_graph():
+    @torch.compile(fullgraph=True, backend="eager")
+    def cast(x: Tensor) -> Tensor:
+        return x.to(autocast_dtype(x.device) or x.dtype)
+
+    x = torch.ones(2)
+    assert cast(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cast(x).dtype == torch.bfloat16
