@@ -312,13 +312,16 @@ def _compute_first(
     """Put all but ``flow.second`` and the identities into ``outputs``."""
     pass_, kernels = outputs.pass_, outputs.pass_.kernels
     outputs.z.update(zip(flow.outside, map(_planes, outside), strict=True))
-    with pass_.branch:
-        _pool(outputs, flow, xs)
-        _reduce(outputs, flow, xs, weights)
-        outputs.normalise(0)
+    if flow.pools:
+        with pass_.branch:
+            _pool(outputs, flow, xs)
     if flow.first:
         outputs.put(flow.first, *kernels.convolve(flow.convs(xs, weights), pass_.exact))
         pass_.branch.start()
+    halves = flow.halves(weights)
+    for state, reductions in _by_state(flow.reductions).items():
+        of_state = [halves[term] for term in reductions]
+        outputs.put(reductions, *kernels.reduce(xs[state], of_state, pass_.exact))
     dense_weights = flow.dense_weights(weights)
     for state, terms in _by_state(flow.dense).items():
         of_terms = [dense_weights[term] for term in terms]
@@ -332,21 +335,12 @@ def _compute_first(
 
 def _pool(outputs: _Outputs, flow: _Flow, xs: dict[int, Tensor]) -> None:
     """Put ``flow.pools`` into ``outputs``."""
-    if not flow.pools:
-        return
     kinds = {term.pool.kind for term in flow.pools}
     pools = _by_state(flow.pools)
     pooled = outputs.pass_.kernels.pool([xs[state] for state in pools], flow.stride, kinds)
     for terms, *results in zip(pools.values(), *pooled, strict=True):
         outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
-
-
-def _reduce(outputs: _Outputs, flow: _Flow, xs: dict[int, Tensor], weights: Sequence[Tensor]) -> None:
-    """Put ``flow.reductions`` into ``outputs``."""
-    pass_, halves = outputs.pass_, flow.halves(weights)
-    for state, reductions in _by_state(flow.reductions).items():
-        of_state = [halves[term] for term in reductions]
-        outputs.put(reductions, *pass_.kernels.reduce(xs[state], of_state, pass_.exact))
+    outputs.normalise(0)
 
 
 class _Saved:

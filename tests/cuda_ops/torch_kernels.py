@@ -52,9 +52,9 @@ class Branch:
     def hide(tensor: Tensor) -> Tensor:
         """The tensor itself, filled with NaN if this is a block."""
         if Branch.active is not None:
-            unseen, value = tensor.data, tensor.clone()  # .data: autograd must not see the change
-            Branch.active._late.append(lambda: unseen.copy_(value))
-            unseen.fill_(torch.nan)
+            value = tensor.clone()
+            Branch.active._late.append(lambda: tensor.copy_(value))
+            tensor.fill_(torch.nan)
         return tensor
 
 
@@ -111,8 +111,7 @@ def reduce(
     x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], exact: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     zs = [_reduce(x, *pair) for pair in weights]
-    moments = plane_moments(zs)
-    return [Branch.hide(z) for z in zs], moments
+    return zs, plane_moments(zs)
 
 
 def backward_reduce(
@@ -168,7 +167,9 @@ def pool(
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     zs = [{kind: POOLS[kind](x, 3, stride) for kind in kinds} for x in xs]
     moments = [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
-    return [{kind: Branch.hide(z) for kind, z in of_state.items()} for of_state in zs], moments
+    for z in chain(*(of_state.values() for of_state in zs)):
+        Branch.hide(z)
+    return zs, moments
 
 
 def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
