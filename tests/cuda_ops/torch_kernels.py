@@ -31,6 +31,7 @@ class Branch:
 
     def __init__(self) -> None:
         self._late: list[Callable[[], object]] = []
+        self._kept: list[Tensor] = []
 
     def __enter__(self) -> None:
         Branch.active = self
@@ -39,7 +40,7 @@ class Branch:
         Branch.active = None
 
     def keep(self, *tensors: Tensor) -> None:
-        pass
+        self._kept += tensors
 
     def start(self) -> None:
         pass
@@ -47,6 +48,7 @@ class Branch:
     def join(self) -> None:
         while self._late:
             self._late.pop()()
+        self._kept.clear()
 
     @staticmethod
     def hide(tensor: Tensor) -> Tensor:
