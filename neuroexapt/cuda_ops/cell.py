@@ -312,9 +312,10 @@ def _compute_first(
     """Put all but ``flow.second`` and the identities into ``outputs``."""
     pass_, kernels = outputs.pass_, outputs.pass_.kernels
     outputs.z.update(zip(flow.outside, map(_planes, outside), strict=True))
-    if flow.pools:
-        with pass_.branch:
+    with pass_.branch:
+        if flow.pools:
             _pool(outputs, flow, xs)
+        _begin_sums(pass_, flow.states[-1])
     if flow.first:
         outputs.put(flow.first, *kernels.convolve(flow.convs(xs, weights), pass_.exact))
         pass_.branch.start()
@@ -539,9 +540,6 @@ class _EnterNode(torch.autograd.Function):
         entries = pass_.entries.pop(node.node, [])
         pass_.join()
         y = _add_up(pass_, number, entries, weights)
-        if pass_.branch.is_one and y.dtype != torch.bfloat16:  # which would be rounded again
-            with pass_.branch:
-                _begin_sums(pass_, number, node.node, weights)
         ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]
         ctx.has_stats = [entry.stats is not None for entry in entries]
         stats = (entry.stats for entry in entries if entry.stats is not None)
@@ -589,13 +587,19 @@ def _add_up(pass_: _Pass, number: int, entries: Sequence[_Entry], weights: Tenso
     return y
 
 
-def _begin_sums(pass_: _Pass, number: int, state: int, weights: Tensor) -> None:
-    """The sums of the nodes after ``number``, which is ``state``, with what has entered them so far."""
-    for later in range(number + 1, pass_.nodes):
-        entries = pass_.entries.get(state + later - number, [])
-        _, added = pass_.begun.get(later, (None, 0))
+def _begin_sums(pass_: _Pass, state: int) -> None:
+    """The sums of the two nodes after ``state``, with what has entered them so far.
+
+    More than that takes longer than the convolutions of the state, beside which it is done.
+    """
+    assert pass_.output is not None
+    if not pass_.branch.is_one or pass_.output.dtype == torch.bfloat16:  # a sum would be rounded twice
+        return
+    for target in (state + 1, state + 2):
+        entries, number = pass_.entries.get(target, []), target - pass_.inputs
+        _, added = pass_.begun.get(number, (None, 0))
         if len(entries) - added >= _FEWEST_ADDED_EARLY:
-            pass_.begun[later] = _add_up(pass_, later, entries, weights), len(entries)
+            pass_.begun[number] = _add_up(pass_, number, entries, pass_.weights), len(entries)
 
 
 def _late(pass_: _Pass, summands: dict[Term, Summand]) -> dict[Term, Summand]:
