@@ -5,8 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from neuroexapt.cuda_ops.branch import kept
-
 
 def addresses(*tensors: Tensor | None) -> list[int]:
     """0 stands for a tensor that is not there."""
@@ -22,14 +20,14 @@ def dense(x: Tensor) -> Tensor:
     """x itself where it is contiguous and 16-byte aligned, else a copy that is."""
     if x.is_contiguous() and x.data_ptr() % 16 == 0:
         return x
-    return kept(x.clone(memory_format=torch.contiguous_format))
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def dense_pictures(x: Tensor) -> Tensor:
     """x itself where each picture is contiguous and 16-byte aligned, else a copy that is."""
     if x[0].is_contiguous() and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0:
         return x
-    return kept(x.clone(memory_format=torch.contiguous_format))
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def stored_in_bf16(pictures: Tensor) -> bool:

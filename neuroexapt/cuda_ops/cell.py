@@ -358,12 +358,16 @@ def _compute_first(
     pass_, kernels = outputs.pass_, outputs.pass_.kernels
     outputs.z.update(zip(flow.outside, map(_planes, outside), strict=True))
     with pass_.branch:
-        _pool(outputs, flow, xs)
-        _reduce(outputs, flow, xs, weights)
-        outputs.normalise(0)
+        if flow.pools:
+            _pool(outputs, flow, xs)
+        _begin_sums(pass_, flow.states[-1])
     if flow.first:
         outputs.put(flow.first, *kernels.convolve(flow.convs(pass_, xs, weights), pass_.exact))
         pass_.branch.start()
+    halves = flow.halves(weights)
+    for state, reductions in _by_state(flow.reductions).items():
+        of_state = [halves[term] for term in reductions]
+        outputs.put(reductions, *kernels.reduce(xs[state], of_state, pass_.exact))
     dense_weights = flow.dense_weights(weights)
     for state, terms in _by_state(flow.dense).items():
         of_terms = [dense_weights[term] for term in terms]
@@ -377,8 +381,6 @@ def _compute_first(
 
 def _pool(outputs: _Outputs, flow: _Flow, xs: dict[int, Tensor]) -> None:
     """Put ``flow.pools`` into ``outputs``."""
-    if not flow.pools:
-        return
     kinds = {term.pool.kind for term in flow.pools}
     pools = _by_state(flow.pools)
     pass_ = outputs.pass_
@@ -386,14 +388,7 @@ def _pool(outputs: _Outputs, flow: _Flow, xs: dict[int, Tensor]) -> None:
     pooled = pass_.kernels.pool([xs[state] for state in pools], flow.stride, kinds, **asking)
     for terms, *results in zip(pools.values(), *pooled, strict=True):
         outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
-
-
-def _reduce(outputs: _Outputs, flow: _Flow, xs: dict[int, Tensor], weights: Sequence[Tensor]) -> None:
-    """Put ``flow.reductions`` into ``outputs``."""
-    pass_, halves = outputs.pass_, flow.halves(weights)
-    for state, reductions in _by_state(flow.reductions).items():
-        of_state = [halves[term] for term in reductions]
-        outputs.put(reductions, *pass_.kernels.reduce(xs[state], of_state, pass_.exact))
+    outputs.normalise(0)
 
 
 class _Saved:
@@ -597,9 +592,6 @@ class _EnterNode(torch.autograd.Function):
         entries = pass_.entries.pop(node.node, [])
         pass_.join()
         y = _add_up(pass_, number, entries, weights)
-        if pass_.branch.is_one and y.dtype != torch.bfloat16:  # which would be rounded again
-            with pass_.branch:
-                _begin_sums(pass_, number, node.node, weights)
         ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]
         ctx.has_stats = [entry.stats is not None for entry in entries]
         stats = (entry.stats for entry in entries if entry.stats is not None)
@@ -648,13 +640,19 @@ def _add_up(pass_: _Pass, number: int, entries: Sequence[_Entry], weights: Tenso
     return y
 
 
-def _begin_sums(pass_: _Pass, number: int, state: int, weights: Tensor) -> None:
-    """The sums of the nodes after ``number``, which is ``state``, with what has entered them so far."""
-    for later in range(number + 1, pass_.nodes):
-        entries = pass_.entries.get(state + later - number, [])
-        _, added = pass_.begun.get(later, (None, 0))
+def _begin_sums(pass_: _Pass, state: int) -> None:
+    """The sums of the two nodes after ``state``, with what has entered them so far.
+
+    More than that takes longer than the convolutions of the state, beside which it is done.
+    """
+    assert pass_.output is not None
+    if not pass_.branch.is_one or pass_.output.dtype == torch.bfloat16:  # a sum would be rounded twice
+        return
+    for target in (state + 1, state + 2):
+        entries, number = pass_.entries.get(target, []), target - pass_.inputs
+        _, added = pass_.begun.get(number, (None, 0))
         if len(entries) - added >= _FEWEST_ADDED_EARLY:
-            pass_.begun[later] = _add_up(pass_, later, entries, weights), len(entries)
+            pass_.begun[number] = _add_up(pass_, number, entries, pass_.weights), len(entries)
 
 
 def _late(pass_: _Pass, summands: dict[Term, Summand]) -> dict[Term, Summand]:

@@ -14,13 +14,13 @@ from torch import Tensor
 from neuroexapt.backend import Support
 from neuroexapt.cuda_ops.arguments import (
     addresses,
+    current_stream,
     dense,
     dense_pictures,
     dtype_refusals,
     stored_in_bf16,
     strided,
 )
-from neuroexapt.cuda_ops.branch import launch
 from neuroexapt.cuda_ops.build import extension
 
 _MAX_OUT_CHANNELS = 64
@@ -101,7 +101,7 @@ def forward(products: Sequence[Product], stride: int, exact: bool) -> None:
         )
         for (x, weight), product in zip(operands, products, strict=True)
     ]
-    launch(kernels.pointwise_forward, _shape(*operands[0], stride, exact), jobs)
+    kernels.pointwise_forward(_shape(*operands[0], stride, exact), jobs, current_stream())
 
 
 def backward(targets: Sequence[Target], stride: int, exact: bool) -> None:
@@ -116,7 +116,7 @@ def backward(targets: Sequence[Target], stride: int, exact: bool) -> None:
         for target, x, sources in zip(targets, xs, operands, strict=True)
     ]
     shape = _shape(xs[0], targets[0].sources[0].weight, stride, exact)
-    launch(kernels.pointwise_backward, shape, jobs)
+    kernels.pointwise_backward(shape, jobs, current_stream())
 
 
 def _dense_source(source: Source) -> Source:

@@ -40,8 +40,7 @@ class CapturedStep:
         self._step = step
         self._network = network
         self._graphs: dict[tuple, _Graph | None] = {}
-        # Kernels of the graph have its priority: a second branch (cuda_ops/branch.py) gets what it leaves.
-        self._stream = torch.cuda.Stream(priority=-1)
+        self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *inputs: Tensor) -> Tensor:

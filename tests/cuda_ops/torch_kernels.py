@@ -34,6 +34,7 @@ class Branch:
 
     def __init__(self) -> None:
         self._late: list[Callable[[], object]] = []
+        self._kept: list[Tensor] = []
 
     def __enter__(self) -> None:
         Branch.active = self
@@ -42,7 +43,7 @@ class Branch:
         Branch.active = None
 
     def keep(self, *tensors: Tensor) -> None:
-        pass
+        self._kept += tensors
 
     def start(self) -> None:
         pass
@@ -50,14 +51,15 @@ class Branch:
     def join(self) -> None:
         while self._late:
             self._late.pop()()
+        self._kept.clear()
 
     @staticmethod
     def hide(tensor: Tensor) -> Tensor:
         """The tensor itself, filled with NaN if this is a block."""
         if Branch.active is not None:
-            unseen, value = tensor.data, tensor.clone()  # .data: autograd must not see the change
-            Branch.active._late.append(lambda: unseen.copy_(value))
-            unseen.fill_(torch.nan)
+            value = tensor.clone()
+            Branch.active._late.append(lambda: tensor.copy_(value))
+            tensor.fill_(torch.nan)
         return tensor
 
 
@@ -124,8 +126,7 @@ def reduce(
     x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], exact: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     zs = [_reduce(x, *pair) for pair in weights]
-    moments = plane_moments(zs)
-    return [Branch.hide(z) for z in zs], moments
+    return zs, plane_moments(zs)
 
 
 def backward_reduce(
@@ -192,7 +193,9 @@ def pool(
         for x, is_wanted in zip(xs, wanted, strict=True)
     ]
     moments = [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
-    return [{kind: Branch.hide(z) for kind, z in of_state.items()} for of_state in zs], moments
+    for z in chain(*(of_state.values() for of_state in zs)):
+        Branch.hide(z)
+    return zs, moments
 
 
 def statistics(

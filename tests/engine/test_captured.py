@@ -50,7 +50,7 @@ def test_a_run_of_replays_equals_one_of_steps(
         recordings.append(Recording(*arguments))
         return recordings[-1]
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda **_: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(captured, "_beside", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(captured, "_capture", record)
