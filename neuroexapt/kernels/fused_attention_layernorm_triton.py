@@ -166,7 +166,7 @@ def _blocks(width: int, inner: int, itemsize: int) -> dict[str, int]:
 
 @functools.cache
 def _backward_blocks(width: int, inner: int, itemsize: int) -> dict[str, int]:
-    """The same and a program's rows. Wide ones fill its warps, each of which has its own columns to add up."""
+    """The same and a program's rows. Wide ones fill its warps, so each warp adds up columns of its own."""
     blocks = _blocks(width, inner, itemsize)
     if blocks["NARROW"]:
         return blocks | {"TILE": blocks["BM"], "STAGES": 1}
