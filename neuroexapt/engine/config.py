@@ -358,7 +358,9 @@ def _typed(name: str, value: Any, expected: tuple[type, bool]) -> Any:
 
 def _require_one_of(config: RunConfig, name: str, known: tuple[str, ...]) -> None:
     if getattr(config, name) not in known:
-        raise UserError(f"unknown {name} {getattr(config, name)!r}; choose one of {', '.join(known)}")
+        raise UserError(
+            f"unknown {name} {getattr(config, name)!r}; choose one of {', '.join(filter(None, known))}"
+        )
 
 
 def _require_positive(config: RunConfig, *names: str) -> None:

@@ -99,7 +99,11 @@ def backward_second(
         of_part = _coefficients(dots, stats, [1] * len(stats), None, None, pixels, training)
         coefs.update(zip(numbers, of_part, strict=True))
     in_order = [found[i] for i in range(len(grads))]
-    return [one.dx for one in in_order], [coefs[i] for i in range(len(grads))], _partials(in_order)
+    return (
+        [one.dx for one in in_order],
+        [coefs[i] for i in range(len(grads))],
+        _partials(in_order),
+    )
 
 
 def backward_first(
@@ -173,7 +177,8 @@ def reduce(
     x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], exact: bool
 ) -> tuple[list[Tensor], list[Moments]]:
     """``z`` and ``moments`` of factorized reductions of one state, given both halves' weights of each."""
-    zs = list(_reduce(x, *_joined(weights), len(weights)).unbind(1))
+    first, second = _joined(weights)
+    zs = list(_reduce(x, first, second, len(weights)).unbind(1))
     return zs, plane_moments(zs)
 
 
@@ -196,7 +201,13 @@ def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Moments]:
 
 
 def backward_multiply(
-    x: Tensor, weight: Tensor, z: Tensor, g: Tensor, coef: Tensor, exact: bool, wanted: tuple[bool, bool]
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    g: Tensor,
+    coef: Tensor,
+    exact: bool,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and weight, where they are wanted, from dz = A · g + B · z + D."""
     leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip((x, weight), wanted, strict=True)]
@@ -230,7 +241,13 @@ def _moments(z: Tensor) -> Moments:
     tiles, grid, blocks = _tiles(z.shape)
     partials = _empty_fp32(z, tiles, 2, z.shape[1])
     node_moments_kernel[grid](
-        z, z.stride(0), partials, z.shape[1], _pixels(z.shape), z.shape[2:].numel(), **blocks
+        z,
+        z.stride(0),
+        partials,
+        z.shape[1],
+        _pixels(z.shape),
+        z.shape[2:].numel(),
+        **blocks,
     )
     return Moments(partials, _TILE_PIXELS, _pixels(z.shape))
 
@@ -262,8 +279,11 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Moments], traini
     channels = bns[0].num_features
     stats = _empty_fp32(moments[0].partials, len(bns), channels, 2)
     for first in range(0, len(bns), _BATCH_NORMS):
-        part, of_part = bns[first : first + _BATCH_NORMS], moments[first : first + _BATCH_NORMS]
-        jobs = (
+        part, of_part = (
+            bns[first : first + _BATCH_NORMS],
+            moments[first : first + _BATCH_NORMS],
+        )
+        jobs: tuple[list[Any], ...] = (
             [one.partials for one in of_part],
             [one.tile_pixels for one in of_part],
             *([getattr(bn, name) for bn in part] for name in _RUNNING),
@@ -283,12 +303,11 @@ def add_up(summands: Sequence[Summand], weights: Tensor | None, y: Tensor) -> No
     if not summands:
         y.zero_()
         return
-    batch, channels, height, width = y.shape
-    blocks = _plane_blocks(channels, height * width)
-    grid = batch * ceil_div(height * width, blocks["BLOCK_P"]), ceil_div(channels, blocks["BLOCK_C"])
+    grid, blocks = _plane_tiles(y.shape, _SUM_TILE)
     node_sum_kernel[grid](
         *_pictures([term.z for term in summands]), tuple(map(_stats_of, summands)),
-        tuple(_code(term, weights) for term in summands), weights, y, y.stride(0), channels, height * width,
+        tuple(_code(term, weights) for term in summands), weights, y, y.stride(0), y.shape[1],
+        y.shape[2:].numel(),
         WEIGHTED=sum(1 << k for k, term in enumerate(summands) if term.entry is not None), **blocks,
     )  # fmt: skip
 
@@ -356,10 +375,10 @@ def _state_gradient(state: StateGrad, stride: int, weights: Tensor | None) -> Te
     direct = [grad for grad in state.pools if grad.identity is not None]
     codes = tuple(2 * _index(grad.identity, weights) for grad in direct) or None
     dx = x.new_empty(x.shape)
-    _, grid, blocks = _tiles(x.shape)
+    grid, blocks = _plane_tiles(x.shape, _STATE_TILE)
     node_state_gradient_kernel[grid](
         *_pictures(state.addends), *_pictures([grad.g for grad in direct]), codes, weights,
-        pooled.get("max"), pooled.get("winner"), pooled.get("avg"), dx, x.shape[1], _pixels(x.shape),
+        pooled.get("max"), pooled.get("winner"), pooled.get("avg"), dx, x.shape[1],
         *x.shape[2:], *shape[2:], STRIDE=stride, MAX="max" in pooled, AVG="avg" in pooled, **blocks,
     )  # fmt: skip
     return dx
@@ -383,11 +402,11 @@ def _window_gradients(
         tuple(nothing if coef is None else coef for coef in of_kind)
         for of_kind in zip(*((grad.max_coef, grad.avg_coef) for grad in pools), strict=True)
     )
-    _, grid, blocks = _tiles(shape)
+    grid, blocks = _plane_tiles(shape, _STATE_TILE)
     node_window_gradients_kernel[grid](
         x, x.stride(0), *_pictures([grad.g for grad in pools]), *coefs, found.get("max"), found.get("winner"),
-        found.get("avg"), shape[1], _pixels(shape), *x.shape[2:], *shape[2:], STRIDE=stride,
-        MAX="max" in kinds, AVG="avg" in kinds, **blocks,
+        found.get("avg"), shape[1], *x.shape[2:], *shape[2:], STRIDE=stride, MAX="max" in kinds,
+        AVG="avg" in kinds, **blocks,
     )  # fmt: skip
     return found
 
@@ -522,6 +541,8 @@ def _empty_fp32(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
+_SUM_TILE, _STATE_TILE = (256, 1024), (128, 512)
+"""Pixels and elements of a tile of one picture."""
 _PROGRAMS = 2048
 """About as many share a reduction; fixed, so that the order of summation depends on shapes alone."""
 
@@ -554,13 +575,17 @@ def _pointwise_blocks(shape: torch.Size, jobs: int, wants_weights: bool) -> tupl
     """Splits of the pixels, and blocks."""
     block_o = _block(shape[1], MAX_CHANNELS)
     if wants_weights:
-        block_c, block_p, num_warps = {16: (16, 64, 2), 32: (32, 32, 2), 64: (64, 32, 8)}.get(
-            block_o, (32, 16, 8)
-        )
+        block_c, block_p, num_warps = {
+            16: (16, 64, 2),
+            32: (32, 32, 2),
+            64: (64, 32, 8),
+        }.get(block_o, (32, 16, 8))
     else:
-        block_c, block_p, num_warps = {16: (16, 64, 2), 32: (32, 64, 2), 64: (64, 32, 4)}.get(
-            block_o, (64, 32, 8)
-        )
+        block_c, block_p, num_warps = {
+            16: (16, 64, 2),
+            32: (32, 64, 2),
+            64: (64, 32, 4),
+        }.get(block_o, (64, 32, 8))
     blocks = {
         "BLOCK_C": block_c,
         "BLOCK_O": block_o,
@@ -575,17 +600,27 @@ def _pointwise_blocks(shape: torch.Size, jobs: int, wants_weights: bool) -> tupl
 
 def _depthwise_blocks(shape: torch.Size) -> tuple[int, dict[str, int]]:
     """Tiles of the pixels, and blocks."""
-    return ceil_div(_pixels(shape), _TILE_PIXELS), {"BLOCK_C": 4, "BLOCK_P": _TILE_PIXELS, "num_warps": 1}
+    return ceil_div(_pixels(shape), _TILE_PIXELS), {
+        "BLOCK_C": 4,
+        "BLOCK_P": _TILE_PIXELS,
+        "num_warps": 1,
+    }
 
 
 def _tiles(shape: torch.Size) -> tuple[int, tuple[int, int], dict[str, int]]:
     """Their number, grid and blocks, for what a tile has all by itself."""
-    tiles, block_c = ceil_div(_pixels(shape), _TILE_PIXELS), min(4, power_of_two(shape[1]))
+    tiles, block_c = (
+        ceil_div(_pixels(shape), _TILE_PIXELS),
+        min(4, power_of_two(shape[1])),
+    )
     blocks = {"BLOCK_C": block_c, "BLOCK_P": _TILE_PIXELS, "num_warps": 4}
     return tiles, (tiles, ceil_div(shape[1], block_c)), blocks
 
 
-def _plane_blocks(channels: int, plane: int) -> dict[str, int]:
-    """1,024 elements of one picture."""
-    block_p = min(256, power_of_two(plane))
-    return {"BLOCK_C": min(power_of_two(channels), 1024 // block_p), "BLOCK_P": block_p, "num_warps": 4}
+def _plane_tiles(shape: torch.Size, largest: tuple[int, int]) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and blocks of tiles of one picture each; ``largest``: their pixels and elements."""
+    batch, channels, plane = shape[0], shape[1], shape[2:].numel()
+    block_p = min(largest[0], power_of_two(plane))
+    block_c = min(largest[1] // block_p, power_of_two(channels))
+    grid = batch * ceil_div(plane, block_p), ceil_div(channels, block_c)
+    return grid, {"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": 4}

@@ -16,7 +16,8 @@ Why it is built this way:
 - W_o's gradient is one product over all rows; those of biases and norm are one partial sum a program, added
   up in a fixed order.
 - Long sequences without padding use PyTorch's scaled_dot_product_attention, whose hand-written kernels keep
-  Hopper's tensor cores busier than these; of others, it would compute the padding too.
+  Hopper's tensor cores busier than these; of others, it would compute the padding too. Which of them is left
+  to PyTorch: asking for an order may change it for good, since PyTorch sets its own at the first call of all.
 """
 
 import functools
@@ -26,7 +27,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.causal_attention_triton import causal_attention
@@ -40,18 +40,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 2048
 # Up to this width the projection is done in the kernels, several of which then fit on a multiprocessor.
 _NARROW = 128
-# Of which wide rows' gradients of biases and norm are summed up in registers.
-_ROWS_OF_A_SHARE = 64
-_STAGES = 2
 _MAX_HEAD = 256
-# From this length on PyTorch's attention is the faster one; its kinds, that for Hopper's tensor cores first.
+# From this length on PyTorch's attention is the faster one.
 _LONG = 512
-_KINDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 @triton.jit
@@ -123,17 +114,16 @@ def project_add_norm_bwd_kernel(
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
     columns = tl.arange(0, DP)
     norm_weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    # Added up across a program's threads once, not once a block.
-    dnorm_weight = tl.zeros([BM, DP], tl.float32)
-    dnorm_bias = tl.zeros([BM, DP], tl.float32)
-    dbias = tl.zeros([BM, DP], tl.float32)
+    dnorm_weight = tl.zeros([DP], tl.float32)
+    dnorm_bias = tl.zeros([DP], tl.float32)
+    dbias = tl.zeros([DP], tl.float32)
     for block in tl.range(0, TILE, BM, num_stages=STAGES):
         rows = tl.program_id(0).to(tl.int64) * TILE + block + tl.arange(0, BM)
         valid = _valid_rows(rows, count, lengths, max_length)
         dy = load_rows(dy_ptr, rows, columns, D, valid).to(tl.float32)
         z, rstd = normalised(load_rows(z_ptr, rows, columns, D, valid).to(tl.float32), D, DP, eps)
-        dnorm_weight += dy * z
-        dnorm_bias += dy
+        dnorm_weight += tl.sum(dy * z, axis=0)
+        dnorm_bias += tl.sum(dy, axis=0)
         dz = before_normalised(dy * norm_weight[None, :], z, rstd, D, DP)
         places = rows[:, None] * D + columns[None, :]
         mask = (rows < count)[:, None] & (columns < D)[None, :]
@@ -141,7 +131,7 @@ def project_add_norm_bwd_kernel(
         if seed_ptr is not None:
             dz = _drop(dz, seed_ptr, rows, columns, dropout, D)
             tl.store(dprojected_ptr + places, dz.to(dtype), mask=mask)
-        dbias += dz
+        dbias += tl.sum(dz, axis=0)
         if NARROW:
             dprojected = dz.to(dtype)
             for chunk in range(0, INNER, BK):
@@ -151,9 +141,9 @@ def project_add_norm_bwd_kernel(
                 inner_mask = (rows < count)[:, None] & (inner < INNER)[None, :]
                 tl.store(dattended_ptr + rows[:, None] * INNER + inner[None, :], dattended, mask=inner_mask)
     partial_ptr += tl.program_id(0).to(tl.int64) * 3 * D + columns
-    tl.store(partial_ptr, tl.sum(dnorm_weight, axis=0), mask=columns < D)
-    tl.store(partial_ptr + D, tl.sum(dnorm_bias, axis=0), mask=columns < D)
-    tl.store(partial_ptr + 2 * D, tl.sum(dbias, axis=0), mask=columns < D)
+    tl.store(partial_ptr, dnorm_weight, mask=columns < D)
+    tl.store(partial_ptr + D, dnorm_bias, mask=columns < D)
+    tl.store(partial_ptr + 2 * D, dbias, mask=columns < D)
 
 
 @functools.cache
@@ -169,9 +159,18 @@ def _blocks(width: int, inner: int, itemsize: int) -> dict[str, int]:
         "BM": rows if is_narrow else 2048 // padded,
         "BK": min(max(16, triton.next_power_of_2(inner)), 32 if is_fp32 else 64),
         "NARROW": is_narrow,
-        "num_warps": 8 if padded > 64 else 4,
+        "num_warps": 8 if is_narrow and padded > 64 else 4,
         "num_stages": 2,
     }
+
+
+@functools.cache
+def _backward_blocks(width: int, inner: int, itemsize: int) -> dict[str, int]:
+    """The same and a program's rows. Wide ones fill its warps, so each warp adds up columns of its own."""
+    blocks = _blocks(width, inner, itemsize)
+    if blocks["NARROW"]:
+        return blocks | {"TILE": blocks["BM"], "STAGES": 1}
+    return blocks | {"TILE": 16, "BM": 4, "STAGES": 2, "num_warps": blocks["DP"] // 256}
 
 
 def _empty_results(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
@@ -231,15 +230,13 @@ def _backward(
     rows = z.shape[:-1].numel()
     if not rows:
         return dx, dprojected, dattended, sums.zero_()
-    blocks = _blocks(*weight.shape, z.itemsize)
-    tile = blocks["BM"] if blocks["NARROW"] else _ROWS_OF_A_SHARE
-    programs = ceil_div(rows, tile)
+    blocks = _backward_blocks(*weight.shape, z.itemsize)
+    programs = ceil_div(rows, blocks["TILE"])
     partials = sums.new_empty(programs, *sums.shape, dtype=torch.float32)
     with torch.cuda.device_of(z):
         project_add_norm_bwd_kernel[programs,](
             dy.contiguous(), z, weight.contiguous(), norm_weight.contiguous(), dx, dprojected, dattended,
-            partials, seed, lengths, rows, z.shape[-2], dropout, eps, TILE=tile,
-            STAGES=1 if blocks["NARROW"] else _STAGES, PRECISION=input_precision(), **blocks,
+            partials, seed, lengths, rows, z.shape[-2], dropout, eps, PRECISION=input_precision(), **blocks,
         )  # fmt: skip
         add_up(partials, sums)
         if not blocks["NARROW"]:
@@ -315,8 +312,7 @@ def fused_attention_layernorm(
     lengths, offsets, max_length = place_of(x, lengths, offsets, max_length)
     if lengths is None and offsets is None and max_length >= _LONG:
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        with sdpa_kernel(_KINDS, set_priority=True):
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     else:
         attended = causal_attention(query, key, value, lengths, offsets, max_length)
     seed = torch.randint(2**62, (), device=x.device) if dropout else None

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from neuroexapt.kernels.moments_triton import merge_moments, store_moments
 from neuroexapt.kernels.pool_triton import pixels_inside, tile
-from neuroexapt.kernels.sepconv_triton import pixel_of
 
 
 @triton.jit
@@ -44,7 +43,14 @@ def _flat_tile(channels, plane, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pixels"])
 def node_moments_kernel(
-    z_ptr, z_n, partials_ptr, channels, pixels, plane, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+    z_ptr,
+    z_n,
+    partials_ptr,
+    channels,
+    pixels,
+    plane,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """(mean, M2) of every tile: [tiles, 2, C]. Grid: (tiles, blocks of channels)."""
     channel, pixel, image, place = _flat_tile(channels, plane, BLOCK_C, BLOCK_P)
@@ -58,13 +64,16 @@ def node_moments_kernel(
 
 @triton.jit
 def _window_tile(
-    x_ptr, x_n, channel, image, row, column, valid, height, width,
+    x_ptr, channel, row, column, valid, height, width,
     STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr,
 ):  # fmt: skip
-    """Maximum, number of its tap, and average of 3x3 windows around (row, column) · STRIDE."""
+    """Maximum, number of its tap, and average of 3x3 windows around (row, column) · STRIDE.
+
+    ``x_ptr``: to pictures, one for all pixels or one for each, [1, BLOCK_P].
+    """
     top, left = row * STRIDE - 1, column * STRIDE - 1
-    x_tile = x_ptr + (image * x_n + top * width + left)[None, :]
-    x_tile += (channel.to(tl.int64) * (height * width))[:, None]
+    corner = tl.max_contiguous(top * width + left, 2)
+    x_tile = x_ptr + ((channel * (height * width))[:, None] + corner[None, :])
     maximum = tl.full(valid.shape, float("-inf"), tl.float32)
     total = tl.zeros(valid.shape, tl.float32)
     first_inside = tl.maximum(-top, 0) * 3 + tl.maximum(-left, 0)
@@ -84,33 +93,42 @@ def _window_tile(
     return maximum, winner, total / count[None, :]
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=["pixels"])
 def node_pool_kernel(
-    x_ptr, x_n, max_ptr, max_partials_ptr, avg_ptr, avg_partials_ptr, channels, pixels, height, width,
-    out_height, out_width, STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x_ptr, x_n, max_ptr, max_partials_ptr, avg_ptr, avg_partials_ptr, channels, pixels,
+    height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
+    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Both pools of a state, and (mean, M2) of every tile. Grid as of ``node_moments_kernel``."""
-    plane = out_height * out_width
-    channel, pixel, _, place = _flat_tile(channels, plane, BLOCK_C, BLOCK_P)
-    image, row, column = pixel_of(pixel, out_height, out_width)
-    image = image.to(tl.int64)
+    channel, pixel, image, place = _flat_tile(channels, out_height * out_width, BLOCK_C, BLOCK_P)
     valid = (channel < channels)[:, None] & (pixel < pixels)[None, :]
     maximum, _, average = _window_tile(
-        x_ptr, x_n, channel, image, row, column, valid, height, width, STRIDE, MAX, AVG
-    )
-    offsets = (image * channels * plane + place)[None, :] + (channel.to(tl.int64) * plane)[:, None]
+        x_ptr + (image * x_n)[None, :], channel, place // out_width, place % out_width, valid, height, width,
+        STRIDE, MAX, AVG,
+    )  # fmt: skip
+    plane = out_height * out_width
+    offsets = (image * channels * plane + place)[None, :] + (channel * plane)[:, None]
     count = tl.minimum(pixels - tl.program_id(0) * BLOCK_P, BLOCK_P)
     partial = tl.program_id(0).to(tl.int64) * (2 * channels)
     if MAX:
         tl.store(max_ptr + offsets, maximum, mask=valid)
         store_moments(
-            max_partials_ptr + partial, channel, tl.where(valid, maximum, 0.0), valid, count, channels
+            max_partials_ptr + partial,
+            channel,
+            tl.where(valid, maximum, 0.0),
+            valid,
+            count,
+            channels,
         )
     if AVG:
         tl.store(avg_ptr + offsets, average, mask=valid)
         store_moments(
-            avg_partials_ptr + partial, channel, tl.where(valid, average, 0.0), valid, count, channels
+            avg_partials_ptr + partial,
+            channel,
+            tl.where(valid, average, 0.0),
+            valid,
+            count,
+            channels,
         )
 
 
@@ -126,17 +144,30 @@ def node_statistics_kernel(
     job = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    mean_ptr, var_ptr = pick(running_means, job) + channel, pick(running_vars, job) + channel
+    mean_ptr, var_ptr = (
+        pick(running_means, job) + channel,
+        pick(running_vars, job) + channel,
+    )
     running_mean = tl.load(mean_ptr, mask=inside, other=0.0)
     running_var = tl.load(var_ptr, mask=inside, other=0.0)
     if TRAINING:
         size = pick_integer(tile_pixels, job).to(tl.int32)
         mean, m2 = merge_moments(
-            pick(partials, job), channel, channels, pixels, tl.cdiv(pixels, size), size, BLOCK_T
+            pick(partials, job),
+            channel,
+            channels,
+            pixels,
+            tl.cdiv(pixels, size),
+            size,
+            BLOCK_T,
         )
         var = m2 / pixels
         tl.store(mean_ptr, running_mean + momentum * (mean - running_mean), mask=inside)
-        tl.store(var_ptr, running_var + momentum * (m2 / (pixels - 1) - running_var), mask=inside)
+        tl.store(
+            var_ptr,
+            running_var + momentum * (m2 / (pixels - 1) - running_var),
+            mask=inside,
+        )
         if tl.program_id(1) == 0:
             count_ptr = pick(counts, job)
             tl.store(count_ptr, tl.load(count_ptr) + 1)
@@ -250,40 +281,38 @@ def node_coefficients_kernel(
     tl.store(coef + 2, d, mask=inside)
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
+@triton.jit
 def node_window_gradients_kernel(
-    x_ptr, x_n, gs, g_strides, max_coefs, avg_coefs, max_ptr, winner_ptr, avg_ptr, channels, pixels,
-    height, width, out_height, out_width, STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x_ptr, x_n, gs, g_strides, max_coefs, avg_coefs, max_ptr, winner_ptr, avg_ptr, channels,
+    height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
+    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a state's pooled pictures, summed over the nodes that they enter: Σ A · g + B · z + D.
 
-    And the numbers of the taps that have the maxima. Grid as of ``node_moments_kernel``.
+    And the numbers of the taps that have the maxima. Grid: see ``tile``.
     """
-    plane = out_height * out_width
-    channel, pixel, _, place = _flat_tile(channels, plane, BLOCK_C, BLOCK_P)
-    image, row, column = pixel_of(pixel, out_height, out_width)
-    image = image.to(tl.int64)
+    image, channel, pixel = tile(channels, out_height * out_width, BLOCK_C, BLOCK_P)
     in_channels = channel < channels
-    valid = in_channels[:, None] & (pixel < pixels)[None, :]
+    valid = in_channels[:, None] & (pixel < out_height * out_width)[None, :]
     maximum, winner, average = _window_tile(
-        x_ptr, x_n, channel, image, row, column, valid, height, width, STRIDE, MAX, AVG
-    )
-    in_plane = (channel.to(tl.int64) * plane)[:, None] + place[None, :]
+        x_ptr + image * x_n, channel, pixel // out_width, pixel % out_width, valid, height, width, STRIDE,
+        MAX, AVG,
+    )  # fmt: skip
+    in_picture = (channel * (out_height * out_width))[:, None] + pixel[None, :]
     of_max = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     of_avg = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for k in tl.static_range(len(gs)):
-        g = tl.load(gs[k] + (image * g_strides[k])[None, :] + in_plane, mask=valid, other=0.0).to(tl.float32)
+        g = tl.load(gs[k] + image * g_strides[k] + in_picture, mask=valid, other=0.0).to(tl.float32)
         if MAX:
             of_max += _affine(max_coefs[k], channel, in_channels, g, maximum)
         if AVG:
             of_avg += _affine(avg_coefs[k], channel, in_channels, g, average)
-    offsets = (image * channels * plane)[None, :] + in_plane
+    offset = image * channels * (out_height * out_width)
     if MAX:
-        tl.store(max_ptr + offsets, of_max, mask=valid)
-        tl.store(winner_ptr + offsets, winner.to(tl.uint8), mask=valid)
+        tl.store(max_ptr + offset + in_picture, of_max, mask=valid)
+        tl.store(winner_ptr + offset + in_picture, winner.to(tl.uint8), mask=valid)
     if AVG:
-        tl.store(avg_ptr + offsets, of_avg, mask=valid)
+        tl.store(avg_ptr + offset + in_picture, of_avg, mask=valid)
 
 
 @triton.jit
@@ -311,34 +340,29 @@ def node_affine_kernel(
     tl.store(dz_ptr + (image * channels * plane)[None, :] + in_plane, dz, mask=valid)
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
+@triton.jit
 def node_state_gradient_kernel(
     addends, addend_strides, gs, g_strides, codes, weights_ptr, max_ptr, winner_ptr, avg_ptr, dx_ptr,
-    channels, pixels, height, width, out_height, out_width,
+    channels, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
     STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx = Σ addends + Σ_k w_k · g_k + what the windows that cover a pixel pass back to it.
-
-    Grid as of ``node_moments_kernel``.
-    """
-    plane = height * width
-    channel, pixel, _, place = _flat_tile(channels, plane, BLOCK_C, BLOCK_P)
-    image, row, column = pixel_of(pixel, height, width)
-    image = image.to(tl.int64)
-    valid = (channel < channels)[:, None] & (pixel < pixels)[None, :]
-    in_plane = (channel.to(tl.int64) * plane)[:, None] + place[None, :]
+    """dx = Σ addends + Σ_k w_k · g_k + what windows over a pixel pass back to it. Grid: see ``tile``."""
+    image, channel, pixel = tile(channels, height * width, BLOCK_C, BLOCK_P)
+    row, column = pixel // width, pixel % width
+    valid = (channel < channels)[:, None] & (pixel < height * width)[None, :]
+    in_picture = (channel * (height * width))[:, None] + pixel[None, :]
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     if addends is not None:
         for k in tl.static_range(len(addends)):
-            at = (image * addend_strides[k])[None, :] + in_plane
-            total += tl.load(addends[k] + at, mask=valid, other=0.0).to(tl.float32)
+            at = addends[k] + image * addend_strides[k] + in_picture
+            total += tl.load(at, mask=valid, other=0.0).to(tl.float32)
     if gs is not None:
         for k in tl.static_range(len(gs)):
-            at = (image * g_strides[k])[None, :] + in_plane
-            g = tl.load(gs[k] + at, mask=valid, other=0.0).to(tl.float32)
+            g = tl.load(gs[k] + image * g_strides[k] + in_picture, mask=valid, other=0.0).to(tl.float32)
             total += tl.load(weights_ptr + codes[k] // 2) * g
     if MAX or AVG:
-        windows = ((image * channels)[None, :] + channel[:, None]) * (out_height * out_width)
+        windows = image * channels * (out_height * out_width)
+        planes = (channel * (out_height * out_width))[:, None]
         for ky in tl.static_range(3):
             # The window of output pixel row_s / STRIDE covers this row with its tap ky.
             row_s = row + 1 - ky
@@ -347,13 +371,16 @@ def node_state_gradient_kernel(
                 column_s = column + 1 - kx
                 in_column = (column_s >= 0) & (column_s % STRIDE == 0) & (column_s // STRIDE < out_width)
                 inside = valid & (in_row & in_column)[None, :]
-                at = windows + (row_s // STRIDE * out_width + column_s // STRIDE)[None, :]
+                window = tl.max_contiguous(row_s // STRIDE * out_width + column_s // STRIDE, 2)
+                at = planes + window[None, :]
+                if STRIDE == 1:  # at a distance that is known when compiling
+                    at = in_picture + ((1 - ky) * width + (1 - kx))
                 if MAX:
-                    winner = tl.load(winner_ptr + at, mask=inside, other=9)
-                    of_max = tl.load(max_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                    winner = tl.load(winner_ptr + windows + at, mask=inside, other=9)
+                    of_max = tl.load(max_ptr + windows + at, mask=inside, other=0.0).to(tl.float32)
                     total += tl.where(winner == ky * 3 + kx, of_max, 0.0)
                 if AVG:
-                    of_avg = tl.load(avg_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                    of_avg = tl.load(avg_ptr + windows + at, mask=inside, other=0.0).to(tl.float32)
                     count = pixels_inside(row_s - 1, height, 3) * pixels_inside(column_s - 1, width, 3)
                     total += of_avg * (1.0 / count.to(tl.float32))[None, :]
-    tl.store(dx_ptr + (image * channels * plane)[None, :] + in_plane, total, mask=valid)
+    tl.store(dx_ptr + image * channels * (height * width) + in_picture, total, mask=valid)

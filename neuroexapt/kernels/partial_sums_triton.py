@@ -7,8 +7,8 @@ from torch import Tensor
 
 from neuroexapt.kernels.sizes import ceil_div
 
-_ROWS = 128
-_COLUMNS = 32
+_ROWS = 512
+_COLUMNS = 8
 
 
 @triton.jit

@@ -79,7 +79,7 @@ def alpha_history(history: ArrayLike, primitives: Sequence[str], top: float, tit
 @matplotlib.rc_context(RC_PARAMS)
 def entropy_history(history: ArrayLike, op_count: int, title: str = "") -> Figure:
     """Entropy of α in nats over time, [epochs, edges]: edges thin, their mean bold, the maximum dotted."""
-    figure, axes = _axes(_CURVE_SIZE, 0.7, title)
+    figure, axes = _axes(_CURVE_SIZE, 0.95, title)
     history = np.asarray(history, dtype=float)
     one_edge: dict[str, Any] = {"color": MUTED, "linewidth": 0.7, "alpha": 0.6}
     _plot(axes, history, **one_edge)
@@ -95,7 +95,7 @@ def entropy_history(history: ArrayLike, op_count: int, title: str = "") -> Figur
 @matplotlib.rc_context(RC_PARAMS)
 def curves(values: Mapping[str, Sequence[float]], quantity: str, title: str = "") -> Figure:
     """Up to three named curves over the epochs; `quantity` labels them and is in per cent if an accuracy."""
-    figure, axes = _axes(_CURVE_SIZE, 0.7, title)
+    figure, axes = _axes(_CURVE_SIZE, 0.95, title)
     for (name, curve), colour in zip(values.items(), (ACCENT, CONTRAST, MUTED), strict=False):
         _plot(axes, curve, color=colour, label=name)
     axes.set_ylabel(quantity)

@@ -99,6 +99,11 @@ def test_refuses_to_evaluate(settings: dict, message: str) -> None:
         make_config(EvaluateConfig, settings)
 
 
+def test_no_criterion_is_no_choice() -> None:
+    with pytest.raises(UserError, match=r"^unknown stop 'soon'; choose one of skips, eigenvalue$"):
+        make_config(SearchConfig, {"stop": "soon"})
+
+
 def test_controls_are_told_once_each() -> None:
     assert EvaluateConfig(controls="random, resnet18,random,").control_names == ("random", "resnet18")
     assert EvaluateConfig().control_names == ()

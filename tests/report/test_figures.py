@@ -86,6 +86,15 @@ def test_curves_are_named_and_accuracies_are_per_cent():
     assert not loss.yaxis.get_major_formatter()(0.5).endswith("%")
 
 
+@pytest.mark.parametrize("values", [[0.8, 1.0], [0.99875, 1.0], [0.1234, 0.1236]])
+@pytest.mark.parametrize("quantity", ["loss", "test accuracy"])
+def test_curves_have_room_for_their_labels(values, quantity):
+    figure = curves({"train": values}, quantity)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    assert figure.axes[0].yaxis.label.get_window_extent(canvas.get_renderer()).x0 >= 0
+
+
 def test_edge_names():
     assert edge_names([(0, 2), (1, 2)], ["c_{k-2}", "c_{k-1}", "0"]) == ["cₖ₋₂ → 0", "cₖ₋₁ → 0"]
     assert state_name("out_1") == "out_1"

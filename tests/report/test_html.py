@@ -89,6 +89,12 @@ def test_comparison_is_at_equal_epochs(new_run):
     assert "a difference of +10.00 points" in text
 
 
+def test_a_choice_by_validation_is_told_where_weights_are_shown(new_run):
+    new_run.write("config.json", {**CONFIG, "selection": "shrink"})
+    new_run.search(1)
+    assert "The genotype is chosen by validation ( --selection shrink )" in page_of(new_run).text
+
+
 def test_genotype_can_be_copied_and_read_back(page, finished_run):
     shown = re.findall(r"<pre>(.*?)</pre>", page.html, re.DOTALL)
     texts = [text.replace("&#34;", '"').replace("&#39;", "'") for text in shown]
