@@ -43,14 +43,7 @@ def _flat_tile(channels, plane, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pixels"])
 def node_moments_kernel(
-    z_ptr,
-    z_n,
-    partials_ptr,
-    channels,
-    pixels,
-    plane,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    z_ptr, z_n, partials_ptr, channels, pixels, plane, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """(mean, M2) of every tile: [tiles, 2, C]. Grid: (tiles, blocks of channels)."""
     channel, pixel, image, place = _flat_tile(channels, plane, BLOCK_C, BLOCK_P)
@@ -65,7 +58,7 @@ def node_moments_kernel(
 @triton.jit
 def _window_tile(
     x_ptr, channel, row, column, valid, height, width,
-    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr,
+    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr
 ):  # fmt: skip
     """Maximum, number of its tap, and average of 3x3 windows around (row, column) · STRIDE.
 
@@ -97,7 +90,7 @@ def _window_tile(
 def node_pool_kernel(
     x_ptr, x_n, max_ptr, max_partials_ptr, avg_ptr, avg_partials_ptr, channels, pixels,
     height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
-    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
     """Both pools of a state, and (mean, M2) of every tile. Grid as of ``node_moments_kernel``."""
     channel, pixel, image, place = _flat_tile(channels, out_height * out_width, BLOCK_C, BLOCK_P)
@@ -113,29 +106,19 @@ def node_pool_kernel(
     if MAX:
         tl.store(max_ptr + offsets, maximum, mask=valid)
         store_moments(
-            max_partials_ptr + partial,
-            channel,
-            tl.where(valid, maximum, 0.0),
-            valid,
-            count,
-            channels,
+            max_partials_ptr + partial, channel, tl.where(valid, maximum, 0.0), valid, count, channels
         )
     if AVG:
         tl.store(avg_ptr + offsets, average, mask=valid)
         store_moments(
-            avg_partials_ptr + partial,
-            channel,
-            tl.where(valid, average, 0.0),
-            valid,
-            count,
-            channels,
+            avg_partials_ptr + partial, channel, tl.where(valid, average, 0.0), valid, count, channels
         )
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def node_statistics_kernel(
     partials, tile_pixels, running_means, running_vars, counts, stats_ptr, pixels, channels,
-    eps, momentum, TRAINING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    eps, momentum, TRAINING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """``stats`` [jobs, C, 2] of the batch, which enters the running statistics, or of those.
 
@@ -144,30 +127,17 @@ def node_statistics_kernel(
     job = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    mean_ptr, var_ptr = (
-        pick(running_means, job) + channel,
-        pick(running_vars, job) + channel,
-    )
+    mean_ptr, var_ptr = (pick(running_means, job) + channel, pick(running_vars, job) + channel)
     running_mean = tl.load(mean_ptr, mask=inside, other=0.0)
     running_var = tl.load(var_ptr, mask=inside, other=0.0)
     if TRAINING:
         size = pick_integer(tile_pixels, job).to(tl.int32)
         mean, m2 = merge_moments(
-            pick(partials, job),
-            channel,
-            channels,
-            pixels,
-            tl.cdiv(pixels, size),
-            size,
-            BLOCK_T,
+            pick(partials, job), channel, channels, pixels, tl.cdiv(pixels, size), size, BLOCK_T
         )
         var = m2 / pixels
         tl.store(mean_ptr, running_mean + momentum * (mean - running_mean), mask=inside)
-        tl.store(
-            var_ptr,
-            running_var + momentum * (m2 / (pixels - 1) - running_var),
-            mask=inside,
-        )
+        tl.store(var_ptr, running_var + momentum * (m2 / (pixels - 1) - running_var), mask=inside)
         if tl.program_id(1) == 0:
             count_ptr = pick(counts, job)
             tl.store(count_ptr, tl.load(count_ptr) + 1)
@@ -181,7 +151,7 @@ def node_statistics_kernel(
 @triton.jit
 def node_sum_kernel(
     zs, z_strides, stats, codes, weights_ptr, y_ptr, y_n, channels, plane,
-    WEIGHTED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
     """y = Σ_k w_k · (z_k − mean_k) · rstd_k; w is 1 where WEIGHTED lacks bit k. Grid: see ``tile``."""
     image, channel, pixel = tile(channels, plane, BLOCK_C, BLOCK_P)
@@ -202,7 +172,7 @@ def node_sum_kernel(
 @triton.jit(do_not_specialize=["pixels"])
 def node_dots_kernel(
     g_ptr, g_n, zs, z_strides, stats, dots_ptr, channels, pixels, plane,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
     """Parts of Σ g · (z_k − mean_k) and of Σ g, for ROWS terms each: [terms, parts, 2, C].
 
@@ -245,7 +215,7 @@ def node_dots_kernel(
 def node_coefficients_kernel(
     dots_ptr, stats, codes, weights_ptr, grad_weights_ptr, coef_ptr, pixels, parts, channels,
     WEIGHTED: tl.constexpr, NEED_WEIGHTS: tl.constexpr, TRAINING: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """``coef`` [jobs, C, 4] and the gradients of the mixing weights from the parts. Grid: (jobs,)."""
     job = tl.program_id(0)
@@ -285,7 +255,7 @@ def node_coefficients_kernel(
 def node_window_gradients_kernel(
     x_ptr, x_n, gs, g_strides, max_coefs, avg_coefs, max_ptr, winner_ptr, avg_ptr, channels,
     height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
-    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
     """Gradients of a state's pooled pictures, summed over the nodes that they enter: Σ A · g + B · z + D.
 
@@ -327,7 +297,7 @@ def _affine(coef_ptr, channel, in_channels, g, z):
 @triton.jit(do_not_specialize=["pixels"])
 def node_affine_kernel(
     g_ptr, g_n, z_ptr, z_n, coef_ptr, dz_ptr, channels, pixels, plane,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
     """dz = A · g + B · z + D. Grid as of ``node_moments_kernel``."""
     channel, pixel, image, place = _flat_tile(channels, plane, BLOCK_C, BLOCK_P)
@@ -344,7 +314,7 @@ def node_affine_kernel(
 def node_state_gradient_kernel(
     addends, addend_strides, gs, g_strides, codes, weights_ptr, max_ptr, winner_ptr, avg_ptr, dx_ptr,
     channels, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
-    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
     """dx = Σ addends + Σ_k w_k · g_k + what windows over a pixel pass back to it. Grid: see ``tile``."""
     image, channel, pixel = tile(channels, height * width, BLOCK_C, BLOCK_P)
