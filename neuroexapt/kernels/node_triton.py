@@ -58,7 +58,7 @@ def node_moments_kernel(
 @triton.jit
 def _window_tile(
     x_ptr, channel, row, column, valid, height, width,
-    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr
+    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr,
 ):  # fmt: skip
     """Maximum, number of its tap, and average of 3x3 windows around (row, column) · STRIDE.
 
@@ -90,7 +90,7 @@ def _window_tile(
 def node_pool_kernel(
     x_ptr, x_n, max_ptr, max_partials_ptr, avg_ptr, avg_partials_ptr, channels, pixels,
     height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
-    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Both pools of a state, and (mean, M2) of every tile. Grid as of ``node_moments_kernel``."""
     channel, pixel, image, place = _flat_tile(channels, out_height * out_width, BLOCK_C, BLOCK_P)
@@ -118,7 +118,7 @@ def node_pool_kernel(
 @triton.jit(do_not_specialize=["pixels"])
 def node_statistics_kernel(
     partials, tile_pixels, running_means, running_vars, counts, stats_ptr, pixels, channels,
-    eps, momentum, TRAINING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+    eps, momentum, TRAINING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``stats`` [jobs, C, 2] of the batch, which enters the running statistics, or of those.
 
@@ -151,7 +151,7 @@ def node_statistics_kernel(
 @triton.jit
 def node_sum_kernel(
     zs, z_strides, stats, codes, weights_ptr, y_ptr, y_n, channels, plane,
-    WEIGHTED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+    WEIGHTED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """y = Σ_k w_k · (z_k − mean_k) · rstd_k; w is 1 where WEIGHTED lacks bit k. Grid: see ``tile``."""
     image, channel, pixel = tile(channels, plane, BLOCK_C, BLOCK_P)
@@ -172,7 +172,7 @@ def node_sum_kernel(
 @triton.jit(do_not_specialize=["pixels"])
 def node_dots_kernel(
     g_ptr, g_n, zs, z_strides, stats, dots_ptr, channels, pixels, plane,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Parts of Σ g · (z_k − mean_k) and of Σ g, for ROWS terms each: [terms, parts, 2, C].
 
@@ -215,7 +215,7 @@ def node_dots_kernel(
 def node_coefficients_kernel(
     dots_ptr, stats, codes, weights_ptr, grad_weights_ptr, coef_ptr, pixels, parts, channels,
     WEIGHTED: tl.constexpr, NEED_WEIGHTS: tl.constexpr, TRAINING: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``coef`` [jobs, C, 4] and the gradients of the mixing weights from the parts. Grid: (jobs,)."""
     job = tl.program_id(0)
@@ -255,7 +255,7 @@ def node_coefficients_kernel(
 def node_window_gradients_kernel(
     x_ptr, x_n, gs, g_strides, max_coefs, avg_coefs, max_ptr, winner_ptr, avg_ptr, channels,
     height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
-    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a state's pooled pictures, summed over the nodes that they enter: Σ A · g + B · z + D.
 
@@ -297,7 +297,7 @@ def _affine(coef_ptr, channel, in_channels, g, z):
 @triton.jit(do_not_specialize=["pixels"])
 def node_affine_kernel(
     g_ptr, g_n, z_ptr, z_n, coef_ptr, dz_ptr, channels, pixels, plane,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dz = A · g + B · z + D. Grid as of ``node_moments_kernel``."""
     channel, pixel, image, place = _flat_tile(channels, plane, BLOCK_C, BLOCK_P)
@@ -314,7 +314,7 @@ def node_affine_kernel(
 def node_state_gradient_kernel(
     addends, addend_strides, gs, g_strides, codes, weights_ptr, max_ptr, winner_ptr, avg_ptr, dx_ptr,
     channels, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
-    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+    STRIDE: tl.constexpr, MAX: tl.constexpr, AVG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx = Σ addends + Σ_k w_k · g_k + what windows over a pixel pass back to it. Grid: see ``tile``."""
     image, channel, pixel = tile(channels, height * width, BLOCK_C, BLOCK_P)
