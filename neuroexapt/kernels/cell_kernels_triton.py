@@ -99,11 +99,7 @@ def backward_second(
         of_part = _coefficients(dots, stats, [1] * len(stats), None, None, pixels, training)
         coefs.update(zip(numbers, of_part, strict=True))
     in_order = [found[i] for i in range(len(grads))]
-    return (
-        [one.dx for one in in_order],
-        [coefs[i] for i in range(len(grads))],
-        _partials(in_order),
-    )
+    return [one.dx for one in in_order], [coefs[i] for i in range(len(grads))], _partials(in_order)
 
 
 def backward_first(
@@ -241,13 +237,7 @@ def _moments(z: Tensor) -> Moments:
     tiles, grid, blocks = _tiles(z.shape)
     partials = _empty_fp32(z, tiles, 2, z.shape[1])
     node_moments_kernel[grid](
-        z,
-        z.stride(0),
-        partials,
-        z.shape[1],
-        _pixels(z.shape),
-        z.shape[2:].numel(),
-        **blocks,
+        z, z.stride(0), partials, z.shape[1], _pixels(z.shape), z.shape[2:].numel(), **blocks
     )
     return Moments(partials, _TILE_PIXELS, _pixels(z.shape))
 
@@ -279,10 +269,7 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Moments], traini
     channels = bns[0].num_features
     stats = _empty_fp32(moments[0].partials, len(bns), channels, 2)
     for first in range(0, len(bns), _BATCH_NORMS):
-        part, of_part = (
-            bns[first : first + _BATCH_NORMS],
-            moments[first : first + _BATCH_NORMS],
-        )
+        part, of_part = bns[first : first + _BATCH_NORMS], moments[first : first + _BATCH_NORMS]
         jobs: tuple[list[Any], ...] = (
             [one.partials for one in of_part],
             [one.tile_pixels for one in of_part],
@@ -575,17 +562,10 @@ def _pointwise_blocks(shape: torch.Size, jobs: int, wants_weights: bool) -> tupl
     """Splits of the pixels, and blocks."""
     block_o = _block(shape[1], MAX_CHANNELS)
     if wants_weights:
-        block_c, block_p, num_warps = {
-            16: (16, 64, 2),
-            32: (32, 32, 2),
-            64: (64, 32, 8),
-        }.get(block_o, (32, 16, 8))
+        best = {16: (16, 64, 2), 32: (32, 32, 2), 64: (64, 32, 8)}.get(block_o, (32, 16, 8))
     else:
-        block_c, block_p, num_warps = {
-            16: (16, 64, 2),
-            32: (32, 64, 2),
-            64: (64, 32, 4),
-        }.get(block_o, (64, 32, 8))
+        best = {16: (16, 64, 2), 32: (32, 64, 2), 64: (64, 32, 4)}.get(block_o, (64, 32, 8))
+    block_c, block_p, num_warps = best
     blocks = {
         "BLOCK_C": block_c,
         "BLOCK_O": block_o,
@@ -600,19 +580,13 @@ def _pointwise_blocks(shape: torch.Size, jobs: int, wants_weights: bool) -> tupl
 
 def _depthwise_blocks(shape: torch.Size) -> tuple[int, dict[str, int]]:
     """Tiles of the pixels, and blocks."""
-    return ceil_div(_pixels(shape), _TILE_PIXELS), {
-        "BLOCK_C": 4,
-        "BLOCK_P": _TILE_PIXELS,
-        "num_warps": 1,
-    }
+    blocks = {"BLOCK_C": 4, "BLOCK_P": _TILE_PIXELS, "num_warps": 1}
+    return ceil_div(_pixels(shape), _TILE_PIXELS), blocks
 
 
 def _tiles(shape: torch.Size) -> tuple[int, tuple[int, int], dict[str, int]]:
     """Their number, grid and blocks, for what a tile has all by itself."""
-    tiles, block_c = (
-        ceil_div(_pixels(shape), _TILE_PIXELS),
-        min(4, power_of_two(shape[1])),
-    )
+    tiles, block_c = ceil_div(_pixels(shape), _TILE_PIXELS), min(4, power_of_two(shape[1]))
     blocks = {"BLOCK_C": block_c, "BLOCK_P": _TILE_PIXELS, "num_warps": 4}
     return tiles, (tiles, ceil_div(shape[1], block_c)), blocks
 

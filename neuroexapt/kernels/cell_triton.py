@@ -14,8 +14,8 @@ from neuroexapt.core.plan import CellPlan
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.kernels import cell_kernels_triton
 
-MAX_PIXELS, MAX_TERMS = 2**30, 96
-"""Of a batch, and of what enters a node or leaves a state."""
+MAX_PIXELS, MAX_PICTURE, MAX_TERMS = 2**30, 2**31, 96
+"""Of a batch, values of one picture, and of what enters a node or leaves a state."""
 
 
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_only: bool = False) -> Tensor:
@@ -45,6 +45,8 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield f"{channels} channels"
     if batch * height * width >= MAX_PIXELS:
         yield "2^30 pixels or more in a batch"
+    if channels * height * width >= MAX_PICTURE:
+        yield "2^31 values or more in a picture"
     if any(len(node.terms) + len(node.edges) > MAX_TERMS for node in plan.nodes):
         yield "too many terms enter one node"
     if any(len(s.convs) + len(s.modules) + len(s.edges) >= MAX_TERMS for s in plan.states):

@@ -43,14 +43,7 @@ def _flat_tile(channels, plane, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pixels"])
 def node_moments_kernel(
-    z_ptr,
-    z_n,
-    partials_ptr,
-    channels,
-    pixels,
-    plane,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    z_ptr, z_n, partials_ptr, channels, pixels, plane, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """(mean, M2) of every tile: [tiles, 2, C]. Grid: (tiles, blocks of channels)."""
     channel, pixel, image, place = _flat_tile(channels, plane, BLOCK_C, BLOCK_P)
@@ -113,22 +106,12 @@ def node_pool_kernel(
     if MAX:
         tl.store(max_ptr + offsets, maximum, mask=valid)
         store_moments(
-            max_partials_ptr + partial,
-            channel,
-            tl.where(valid, maximum, 0.0),
-            valid,
-            count,
-            channels,
+            max_partials_ptr + partial, channel, tl.where(valid, maximum, 0.0), valid, count, channels
         )
     if AVG:
         tl.store(avg_ptr + offsets, average, mask=valid)
         store_moments(
-            avg_partials_ptr + partial,
-            channel,
-            tl.where(valid, average, 0.0),
-            valid,
-            count,
-            channels,
+            avg_partials_ptr + partial, channel, tl.where(valid, average, 0.0), valid, count, channels
         )
 
 
@@ -144,30 +127,17 @@ def node_statistics_kernel(
     job = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    mean_ptr, var_ptr = (
-        pick(running_means, job) + channel,
-        pick(running_vars, job) + channel,
-    )
+    mean_ptr, var_ptr = (pick(running_means, job) + channel, pick(running_vars, job) + channel)
     running_mean = tl.load(mean_ptr, mask=inside, other=0.0)
     running_var = tl.load(var_ptr, mask=inside, other=0.0)
     if TRAINING:
         size = pick_integer(tile_pixels, job).to(tl.int32)
         mean, m2 = merge_moments(
-            pick(partials, job),
-            channel,
-            channels,
-            pixels,
-            tl.cdiv(pixels, size),
-            size,
-            BLOCK_T,
+            pick(partials, job), channel, channels, pixels, tl.cdiv(pixels, size), size, BLOCK_T
         )
         var = m2 / pixels
         tl.store(mean_ptr, running_mean + momentum * (mean - running_mean), mask=inside)
-        tl.store(
-            var_ptr,
-            running_var + momentum * (m2 / (pixels - 1) - running_var),
-            mask=inside,
-        )
+        tl.store(var_ptr, running_var + momentum * (m2 / (pixels - 1) - running_var), mask=inside)
         if tl.program_id(1) == 0:
             count_ptr = pick(counts, job)
             tl.store(count_ptr, tl.load(count_ptr) + 1)

@@ -49,7 +49,7 @@ class ProgressiveDrNas(DrNas):
     def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
         if epoch < (epochs + 1) // 2:
             return False
-        return keep_strongest(supernet, self.mixing(supernet.choices()), (len(supernet.primitives) + 1) // 2)
+        return keep_strongest(supernet, self.mixing(supernet.choices()), lambda count: (count + 1) // 2)
 
 
 def concentration(alpha: Tensor) -> Tensor:

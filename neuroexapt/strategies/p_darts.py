@@ -80,8 +80,9 @@ class PDarts(Darts):
         falls_to = 1 - position / length if learning < 0 else math.exp(-DECAY * learning / length)
         self.drop_rate.fill_(DROP_RATES[stage] * falls_to)
         self.stage.fill_(stage)
-        count = max(1, round(KEPT[stage] * len(supernet.primitives)))
-        changed = keep_strongest(supernet, self.mixing(supernet.choices()), count)
+        changed = keep_strongest(
+            supernet, self.mixing(supernet.choices()), lambda count: max(1, round(KEPT[stage] * count))
+        )
         if changed:
             with torch.no_grad():
                 for alpha in supernet.alphas.values():

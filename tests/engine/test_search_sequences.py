@@ -78,7 +78,8 @@ def test_every_other_strategy_takes_steps(name: str) -> None:
     supernet = SEQREC.supernet(num_items=9, max_length=4, has_times=False, channels=4, layers=1)
     strategy = get_strategy(name)
     strategy.shape(supernet)
-    strategy.start_epoch(supernet, 3, 4)
+    for epoch in range(4):
+        strategy.start_epoch(supernet, epoch, 4)
     step = make_step(supernet, strategy)
     batch = Batch(torch.randint(1, 10, (3, 1, 4)), torch.randint(1, 10, (3, 4)))
     assert all(value.isfinite() for value in step(batch, batch))
@@ -86,6 +87,13 @@ def test_every_other_strategy_takes_steps(name: str) -> None:
         "cell": (6, 8),
         "head": (1, 4),
     }
+
+
+@pytest.mark.parametrize(("name", "left"), [("p-darts", (3, 2)), ("drnas-progressive", (4, 2))])
+def test_candidates_of_heads_are_ruled_out_by_their_own_number(name: str, left: tuple[int, int]) -> None:
+    supernet = SEQREC.supernet(num_items=9, max_length=4, has_times=False, channels=4, layers=1)
+    get_strategy(name).start_epoch(supernet, 3, 4)
+    assert tuple(supernet.kept(cell).sum(dim=-1).max().item() for cell in ("cell", "head")) == left
 
 
 def make_step(supernet: Supernet, strategy: Strategy) -> BilevelStep:
