@@ -188,6 +188,7 @@ def run_backward(
                 for pair, targets in zip(partials, grads, strict=True)
                 for partial, grad in zip(pair, targets, strict=True)
             ],
+            True,
             stream(),
         )
     return Gradients([dx.float().sum(0) for dx in dxs], *map(list, zip(*grads, strict=True)), sums)

@@ -54,6 +54,9 @@ CHANNELS = (16, 32, 64)
 DENSE_GEOMETRIES = (((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1)))
 """Kernel size, stride and padding of the dense convolutions that there are kernels for."""
 
+_FEWEST_ADDED_EARLY = 6
+"""Terms of a node, which otherwise wait for more: the sum so far is written and read once more."""
+
 
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     """What ``functional.cell`` computes.
@@ -140,7 +143,16 @@ def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any)
     weights = weights.contiguous()
     output = _empty_output(plan, states[0])
     exact = cell_kernels.products_are_exact()
-    pass_ = _Pass(kernels, exact, _is_training(plan), weights.detach(), len(plan.nodes), output)
+    pass_ = _Pass(
+        kernels,
+        exact,
+        _is_training(plan),
+        weights.detach(),
+        len(states),
+        len(plan.nodes),
+        output,
+        kernels.Branch(),
+    )
     shared_weights = _ShareWeights.apply(pass_, len(plan.nodes), weights)
     handles: defaultdict[int, list[Tensor]] = defaultdict(list)
     entered: list[Tensor] = []
@@ -188,11 +200,19 @@ class _Pass:
     exact: bool  # products of fp32 grade
     training: bool
     weights: Tensor
+    inputs: int  # states that leave together
     nodes: int
     output: Tensor | None  # until it is complete
+    branch: Any  # beside the convolutions: what only the next node or the one before waits for
     entries: dict[int, list[_Entry]] = field(default_factory=lambda: defaultdict(list))
     coefs: dict[Term, Tensor] = field(default_factory=dict)
+    late: set[Term] = field(default_factory=set)  # those whose coefs are there after the next join
+    begun: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # sums, of how many entries
     grad_weights: Tensor | None = None
+
+    def join(self) -> None:
+        self.branch.join()
+        self.late.clear()
 
 
 class _Flow:
@@ -292,8 +312,13 @@ def _compute_first(
     """Put all but ``flow.second`` and the identities into ``outputs``."""
     pass_, kernels = outputs.pass_, outputs.pass_.kernels
     outputs.z.update(zip(flow.outside, map(_planes, outside), strict=True))
+    with pass_.branch:
+        if flow.pools:
+            _pool(outputs, flow, xs)
+        _begin_sums(pass_, flow.states[-1])
     if flow.first:
         outputs.put(flow.first, *kernels.convolve(flow.convs(xs, weights), pass_.exact))
+        pass_.branch.start()
     halves = flow.halves(weights)
     for state, reductions in _by_state(flow.reductions).items():
         of_state = [halves[term] for term in reductions]
@@ -306,12 +331,16 @@ def _compute_first(
     if normalised:
         zs = [outputs.z[member] for member in normalised]
         outputs.put(normalised, zs, kernels.plane_moments(zs))
-    if flow.pools:
-        kinds = {term.pool.kind for term in flow.pools}
-        pools = _by_state(flow.pools)
-        pooled = kernels.pool([xs[state] for state in pools], flow.stride, kinds)
-        for terms, *results in zip(pools.values(), *pooled, strict=True):
-            outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
+    outputs.normalise(0)
+
+
+def _pool(outputs: _Outputs, flow: _Flow, xs: dict[int, Tensor]) -> None:
+    """Put ``flow.pools`` into ``outputs``."""
+    kinds = {term.pool.kind for term in flow.pools}
+    pools = _by_state(flow.pools)
+    pooled = outputs.pass_.kernels.pool([xs[state] for state in pools], flow.stride, kinds)
+    for terms, *results in zip(pools.values(), *pooled, strict=True):
+        outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
     outputs.normalise(0)
 
 
@@ -376,6 +405,7 @@ class _ShareWeights(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_tokens: Tensor) -> tuple[None, None, Tensor | None]:
+        ctx.pass_.join()
         grad_weights, ctx.pass_.grad_weights = ctx.pass_.grad_weights, None
         return None, None, grad_weights
 
@@ -453,12 +483,15 @@ class _LeaveStates(torch.autograd.Function):
         source = {member: (g[member.target], pass_.coefs.pop(member, None)) for member in saved.first_z}
         partials: list[Any] = []
 
+        if not pass_.late.isdisjoint(flow.computed + flow.pools):
+            pass_.join()
         if flow.second:
             us, coefs, second_partials = kernels.backward_second(
                 saved.second_grads(source), pass_.exact, pass_.training, wants_weights
             )
             source.update(zip(flow.second, zip(us, coefs, strict=True), strict=True))
             partials.append(second_partials)
+        pass_.branch.start()
         if flow.first:
             grads = saved.first_grads(source)
             dxs, first_partials = kernels.backward_first(list(grads.values()), pass_.exact, wants_weights)
@@ -479,6 +512,11 @@ class _LeaveStates(torch.autograd.Function):
             addends[state] += dxs
             partials += dense_partials
 
+        weights = saved.weights
+        grad_weights: list[Any] = [None] * len(weights)
+        if wants_weights:
+            with pass_.branch:
+                grad_weights = kernels.reduce_partials(partials, weights)
         totals = {
             state: StateGrad(saved.xs[state], pool_grads, addends[state])
             for state, pool_grads in _pool_grads(flow, g, pass_.coefs).items()
@@ -487,8 +525,8 @@ class _LeaveStates(torch.autograd.Function):
         grad_states = kernels.state_gradients(list(totals.values()), flow.stride, saved.mixing)
         grad_of_state = dict(zip(totals, grad_states, strict=True))
         grad_outside = _outside_gradients(kernels, flow.outside, saved.first_z, source)
-        weights = saved.weights
-        grad_weights = kernels.reduce_partials(partials, weights) if wants_weights else [None] * len(weights)
+        if wants_weights:
+            pass_.join()
         return None, None, *map(grad_of_state.get, flow.states), *grad_outside, *grad_weights
 
 
@@ -499,10 +537,9 @@ class _EnterNode(torch.autograd.Function):
     def forward(
         ctx: Any, pass_: _Pass, number: int, node: NodeGroup, weights: Tensor, *handles: Tensor
     ) -> Tensor:
-        assert pass_.output is not None
         entries = pass_.entries.pop(node.node, [])
-        y = _slice(pass_.output, number, pass_.nodes)
-        pass_.kernels.add_up([entry.summand for entry in entries], weights, y)
+        pass_.join()
+        y = _add_up(pass_, number, entries, weights)
         ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]
         ctx.has_stats = [entry.stats is not None for entry in entries]
         stats = (entry.stats for entry in entries if entry.stats is not None)
@@ -527,14 +564,63 @@ class _EnterNode(torch.autograd.Function):
             for member, z, stats in zip(ctx.members, kept, stats, strict=True)
             if not isinstance(member, WholeEdge) and (wants_weights or not isinstance(member, IdentityTerm))
         }
-        if summands:
-            grad_weights = pass_.grad_weights if wants_weights else None
-            coefs = pass_.kernels.backward_add_up(
-                list(summands.values()), weights, g, grad_weights, pass_.training
-            )
-            pass_.coefs.update(zip(summands, coefs, strict=True))
+        pass_.join()
+        late = _late(pass_, summands)
+        soon = {member: term for member, term in summands.items() if member not in late}
+        _backward_add_up(pass_, soon, weights, g, wants_weights)
+        if late:
+            with pass_.branch:
+                pass_.branch.keep(g, *saved)
+                _backward_add_up(pass_, late, weights, g, wants_weights)
+            pass_.late.update(late)
         token = pass_.grad_weights if wants_weights else None
         return None, None, None, token, *(g if need else None for need in ctx.needs_input_grad[4:])
+
+
+def _add_up(pass_: _Pass, number: int, entries: Sequence[_Entry], weights: Tensor) -> Tensor:
+    """The sum of a node with all ``entries``, where it was begun of the others."""
+    assert pass_.output is not None
+    begun = pass_.begun.pop(number, None)
+    y, added = begun or (_slice(pass_.output, number, pass_.nodes), 0)
+    so_far = [Summand(y, None, None)] if begun else []
+    pass_.kernels.add_up([*so_far, *(entry.summand for entry in entries[added:])], weights, y)
+    return y
+
+
+def _begin_sums(pass_: _Pass, state: int) -> None:
+    """The sums of the two nodes after ``state``, with what has entered them so far.
+
+    More than that takes longer than the convolutions of the state, beside which it is done.
+    """
+    assert pass_.output is not None
+    if not pass_.branch.is_one or pass_.output.dtype == torch.bfloat16:  # a sum would be rounded twice
+        return
+    for target in (state + 1, state + 2):
+        entries, number = pass_.entries.get(target, []), target - pass_.inputs
+        _, added = pass_.begun.get(number, (None, 0))
+        if len(entries) - added >= _FEWEST_ADDED_EARLY:
+            pass_.begun[number] = _add_up(pass_, number, entries, pass_.weights), len(entries)
+
+
+def _late(pass_: _Pass, summands: dict[Term, Summand]) -> dict[Term, Summand]:
+    """Those whose coefs can wait: of all states but the one, or those together, that was there last."""
+    if not pass_.branch.is_one:
+        return {}
+    last = max((member.source for member in summands), default=0)
+    first_soon = 0 if last < pass_.inputs else last
+    return {member: term for member, term in summands.items() if member.source < first_soon}
+
+
+def _backward_add_up(
+    pass_: _Pass, summands: dict[Term, Summand], weights: Tensor, g: Tensor, wants_weights: bool
+) -> None:
+    """Make the coefs of all ``summands``."""
+    if not summands:
+        return
+    grad_weights = pass_.grad_weights if wants_weights else None
+    terms = list(summands.values())
+    coefs = pass_.kernels.backward_add_up(terms, weights, g, grad_weights, pass_.training)
+    pass_.coefs.update(zip(summands, coefs, strict=True))
 
 
 class _Concatenate(torch.autograd.Function):

@@ -26,6 +26,8 @@ from neuroexapt.cuda_ops.arguments import (
     stored_in_bf16,
     strided,
 )
+from neuroexapt.cuda_ops.branch import Branch as Branch
+from neuroexapt.cuda_ops.branch import kept, launch, launch_early
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.cuda_ops.pointwise import Product, Source, Target
 from neuroexapt.kernels import reference
@@ -324,7 +326,7 @@ def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> li
         kernels.PartialSumsJob(*addresses(partial, gradient), gradient.numel(), partial.shape[0])
         for partial, gradient in zip(partials, gradients, strict=True)
     ]
-    kernels.partial_sums_add_up(jobs, current_stream())
+    launch_early(kernels.partial_sums_add_up, jobs)
     return gradients
 
 
@@ -355,7 +357,7 @@ def pool(
         kernels.PoolJob(_tensor(x), *addresses(z.get("max"), m.get("max"), z.get("avg"), m.get("avg")))
         for x, z, m in zip(xs, zs, moments, strict=True)
     ]
-    kernels.node_pool(shape, jobs, current_stream())
+    launch(kernels.node_pool, shape, jobs)
     return zs, moments
 
 
@@ -371,18 +373,18 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], trainin
         )
         for bn, m, s in zip(bns, moments, stats, strict=True)
     ]
-    kernels.node_finalize(channels, EPS, MOMENTUM, jobs, current_stream())
+    launch_early(kernels.node_finalize, channels, EPS, MOMENTUM, jobs)
     return stats
 
 
 def add_up(summands: Sequence[Summand], weights: Tensor | None, y: Tensor) -> None:
-    """y = the sum of ``summands``."""
+    """y = the sum of ``summands``, of which one may be y itself."""
     kernels = extension()
     terms = [
         kernels.NodeTerm(_tensor(term.z), *addresses(term.stats), _element(weights, term.entry))
         for term in summands
     ]
-    kernels.node_sum(_shape(y), terms, _tensor(y), current_stream())
+    launch(kernels.node_sum, _shape(y), terms, _tensor(y))
 
 
 def backward_add_up(
@@ -401,9 +403,7 @@ def backward_add_up(
         for row, term in enumerate(summands, 1)
         if term.pooling is None
     ]
-    kernels.node_dots(
-        shape, g.shape[3], terms, _pooled_terms(summands), _tensor(g), dots.data_ptr(), current_stream()
-    )
+    launch(kernels.node_dots, shape, g.shape[3], terms, _pooled_terms(summands), _tensor(g), dots.data_ptr())
     gradients = [
         kernels.NodeTermGradient(
             *addresses(term.stats),
@@ -413,7 +413,7 @@ def backward_add_up(
         )
         for term, coef in zip(summands, coefs, strict=True)
     ]
-    kernels.node_coefficients(shape, training, gradients, dots.data_ptr(), current_stream())
+    launch_early(kernels.node_coefficients, shape, training, gradients, dots.data_ptr())
     return coefs
 
 
@@ -631,11 +631,11 @@ def _partials(grads: Sequence[ConvGrad], parts: int, wanted: bool) -> Partials:
 
 
 def _empty(like: Tensor, count: int, *shape: int) -> list[Tensor]:
-    return list(like.new_empty(count, *shape).unbind())
+    return list(kept(like.new_empty(count, *shape)).unbind())
 
 
 def _empty_fp32(like: Tensor, count: int, *shape: int) -> list[Tensor]:
-    return list(like.new_empty(count, *shape, dtype=torch.float32).unbind())
+    return list(kept(like.new_empty(count, *shape, dtype=torch.float32)).unbind())
 
 
 def _empty_like(x: Tensor, count: int) -> list[Tensor]:

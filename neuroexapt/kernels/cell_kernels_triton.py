@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from neuroexapt.core.operations import two_grids
 from neuroexapt.core.plan import EPS, MOMENTUM
+from neuroexapt.cuda_ops.branch import NoBranch
 from neuroexapt.cuda_ops.cell_kernels import (
     Conv,
     ConvGrad,
@@ -45,6 +46,7 @@ from neuroexapt.kernels.node_triton import (
 from neuroexapt.kernels.sizes import ceil_div, power_of_two
 
 MAX_CHANNELS = 128
+Branch = NoBranch
 KEEPS_POOLS = True
 """Forming them once more in the backward pass takes longer than reading them."""
 _JOBS, _BATCH_NORMS = 8, 16

@@ -1,6 +1,6 @@
 """The functions of ``neuroexapt.cuda_ops.cell_kernels`` in plain PyTorch, for any device and dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -21,6 +21,45 @@ from neuroexapt.cuda_ops.cell_kernels import (
 from neuroexapt.kernels import reference
 
 KEEPS_POOLS = False
+
+
+class Branch:
+    """As late as allowed: what a block computes is there after ``join``, NaN before."""
+
+    is_one = True
+    active: "Branch | None" = None
+
+    def __init__(self) -> None:
+        self._late: list[Callable[[], object]] = []
+        self._kept: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        Branch.active = self
+
+    def __exit__(self, *_exception: object) -> None:
+        Branch.active = None
+
+    def keep(self, *tensors: Tensor) -> None:
+        self._kept += tensors
+
+    def start(self) -> None:
+        pass
+
+    def join(self) -> None:
+        while self._late:
+            self._late.pop()()
+        self._kept.clear()
+
+    @staticmethod
+    def hide(tensor: Tensor) -> Tensor:
+        """The tensor itself, filled with NaN if this is a block."""
+        if Branch.active is not None:
+            value = tensor.clone()
+            Branch.active._late.append(lambda: tensor.copy_(value))
+            tensor.fill_(torch.nan)
+        return tensor
+
+
 POOLS = {"max": reference.max_pool, "avg": reference.avg_pool}
 
 
@@ -116,7 +155,9 @@ def _convolve_dense(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    return [partial.sum(0).view_as(weight) for partial, weight in zip(partials, weights, strict=True)]
+    return [
+        Branch.hide(partial.sum(0).view_as(weight)) for partial, weight in zip(partials, weights, strict=True)
+    ]
 
 
 def plane_moments(zs: Sequence[Tensor]) -> list[Tensor]:
@@ -127,7 +168,10 @@ def pool(
     xs: Sequence[Tensor], stride: int, kinds: set[str]
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     zs = [{kind: POOLS[kind](x, 3, stride) for kind in kinds} for x in xs]
-    return zs, [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
+    moments = [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
+    for z in chain(*(of_state.values() for of_state in zs)):
+        Branch.hide(z)
+    return zs, moments
 
 
 def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
@@ -143,14 +187,14 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], trainin
             bn.running_mean.lerp_(mean, MOMENTUM)
             bn.running_var.lerp_(squares / (count - 1), MOMENTUM)
             bn.num_batches_tracked += 1
-        stats.append(torch.stack([mean, (variance + EPS).rsqrt()], 1))
+        stats.append(Branch.hide(torch.stack([mean, (variance + EPS).rsqrt()], 1)))
     return stats
 
 
 def add_up(summands: Sequence[Summand], weights: Tensor, y: Tensor) -> None:
-    y.zero_()
-    for term in summands:
-        y += _weight(weights, term.entry) * _normalised(term)
+    terms = (_weight(weights, term.entry) * _normalised(term) for term in summands)
+    y.copy_(sum(terms, start=torch.zeros_like(y)))
+    Branch.hide(y)
 
 
 def backward_add_up(
@@ -162,11 +206,13 @@ def backward_add_up(
             term = term._replace(z=POOLS[term.pooling.kind](term.z, 3, term.pooling.stride))
         if grad_weights is not None:
             grad_weights[term.entry] = (g * _normalised(term)).sum()
+            Branch.hide(grad_weights[term.entry])
         weight = _weight(weights, term.entry)
         if term.stats is None:
-            coefs.append(g.new_tensor([weight, 0, 0, 0]).expand(g.shape[1], 4))
+            coefs.append(g.new_tensor([weight, 0, 0, 0]).repeat(g.shape[1], 1))
         else:
             coefs.append(_coef(g, term.z, *term.stats.unbind(1), weight, training))
+        coefs[-1] = Branch.hide(coefs[-1])
     return coefs
 
 

@@ -34,16 +34,17 @@ void launch(void (*kernel)(Parameters), dim3 grid, dim3 threads, int shared_byte
 
 // For small kernels that merge what the one before left: half of their time is that of the launch. Their blocks take
 // their places once all of the kernel before have called let_next_begin() or are done, and begin by waiting for it.
-// Not for large ones: their blocks would crowd on the multiprocessors that are free first.
+// Not for large ones: their blocks would crowd on the multiprocessors that are free first. `early`: whether a kernel of
+// ours comes before, which a stream that has just waited for another one does not know.
 template <typename Parameters>
 void launch_early(void (*kernel)(Parameters), dim3 grid, dim3 threads, std::uintptr_t stream,
-                  const Parameters& parameters) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+                  const Parameters& parameters, bool early = true) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = threads, config.stream = reinterpret_cast<cudaStream_t>(stream);
-  config.attrs = &early, config.numAttrs = can_launch_early() ? 1 : 0;
+  config.attrs = &attribute, config.numAttrs = early && can_launch_early() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, parameters));
 }
 

@@ -5,7 +5,8 @@
 // (in elements). Pictures are fp32 or, where a shape says `bf16`, bf16; all else is fp32. `stats` (float2 [C]): mean
 // and 1 / sqrt(variance + eps) of a BatchNorm. `moments` [parts, C] of {count, mean, sum of squared deviations}: each
 // of the parts of a sum over all pictures leaves its own, and a later launch merges them in a fixed order. Addresses
-// travel as integers, 0 for what is absent, as in softmax_sum.h.
+// travel as integers, 0 for what is absent, as in softmax_sum.h. `early`: while the kernel before still runs
+// (launch.cuh).
 #pragma once
 
 #include <cstdint>
@@ -44,7 +45,7 @@ struct StatsJob {
   int parts;
   Address stats, running_mean, running_var, num_batches_tracked;
 };
-void finalize(int channels, float eps, float momentum, const std::vector<StatsJob>& jobs, Address stream);
+void finalize(int channels, float eps, float momentum, const std::vector<StatsJob>& jobs, bool early, Address stream);
 
 // Windows of kernel_size (3) pixels square, padded by half of it, stride 1 or 2.
 struct PoolShape {
@@ -91,7 +92,7 @@ struct TermGradient {
   Address stats, weight, grad_weight, coef;
 };
 void coefficients(const Shape& shape, bool training, const std::vector<TermGradient>& terms, Address dots,
-                  Address stream);
+                  bool early, Address stream);
 
 // dz = A · g + B · z + D.
 struct AffineJob {

@@ -94,6 +94,11 @@ struct Position {
     const unsigned picture = i / per_plane;
     return {int(picture), int(i - picture * per_plane) * V};
   }
+  template <int V>
+  static __device__ Position of(unsigned i, const Divisor& per_plane) {
+    const unsigned picture = per_plane.divide(i);
+    return {int(picture), int(i - picture * per_plane.divisor) * V};
+  }
 
   template <typename T>
   __device__ T* in(const Tensor& tensor, int channel, const Shape& shape) const {
@@ -117,13 +122,17 @@ struct Share {
   Position at[kSlots];
   int count;  // slots that hold pixels are the first ones
 
-  __device__ Share(int part, const Shape& shape) : count(0) {
+  __device__ Share(int part, const Shape& shape) : Share(part, shape, shape) {}
+
+  // `planes` tells where one picture ends and the next begins: the shape, or what divides by a plane's V pixels.
+  template <typename Planes>
+  __device__ Share(int part, const Shape& shape, const Planes& planes) : count(0) {
     const unsigned end = unsigned(shape.batch) * shape.pixels / V;
     const unsigned first = unsigned(part) * (Span / V) + threadIdx.x % kWarp;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const unsigned i = first + slot * kWarp;
-      at[slot] = Position::of<V>(min(i, end - 1), shape);
+      at[slot] = Position::of<V>(min(i, end - 1), planes);
       count += i < end;
     }
   }

@@ -13,6 +13,7 @@ constexpr int kAtOnce = 4;  // edges or addends whose loads a thread issues befo
 
 struct PoolLaunch {
   PoolShape shape;
+  Divisor per_plane, width;  // of the output; the first in what a thread takes at once
   PoolJob jobs[kMaxPools];
 };
 
@@ -26,14 +27,15 @@ __global__ void __launch_bounds__(kThreads, 5) pool_kernel(const __grid_constant
   const int part = blockIdx.x * kWarps + threadIdx.x / kWarp, channel = blockIdx.y;
   if (part >= part_count(out, kPoolSpan)) return;
   using PoolShare = Share<V, kPoolSpan>;
-  const PoolShare share(part, out);
+  const PoolShare share(part, out, launch.per_plane);
   Values<V> max[PoolShare::kSlots], avg[PoolShare::kSlots];
 #pragma unroll
   for (int slot = 0; slot < PoolShare::kSlots; ++slot) {
     const Position at = share.at[slot];
     const T* plane = pointer<const T>(job.x.data) + at.picture * job.x.batch_stride +
                      int64_t(channel) * shape.height * shape.width;
-    const Windows<K, S, V> windows(plane, at.pixel / shape.out_width, at.pixel % shape.out_width, shape);
+    const int row = launch.width.divide(at.pixel);
+    const Windows<K, S, V> windows(plane, row, at.pixel - row * shape.out_width, shape);
 #pragma unroll
     for (int v = 0; v < V; ++v) max[slot].v[v] = windows.max[v], avg[slot].v[v] = windows.avg[v];
     if (slot >= share.count) continue;
@@ -361,11 +363,12 @@ bool are_wide(const Jobs& jobs) {
 int pool_parts(const PoolShape& shape) { return part_count(output_shape(shape), kPoolSpan); }
 
 void pool(const PoolShape& shape, const std::vector<PoolJob>& jobs, Address stream) {
-  PoolLaunch parameters{shape, {}};
-  in_batches(jobs, kMaxPools, [&](size_t first, size_t count) {
-    std::copy_n(jobs.begin() + first, count, parameters.jobs);
-    with_windows(shape, are_wide(jobs), [&](auto storage, auto K, auto S, auto V) {
-      using T = typename decltype(storage)::type;
+  with_windows(shape, are_wide(jobs), [&](auto storage, auto K, auto S, auto V) {
+    using T = typename decltype(storage)::type;
+    const int plane = shape.out_height * shape.out_width;
+    PoolLaunch parameters{shape, Divisor(plane / V()), Divisor(shape.out_width), {}};
+    in_batches(jobs, kMaxPools, [&](size_t first, size_t count) {
+      std::copy_n(jobs.begin() + first, count, parameters.jobs);
       launch(pool_kernel<T, K(), S(), V()>, dim3(ceil_div(pool_parts(shape), kWarps), shape.channels, count),
              kThreads, 0, stream, parameters);
     });

@@ -146,12 +146,12 @@ void plane_moments(const Shape& shape, const std::vector<MomentsJob>& jobs, Addr
   });
 }
 
-void finalize(int channels, float eps, float momentum, const std::vector<StatsJob>& jobs, Address stream) {
+void finalize(int channels, float eps, float momentum, const std::vector<StatsJob>& jobs, bool early, Address stream) {
   StatsLaunch parameters{channels, eps, momentum, {}};
   in_batches(jobs, std::size(parameters.jobs), [&](size_t first, size_t count) {
     std::copy_n(jobs.begin() + first, count, parameters.jobs);
     launch_early(finalize_kernel, dim3(ceil_div(channels, kMergeChannels), count), kMergeChannels * kMergeSplits,
-                 stream, parameters);
+                 stream, parameters, early);
   });
 }
 

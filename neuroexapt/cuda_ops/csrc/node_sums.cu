@@ -290,12 +290,12 @@ void dots(const Shape& shape, int width, const std::vector<DotTerm>& terms, cons
 }
 
 void coefficients(const Shape& shape, bool training, const std::vector<TermGradient>& terms, Address dots,
-                  Address stream) {
+                  bool early, Address stream) {
   const float count = float(shape.batch) * shape.pixels;
   CoefficientsLaunch parameters{shape.channels, parts(shape), coefficient_lanes(shape.channels),
                                 training ? 1.f / count : 0.f, reinterpret_cast<const float*>(dots), {}};
   copy_into(parameters.terms, terms, "too many terms in one node");
-  launch_early(coefficients_kernel, dim3(terms.size()), kCoefficientThreads, stream, parameters);
+  launch_early(coefficients_kernel, dim3(terms.size()), kCoefficientThreads, stream, parameters, early);
 }
 
 void affine_gradient(const Shape& shape, const std::vector<AffineJob>& jobs, Address stream) {

@@ -98,7 +98,7 @@ bool is_wide(const Job& job) { return job.partial % 16 == 0 && job.size % 4 == 0
 
 }  // namespace
 
-void add_up(const std::vector<Job>& jobs, Address stream) {
+void add_up(const std::vector<Job>& jobs, bool early, Address stream) {
   const auto run = [&](auto V) {
     for (size_t first = 0; first < jobs.size(); first += kMaxJobs) {
       const size_t count = std::min(jobs.size() - first, kMaxJobs);
@@ -110,7 +110,7 @@ void add_up(const std::vector<Job>& jobs, Address stream) {
         const int columns = columns_of_block<V()>(job);
         blocks = std::max(blocks, (job.size + columns - 1) / columns);
       }
-      launching::launch_early(sum_kernel<V()>, dim3(blocks, count), kThreads, stream, parameters);
+      launching::launch_early(sum_kernel<V()>, dim3(blocks, count), kThreads, stream, parameters, early);
     }
   };
   if (std::all_of(jobs.begin(), jobs.end(), is_wide)) run(std::integral_constant<int, 4>());

@@ -15,6 +15,7 @@ struct Job {
   Address partial, sum;
   int size, parts;
 };
-void add_up(const std::vector<Job>& jobs, Address stream);
+// `early`: while the kernel before still runs (launch.cuh).
+void add_up(const std::vector<Job>& jobs, bool early, Address stream);
 
 }  // namespace partial_sums
