@@ -5,7 +5,7 @@
 
 namespace async_copies {
 
-// 16 or 4 bytes, or zeros.
+// 16 or 4 bytes, or zeros; or 8 bytes.
 __device__ inline void copy_async(float* target, const float* source, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(target))),
                "l"(source), "r"(exists ? 16 : 0)
@@ -15,6 +15,11 @@ __device__ inline void copy_async(float* target, const float* source, bool exist
 __device__ inline void copy4_async(float* target, const float* source, bool exists) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(unsigned(__cvta_generic_to_shared(target))),
                "l"(source), "r"(exists ? 4 : 0)
+               : "memory");
+}
+
+__device__ inline void copy8_async(float* target, const float* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(unsigned(__cvta_generic_to_shared(target))), "l"(source)
                : "memory");
 }
 

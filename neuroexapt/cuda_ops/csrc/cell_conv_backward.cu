@@ -46,7 +46,7 @@ __device__ inline int gradient_slot(int channel) {
 
 template <int C, bool kWeights>
 struct Block {
-  static constexpr int kThreads = C == 16 || (C == 64 && !kWeights) ? 256 : 512;
+  static constexpr int kThreads = C == 32 ? 512 : 256;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kChannelGroups = C / 8;                        // of eight channels, one a lane g
   static constexpr int kWarpsPerGroup = kWarps / kChannelGroups;
@@ -59,14 +59,20 @@ struct Block {
 
 template <int C, bool kWeights>
 struct Memory {  // of a block, in shared memory
-  static constexpr int kPitch = C == 16 ? 40 : C == 32 ? 28 : 20;
   static constexpr int kGradientPlane = Tile<C>::kRows * Tile<C>::kWidth + 4;
-  int plane;  // chosen against bank conflicts of phase two's windows
+  int pitch, plane;  // of a row and a channel, chosen against bank conflicts of phase two's windows
   float *e, *taps, *x, *dz, *partial;
   float4* weights;  // where later `partial` is: pointwise weights in the order in which lanes multiply with them
 
+  // At 64 channels the columns beside pictures no wider than a tile, all zeros, are those beside the next row, too: two
+  // blocks fit a multiprocessor.
+  __host__ __device__ static int row_floats(const Shape& shape) {
+    if (C == 64) return shape.width <= Tile<C>::kWidth ? 12 : 20;
+    return C == 16 ? 40 : 28;
+  }
   __host__ __device__ static int plane_floats(const Shape& shape, int pad) {
-    return pad_to_bank(stored_rows<C>(shape, pad) * kPitch, C == 16 ? 4 : 16);
+    const int beside_last_row = C == 64 ? kHalo : 0;
+    return pad_to_bank(stored_rows<C>(shape, pad) * row_floats(shape) + beside_last_row, C == 16 ? 4 : 16);
   }
   __host__ __device__ static int floats(const Shape& shape, int pad) {
     using B = Block<C, kWeights>;
@@ -82,7 +88,8 @@ struct Memory {  // of a block, in shared memory
                      B::kWarps * B::kWeightFloats;
     return most * int(sizeof(float)) <= kMaxSharedBytes;
   }
-  __device__ Memory(const Shape& shape, int pad, float* shared) : plane(plane_floats(shape, pad)) {
+  __device__ Memory(const Shape& shape, int pad, float* shared)
+      : pitch(row_floats(shape)), plane(plane_floats(shape, pad)) {
     e = shared;
     taps = e + C * plane;
     x = taps + C * kTapsPitch;
@@ -91,7 +98,7 @@ struct Memory {  // of a block, in shared memory
     weights = reinterpret_cast<float4*>(partial);
   }
   __device__ const float* row(const float* slot_plane, const Place<C>& at, int y) const {
-    return slot_plane + at.stored(y) * kPitch;
+    return slot_plane + at.stored(y) * pitch;
   }
 };
 
@@ -132,17 +139,18 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
                               const Place<C>& at, const Shape& shape) {
   using M = Memory<C, kWeights>;
   constexpr int kThreads = Block<C, kWeights>::kThreads, kStrips = C == 16 ? 128 : C == 32 ? 64 : 16;
-  constexpr int kGroups = kThreads / kStrips, kBatch = kWeights && C == 16 ? 4 : C / kGroups;  // of loads in flight
+  constexpr int kGroups = kThreads / kStrips, kBatch = C == 16 ? 4 : C / kGroups;  // of loads in flight
   const int first = thread_index() / kStrips, width = shape.width, plane = shape.height * width;
   const bool aligned = rows_aligned(reinterpret_cast<const void*>(job.g), job.g_batch_stride, width);
   const float4* coef = reinterpret_cast<const float4*>(job.coef) + first;
+  const auto scaled = [&](int channel) { return unbiased<kExact>(__ldg(coef + channel)); };  // all products are of dz
   for (int strip = thread_index() % kStrips; strip < strips.count(); strip += kStrips) {
     const int x = strips.column(strip), y = strips.row(strip), row = y - at.y0, column = x - at.x0;
     if (!strips.contains(x)) continue;
     const int offset = first * plane + y * width;
     const T* g = reinterpret_cast<const T*>(job.g) + at.picture * job.g_batch_stride + offset;
     const T* z = reinterpret_cast<const T*>(job.z) + int64_t(at.picture) * C * plane + offset;
-    float* target = memory.e + gradient_slot(first) * memory.plane + strips.offset(strip, at, M::kPitch);
+    float* target = memory.e + gradient_slot(first) * memory.plane + strips.offset(strip, at, memory.pitch);
     float* copy = memory.dz + gradient_slot(first) * M::kGradientPlane + row * Tile<C>::kWidth + column;
     const bool in_tile = 0 <= row && row < Tile<C>::kRows && 0 <= column && column < Tile<C>::kWidth;
 #pragma unroll
@@ -156,13 +164,13 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
           dz[j] = load4(g + channel + x), zs[j] = load4(z + channel + x);
         }
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) dz[j] = affine(__ldg(coef + i + j * kGroups), dz[j], zs[j]);
+        for (int j = 0; j < kBatch; ++j) dz[j] = affine(scaled(i + j * kGroups), dz[j], zs[j]);
       } else {
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
           const int channel = (i + j * kGroups) * plane;
           const float4 own = load_row4(g + channel, x, width, false), at_z = load_row4(z + channel, x, width, false);
-          dz[j] = affine(__ldg(coef + i + j * kGroups), own, at_z);
+          dz[j] = affine(scaled(i + j * kGroups), own, at_z);
           if (x + 1 >= width) dz[j].y = 0.f;
           if (x + 2 >= width) dz[j].z = 0.f;
           if (x + 3 >= width) dz[j].w = 0.f;
@@ -171,47 +179,33 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const int slot = gradient_slot(i + j * kGroups);  // bits that `first` has not
-        const float4 rounded = operand<kExact>(dz[j]);
-        *reinterpret_cast<float4*>(target + slot * memory.plane) = rounded;
-        if (kWeights && in_tile) *reinterpret_cast<float4*>(copy + slot * M::kGradientPlane) = rounded;
+        *reinterpret_cast<float4*>(target + slot * memory.plane) = dz[j];
+        if (kWeights && in_tile) *reinterpret_cast<float4*>(copy + slot * M::kGradientPlane) = dz[j];
       }
     }
   }
 }
 
-// The pointwise weights as the left operand of phase one, a float4 for each lane of each product.
-template <int C, int Threads, bool kExact>
-struct PointwiseWeights {
-  static constexpr int kCount = C * C / 4 / Threads + (C * C / 4 % Threads != 0);
-  float4 values[kCount];
-
-  static __device__ bool has(int i) { return C * C / 4 % Threads == 0 || i < C * C / 4; }
-
-  __device__ void load(const float* pointwise) {
+// Sends the pointwise weights to shared memory as the left operand of phase one, a float4 for each lane of each product.
+template <int C, int Threads>
+__device__ void copy_pointwise(float4* target, const float* pointwise) {
+  const int thread = thread_index();
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const int i = thread_index() + n * Threads, q = i % 4, g = i / 4 % 8, step = i / 32 % (C / 8), m = i / 4 / C;
-      if (!has(i)) continue;
-      const float* row = pointwise + (step / 2 * 16 + 4 * q + step % 2 * 2) * C + g * (C / 8) + 2 * m;
-      const float2 first = __ldg(reinterpret_cast<const float2*>(row));
-      const float2 second = __ldg(reinterpret_cast<const float2*>(row + C));
-      values[n] = make_float4(first.x, first.y, second.x, second.y);
-    }
+  for (int first = 0; first < C * C / 4; first += Threads) {
+    const int i = first + thread;
+    if (C * C / 4 % Threads != 0 && i >= C * C / 4) return;
+    const int q = i % 4, g = i / 4 % 8, step = i / 32 % (C / 8), m = i / 4 / C;
+    const float* row = pointwise + (step / 2 * 16 + 4 * q + step % 2 * 2) * C + g * (C / 8) + 2 * m;
+    copy8_async(&target[i].x, row);
+    copy8_async(&target[i].z, row + C);
   }
-  __device__ void store(float4* target) const {
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const int i = thread_index() + n * Threads;
-      if (has(i)) target[i] = operand<kExact>(values[n]);
-    }
-  }
-};
+}
 
 // Replaces dz by e. A warp computes sixteen channels of eight strips, or of their halves where there are warps for
 // them; warps that read the same strips do so in the same round.
 template <int C, bool kWeights, bool kExact>
 __device__ void compute_e(const Memory<C, kWeights>& memory, const Strips<C>& strips, const Place<C>& at) {
-  constexpr int kWarps = Block<C, kWeights>::kWarps, kPitch = Memory<C, kWeights>::kPitch;
+  constexpr int kWarps = Block<C, kWeights>::kWarps;
   constexpr int kParts = C == 64 ? kWarps / 8 : 1, kPixels = 4 / kParts, kTasks = C / 16 * kParts;
   using Vector = std::conditional_t<kPixels == 4, float4, float2>;
   const int lane = thread_index() % 32, q = lane % 4, g = lane / 4;
@@ -219,7 +213,7 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const Strips<C>& st
   for (int first = 0; first < units * kTasks; first += kWarps) {
     const int task = first + thread_index() / 32, unit = task / kTasks;
     const int m = task % kTasks / kParts, pixel = task % kParts * kPixels;
-    const int own = strips.offset(unit * 8 + g, at, kPitch);
+    const int own = strips.offset(unit * 8 + g, at, memory.pitch);
     Vector dz[C / 8][2];
 #pragma unroll
     for (int step = 0; step < C / 8; ++step) {
@@ -236,18 +230,18 @@ __device__ void compute_e(const Memory<C, kWeights>& memory, const Strips<C>& st
     for (int step = 0; step < C / 8; ++step) {
       const float4 weights = memory.weights[(m * (C / 8) + step) * 32 + lane];
       Fragment<4, kExact> a;
-      a.set_operand(0, weights.x), a.set_operand(1, weights.y);
-      a.set_operand(2, weights.z), a.set_operand(3, weights.w);
+      a.set_cut(0, weights.x), a.set_cut(1, weights.y);
+      a.set_cut(2, weights.z), a.set_cut(3, weights.w);
 #pragma unroll
       for (int t = 0; t < kPixels; ++t) {
         Fragment<2, kExact> b;
-        b.set_operand(0, (&dz[step][0].x)[t]), b.set_operand(1, (&dz[step][1].x)[t]);
+        b.set_cut(0, (&dz[step][0].x)[t]), b.set_cut(1, (&dz[step][1].x)[t]);
         multiply<kExact>(sums[t], a, b);
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int target = strips.offset(unit * 8 + 2 * q + i, at, kPitch);  // of the sums' column 2q + i
+      const int target = strips.offset(unit * 8 + 2 * q + i, at, memory.pitch);  // of the sums' column 2q + i
       if (target < 0) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -314,15 +308,15 @@ __device__ void add_pointwise_gradient(float (&pointwise)[C / 16][4], const Memo
 #pragma unroll
   for (int t = 0; t < 8; t += 4) {
     Fragment<2, kExact> b[2];
-    b[0].set(0, d[t]), b[0].set(1, d[t + 1]), b[1].set(0, d[t + 2]), b[1].set(1, d[t + 3]);
+    b[0].set_cut(0, d[t]), b[0].set_cut(1, d[t + 1]), b[1].set_cut(0, d[t + 2]), b[1].set_cut(1, d[t + 3]);
 #pragma unroll
     for (int m = 0; m < C / 16; ++m) {
       const float4 upper = *reinterpret_cast<const float4*>(dz + m * 16 * kPlane + t);
       const float4 lower = *reinterpret_cast<const float4*>(dz + (m * 16 + 8) * kPlane + t);
       Fragment<4, kExact> a;
-      a.set_operand(0, upper.x), a.set_operand(1, lower.x), a.set_operand(2, upper.y), a.set_operand(3, lower.y);
+      a.set_cut(0, upper.x), a.set_cut(1, lower.x), a.set_cut(2, upper.y), a.set_cut(3, lower.y);
       multiply<kExact>(pointwise[m], a, b[0]);
-      a.set_operand(0, upper.z), a.set_operand(1, lower.z), a.set_operand(2, upper.w), a.set_operand(3, lower.w);
+      a.set_cut(0, upper.z), a.set_cut(1, lower.z), a.set_cut(2, upper.w), a.set_cut(3, lower.w);
       multiply<kExact>(pointwise[m], a, b[1]);
     }
   }
@@ -458,17 +452,20 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
 }
 
 template <int C, bool kWeights, typename T, bool kExact>
-__device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], const Memory<C, kWeights>& memory,
-                        const GradJob& job, const Place<C>& at, const Shape& shape) {
+__device__ void process(float (&dx)[Block<C, kWeights>::kPasses][8], float* shared, const GradJob& job,
+                        const Place<C>& place, const Shape& shape) {
   constexpr int kThreads = Block<C, kWeights>::kThreads;
-  Taps<C, kThreads> taps;
-  PointwiseWeights<C, kThreads, kExact> weights;
-  taps.load(reinterpret_cast<const float*>(job.depthwise), job.kernel_size);
-  weights.load(reinterpret_cast<const float*>(job.pointwise));
+  // Unknown to the compiler, which would else compute addresses long before they are used, and spill them.
+  int zero = 0;
+  asm volatile("" : "+r"(zero));
+  Place<C> at = place;
+  at.y0 += zero;
+  const Memory<C, kWeights> memory(shape, place.pad, shared + zero);
+  copy_taps<C, kThreads>(memory.taps, reinterpret_cast<const float*>(job.depthwise), job.kernel_size, channel_slot<C>);
+  copy_pointwise<C, kThreads>(memory.weights, reinterpret_cast<const float*>(job.pointwise));
   const Strips<C> strips(at, shape, job.dilation * (job.kernel_size / 2));
   load_gradient<C, kWeights, T, kExact>(memory, job, strips, at, shape);
-  taps.store(memory.taps, job.kernel_size, channel_slot<C>);
-  weights.store(memory.weights);
+  wait_for_copies();
   __syncthreads();
   compute_e<C, kWeights, kExact>(memory, strips, at);
   __syncthreads();
@@ -494,17 +491,19 @@ __device__ void prepare(const Memory<C, kWeights>& memory, const GradJob& job, c
   if constexpr (kWeights) {
     clear(memory.dz, C * Memory<C, kWeights>::kGradientPlane);
     const Source<T> source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
-    load_tile<C, kThreads>(memory.x, source, at, shape, Memory<C, kWeights>::kPitch, memory.plane,
+    load_tile<C, kThreads>(memory.x, source, at, shape, memory.pitch, memory.plane,
                            channel_slot<C>);
   }
   __syncthreads();
 }
 
-// Stores relu'(x) · dx; returns this lane's {Σ dx, Σ dx · (x − mean)}.
+// Stores relu'(x) · dx; returns this lane's {Σ dx, Σ dx · (x − mean)}, or {Σ dx, Σ dx · (x − mean) · rstd} where the
+// tile of x is there and need not be read again.
 template <int C, bool kWeights, typename T>
 __device__ float2 store_dx(T* target, const float (&dx)[Block<C, kWeights>::kPasses][8],
-                           const Source<T>& source, const Place<C>& at, const Shape& shape) {
-  const int channel = slot_channel<C>(lane_slot<C, kWeights>()), width = shape.width;
+                           const Memory<C, kWeights>& memory, const Source<T>& source, const Place<C>& at,
+                           const Shape& shape) {
+  const int slot = lane_slot<C, kWeights>(), channel = slot_channel<C>(slot), width = shape.width;
   const float mean = source.mean(channel);
   float2 sums = make_float2(0.f, 0.f);
 #pragma unroll
@@ -515,12 +514,19 @@ __device__ float2 store_dx(T* target, const float (&dx)[Block<C, kWeights>::kPas
 #pragma unroll
     for (int t = 0; t < 8; t += 4) {
       const int column = at.x0 + run.y + t;
-      const float4 x = load_row4(source.x + row, column, width, source.aligned);
+      float4 x;
+      if constexpr (kWeights) {
+        const float* stored = memory.row(memory.x + slot * memory.plane, at, at.y0 + run.x);
+        x = *reinterpret_cast<const float4*>(stored + kHalo + run.y + t);
+      } else {
+        x = load_row4(source.x + row, column, width, source.aligned);
+        x.x -= mean, x.y -= mean, x.z -= mean, x.w -= mean;
+      }
       const auto masked = [&](float x_, float dx_, int at_) {
-        const float v = x_ > mean && at_ < width ? dx_ : 0.f;
-        sums.x += v;
-        sums.y = fmaf(v, v == 0.f ? 0.f : x_ - mean, sums.y);
-        return v;
+        if (!(x_ > 0.f && at_ < width)) return 0.f;
+        sums.x += dx_;
+        sums.y = fmaf(dx_, x_, sums.y);
+        return dx_;
       };
       const float4 v = make_float4(masked(x.x, dx[pass][t], column), masked(x.y, dx[pass][t + 1], column + 1),
                                    masked(x.z, dx[pass][t + 2], column + 2),
@@ -545,20 +551,13 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   float dx[Block<C, kWeights>::kPasses][8] = {};
 #pragma unroll 1
   for (int j = first + blockIdx.y; j < end; j += launch.splits) {
-    const GradJob& job = launch.jobs[j];
-    // Unknown to the compiler, which would else compute addresses ahead of the loop, and spill them.
-    int zero = 0;
-    asm volatile("" : "+r"(zero));
-    Place<C> at = place;
-    at.y0 += zero;
-    const Memory<C, kWeights> memory(shape, kFirstPad, shared + zero);
-    process<C, kWeights, T, kExact>(dx, memory, job, at, shape);
+    process<C, kWeights, T, kExact>(dx, shared, launch.jobs[j], place, shape);
   }
   const Source<T> source(common.x, common.x_batch_stride, common.stats, shape, place.picture);
   const int64_t picture = int64_t(C) * shape.height * shape.width;
   store_dx<C, kWeights>(
-      reinterpret_cast<T*>(common.dx) + (int64_t(blockIdx.y) * shape.batch + place.picture) * picture, dx, source,
-      place, shape);
+      reinterpret_cast<T*>(common.dx) + (int64_t(blockIdx.y) * shape.batch + place.picture) * picture, dx,
+      Memory<C, kWeights>(shape, kFirstPad, shared), source, place, shape);
 }
 
 // Grid: (parts, jobs).
@@ -574,11 +573,11 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   const Memory<C, kWeights> memory(shape, kSecondPad, shared);
   prepare<C, kWeights, T>(memory, job, at, shape);
   float dx[B::kPasses][8] = {};
-  process<C, kWeights, T, kExact>(dx, memory, job, at, shape);
+  process<C, kWeights, T, kExact>(dx, shared, job, at, shape);
 
   const Source<T> source(job.x, job.x_batch_stride, job.stats, shape, at.picture);
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;
-  float2 sums = store_dx<C, kWeights>(reinterpret_cast<T*>(job.dx) + picture, dx, source, at, shape);
+  float2 sums = store_dx<C, kWeights>(reinterpret_cast<T*>(job.dx) + picture, dx, memory, source, at, shape);
   sums = make_float2(sum_over_quad(sums.x), sum_over_quad(sums.y));
   float2* by_warp = reinterpret_cast<float2*>(memory.e);  // which nobody reads any more
   const int slot = lane_slot<C, kWeights>();
@@ -590,6 +589,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
       const float2 v = by_warp[warp * C + channel_slot<C>(channel)];
       total.x += v.x, total.y += v.y;
     }
+    if (kWeights) total.y /= __ldg(source.stats + channel).y;
     reinterpret_cast<float2*>(job.sums)[int64_t(blockIdx.x) * C + channel] = total;
   }
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "async_copy.cuh"
 #include "cell_conv.h"
 #include "launch.cuh"
 #include "tensor_core.cuh"
@@ -12,15 +13,18 @@
 namespace cell_conv {
 namespace {
 
+using async_copies::copy4_async;
+using async_copies::copy8_async;
+using async_copies::wait_for_copies;
 using launching::check;
 using launching::launch;
 using launching::launch_early;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::multiply_strip;
-using tensor_core::operand;
 using tensor_core::sum_over_quad;
 using tensor_core::sums_over_quad;
+using tensor_core::unbiased;
 using namespace tiles;
 
 constexpr int kHalo = 4;  // columns beside a tile: what a 5 x 5 of dilation 2 reads; rows are as many as needed
@@ -210,29 +214,18 @@ __device__ void load_window(float (&window)[N + 2 * kHalo], const float* strip) 
   }
 }
 
-// A convolution's depthwise weights on their way to shared memory: fetched all at once, stored when there is time.
-// A warp has every kWarps-th channel, a lane one tap of each.
-template <int C, int Threads>
-struct Taps {
-  static constexpr int kWarps = Threads / 32, kCount = C / kWarps;
-  float values[kCount];
-
-  __device__ void load(const float* depthwise, int kernel_size) {
-    const int taps = kernel_size * kernel_size, warp = thread_index() / 32, lane = thread_index() % 32;
-    if (lane >= taps) return;
-    const float* source = depthwise + warp * taps + lane;
+// Sends a convolution's depthwise weights to shared memory; wait_for_copies() tells when they are there. A warp has every
+// kWarps-th channel, a lane one tap of each.
+template <int C, int Threads, typename Slot>
+__device__ void copy_taps(float* taps, const float* depthwise, int kernel_size, Slot slot) {
+  constexpr int kWarps = Threads / 32;
+  const int count = kernel_size * kernel_size, warp = thread_index() / 32, lane = thread_index() % 32;
+  if (lane >= count) return;
+  depthwise += warp * count + lane;
+  taps += kernel_size == 5 ? tap_position(lane, 5) : tap_position(lane, 3);
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) values[n] = __ldg(source + n * kWarps * taps);
-  }
-  template <typename Slot>
-  __device__ void store(float* taps, int kernel_size, Slot slot) const {
-    const int warp = thread_index() / 32, lane = thread_index() % 32;
-    if (lane >= kernel_size * kernel_size) return;
-    taps += kernel_size == 5 ? tap_position(lane, 5) : tap_position(lane, 3);
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) taps[slot(warp + n * kWarps) * kTapsPitch] = values[n];
-  }
-};
+  for (int n = 0; n < C; n += kWarps) copy4_async(taps + slot(warp + n) * kTapsPitch, depthwise + n * count, true);
+}
 
 template <int kSize_, int kDilation_>
 struct Kind {

@@ -328,18 +328,14 @@ __global__ void __launch_bounds__(kForwardThreads, (blocks_at_a_time<C, kGroupSi
   float2* moments = reinterpret_cast<float2*>(taps + kGroupSize * C * kTapsPitch);
   float* count = reinterpret_cast<float*>(moments + kGroupSize * Unit<C>::kCount * C);
 
-  Taps<C, kForwardThreads> own_taps[kGroupSize];
-#pragma unroll
-  for (int n = 0; n < kGroupSize; ++n) {
-    if (n < group.count) own_taps[n].load(group.convs[n].depthwise, group.kernel_size);
+  for (int n = 0; n < group.count; ++n) {
+    copy_taps<C, kForwardThreads>(taps + n * C * kTapsPitch, group.convs[n].depthwise, group.kernel_size,
+                                  contraction_slot);
   }
   const Source<T> source(group.x, group.x_batch_stride, group.stats, shape, at.picture);
   load_tile<C, kForwardThreads>(tile, source, at, shape, Geometry<C>::kPitch, geometry.plane,
                                 contraction_slot);
-#pragma unroll
-  for (int n = 0; n < kGroupSize; ++n) {
-    if (n < group.count) own_taps[n].store(taps + n * C * kTapsPitch, group.kernel_size, contraction_slot);
-  }
+  wait_for_copies();
   __syncthreads();
 
   const int64_t picture = int64_t(at.picture) * C * shape.height * shape.width;

@@ -221,7 +221,6 @@ struct Loads {
 
   static __device__ void prefetch_line(const T* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-  template <bool kExact>
   __device__ void store_dz(float* dz, const GradJob& job, const Place<C>& at, int first) const {
     const Quad quad(job, at);
     const float4* coefs = reinterpret_cast<const float4*>(job.coef) + quad.channel;
@@ -231,10 +230,10 @@ struct Loads {
       if (!quad.has(first + i)) continue;
       const float4 coef = __ldg(coefs + (first + i) * kChannelsAtOnce);
       *reinterpret_cast<float4*>(target + (first + i) * kChannelsAtOnce * Shared<C>::kPitchOfDz) =
-          operand<kExact>(make_float4(fmaf(coef.x, g[i].x, fmaf(coef.y, z[i].x, coef.z)),
-                                      fmaf(coef.x, g[i].y, fmaf(coef.y, z[i].y, coef.z)),
-                                      fmaf(coef.x, g[i].z, fmaf(coef.y, z[i].z, coef.z)),
-                                      fmaf(coef.x, g[i].w, fmaf(coef.y, z[i].w, coef.z))));
+          make_float4(fmaf(coef.x, g[i].x, fmaf(coef.y, z[i].x, coef.z)),
+                      fmaf(coef.x, g[i].y, fmaf(coef.y, z[i].y, coef.z)),
+                      fmaf(coef.x, g[i].z, fmaf(coef.y, z[i].z, coef.z)),
+                      fmaf(coef.x, g[i].w, fmaf(coef.y, z[i].w, coef.z)));
     }
   }
 };
@@ -261,7 +260,7 @@ struct Weights {
   __device__ void store(float* weight_target, float* taps_target, int kernel_size) const {
     const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
     float* quad = weight_target + thread / kQuads * Shared<C>::kPitchOfWeight + thread % kQuads * 4;
-    if (thread < C * kQuads) *reinterpret_cast<float4*>(quad) = operand<kExact>(pointwise);
+    if (thread < C * kQuads) *reinterpret_cast<float4*>(quad) = unbiased<kExact>(pointwise);
     if (lane >= kernel_size * kernel_size) return;
     taps_target += warp * kTapsPitch + (kernel_size == 5 ? tap_position(lane, 5) : tap_position(lane, 3));
 #pragma unroll
@@ -288,12 +287,12 @@ __device__ void compute_e(float* e, const float* dz, const float* weight, int fr
     for (int o = 0; o < C; o += 8) {
       Fragment<4, kExact> left;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) left.set_operand(i, w[(o + i / 2 * 4) * Shared::kPitchOfWeight + i % 2 * 8]);
+      for (int i = 0; i < 4; ++i) left.set_cut(i, w[(o + i / 2 * 4) * Shared::kPitchOfWeight + i % 2 * 8]);
       const float4 upper = read4(column + o * Shared::kPitchOfDz), lower = read4(column + (o + 4) * Shared::kPitchOfDz);
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         Fragment<2, kExact> right;
-        right.set_operand(0, component(upper, t)), right.set_operand(1, component(lower, t));
+        right.set_cut(0, component(upper, t)), right.set_cut(1, component(lower, t));
         multiply<kExact>(sums[t], left, right);
       }
     }
@@ -383,7 +382,7 @@ using Gradients = Gradient[Strips<C>::kCount];
 
 // What follows from e: the gradient of x, and where they are wanted the depthwise outputs and the gradient of the
 // depthwise weights.
-template <int C, int K, int D, bool kExact>
+template <int C, int K, int D>
 __device__ void pass_windows(Gradients<C>& gradients, float* shared, const GradJob& job, int first_channel) {
   using Shared = Shared<C>;
   const Strips<C> strips;
@@ -406,7 +405,7 @@ __device__ void pass_windows(Gradients<C>& gradients, float* shared, const GradJ
     float depthwise[kStrip] = {};
     convolve_again<C, K, D>(depthwise, gradient, x + rows * Shared::kPitch, e + rows * Shared::kPitch, taps);
     *reinterpret_cast<float4*>(target + rows * kWidth<C>) =
-        operand<kExact>(make_float4(depthwise[0], depthwise[1], depthwise[2], depthwise[3]));
+        make_float4(depthwise[0], depthwise[1], depthwise[2], depthwise[3]);
   }
   Owned owned{0, K * K};
   reduce_scatter<C, K * K>(gradient, owned);
@@ -439,16 +438,17 @@ __device__ void pointwise_gradient(float* partial, const float* dz, const float*
         Fragment<2, kExact> right;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          left.set_operand(2 * k, component(upper, 2 * step + k));
-          left.set_operand(2 * k + 1, component(lower, 2 * step + k));
-          right.set_operand(k, component(v, 2 * step + k));
+          left.set_cut(2 * k, component(upper, 2 * step + k));
+          left.set_cut(2 * k + 1, component(lower, 2 * step + k));
+          right.set_cut(k, component(v, 2 * step + k));
         }
         multiply<kExact>(sums, left, right);
       }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      *reinterpret_cast<float2*>(partial + (o + 8 * h) * C + c + 2 * q) = make_float2(sums[2 * h], sums[2 * h + 1]);
+      *reinterpret_cast<float2*>(partial + (o + 8 * h) * C + c + 2 * q) =
+          make_float2(unbiased<kExact>(sums[2 * h]), unbiased<kExact>(sums[2 * h + 1]));
     }
   }
 }
@@ -511,21 +511,21 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
     loads.load(job, at, 0);
     __syncthreads();  // dz and the weights of the convolution before have been read
     weights.store(shared + Shared::kWeight, shared + Shared::kTaps, job.kernel_size);
-    loads.template store_dz<kExact>(dz, job, at, 0);
+    loads.store_dz(dz, job, at, 0);
 #pragma unroll
     for (int first = Loads<C, T>::kBatch; first < Loads<C, T>::kCount; first += Loads<C, T>::kBatch) {
       loads.load(job, at, first);
-      loads.template store_dz<kExact>(dz, job, at, first);
+      loads.store_dz(dz, job, at, first);
     }
     if (i + 1 < state.first + state.count) Loads<C, T>::prefetch(launch.jobs[i + 1], at);
     __syncthreads();
     compute_e<C, kExact>(shared + Shared::kE, dz, shared + Shared::kWeight, from, to);
     __syncthreads();
     switch (job.kernel_size * 2 + job.dilation) {
-      case 7: pass_windows<C, 3, 1, kExact>(gradients, shared, job, at.first_channel); break;
-      case 8: pass_windows<C, 3, 2, kExact>(gradients, shared, job, at.first_channel); break;
-      case 11: pass_windows<C, 5, 1, kExact>(gradients, shared, job, at.first_channel); break;
-      default: pass_windows<C, 5, 2, kExact>(gradients, shared, job, at.first_channel);
+      case 7: pass_windows<C, 3, 1>(gradients, shared, job, at.first_channel); break;
+      case 8: pass_windows<C, 3, 2>(gradients, shared, job, at.first_channel); break;
+      case 11: pass_windows<C, 5, 1>(gradients, shared, job, at.first_channel); break;
+      default: pass_windows<C, 5, 2>(gradients, shared, job, at.first_channel);
     }
     if (job.pointwise_partial == 0) continue;
     __syncthreads();

@@ -17,8 +17,8 @@ using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::multiply_strip;
-using tensor_core::operand;
 using tensor_core::sum_over_quad;
+using tensor_core::unbiased;
 using namespace tiles;
 
 constexpr int kStrip = 4;  // neighbouring pixels that a lane computes at a time

@@ -20,22 +20,25 @@ struct Fragment {
     high[i] = to_tf32(v);
     if constexpr (kExact) low[i] = to_tf32(v - __uint_as_float(high[i]));
   }
-  // The same of what `operand` gave.
-  __device__ void set_operand(int i, float v) {
+  // Not rounded, which takes three instructions: the tensor cores cut off what TF32 does not hold.
+  __device__ void set_cut(int i, float v) {
     if constexpr (kExact) set(i, v);
     else high[i] = __float_as_uint(v);
   }
 };
 
-// A value that many lanes multiply with, rounded once for all of them.
+// Of values whose mantissas are spread log-uniformly, as those of products and sums are, 2^-11 / (2 ln 2) is cut off on
+// average. One factor of every product, or the sum of products, that is passed through here makes up for both operands:
+// their errors are without bias and 6 % larger (root mean square) than if they had been rounded.
 template <bool kExact>
-__device__ float operand(float v) {
-  return kExact ? v : __uint_as_float(to_tf32(v));
+__device__ float unbiased(float v) {
+  constexpr float kCutOff = 0.7213475f / 2048;
+  return kExact ? v : v * (1.f + 2.f * kCutOff);
 }
 
 template <bool kExact>
-__device__ float4 operand(float4 v) {
-  return make_float4(operand<kExact>(v.x), operand<kExact>(v.y), operand<kExact>(v.z), operand<kExact>(v.w));
+__device__ float4 unbiased(float4 v) {
+  return make_float4(unbiased<kExact>(v.x), unbiased<kExact>(v.y), unbiased<kExact>(v.z), unbiased<kExact>(v.w));
 }
 
 __device__ inline void mma(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -65,14 +68,15 @@ __device__ void multiply_strip(float (&sums)[M][T][4], const float2 (&weights)[M
   Fragment<2, kExact> right[T];
 #pragma unroll
   for (int t = 0; t < T; ++t) {
-    right[t].set(0, first[t]);
-    right[t].set(1, second[t]);
+    right[t].set_cut(0, first[t]);
+    right[t].set_cut(1, second[t]);
   }
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const float2 upper = weights[m][0], lower = weights[m][1];
     Fragment<4, kExact> left;
-    left.set(0, upper.x), left.set(1, lower.x), left.set(2, upper.y), left.set(3, lower.y);
+    left.set_cut(0, unbiased<kExact>(upper.x)), left.set_cut(1, unbiased<kExact>(lower.x));
+    left.set_cut(2, unbiased<kExact>(upper.y)), left.set_cut(3, unbiased<kExact>(lower.y));
 #pragma unroll
     for (int t = 0; t < T; ++t) multiply<kExact>(sums[m][t], left, right[t]);
   }
