@@ -114,9 +114,11 @@ def make_step(supernet: Supernet, config: SearchConfig) -> BilevelStep:
         weight_decay=config.arch_weight_decay,
         capturable=device.type == "cuda",
     )
+    strategy = get_strategy(config.strategy).to(device)
+    supernet.set_drawn_only(strategy.single_path)
     return BilevelStep(
         supernet,
-        get_strategy(config.strategy),
+        strategy,
         make_optimizer(supernet.weights(), config),
         arch_optimizer,
         grad_clip=config.grad_clip,

@@ -385,10 +385,14 @@ def interaction_operator(dense: Tensor, fields: Tensor | None = None) -> Tensor:
     return dispatch("interaction_operator", dense, fields)
 
 
-def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
+def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_only: bool = False) -> Tensor:
     """``node_j = Σ_{i<j} MixedOp_ij(state_i, weights_ij)`` by plan; the output joins ``plan.outputs``.
 
     Running statistics of the plan's BatchNorms are updated in training mode.
+
+    With ``drawn_only`` the candidates whose weight is 0 do not run, as where single paths are sampled: their
+    running statistics stay, the gradients of their weights and of their parameters are 0. Which they are,
+    kernels find out on the device.
 
     Args:
         plan: what ``neuroexapt.core.plan.plan_cell`` made of a search cell.
@@ -399,7 +403,7 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     Returns:
         [B, len(plan.outputs) · C, ⌈H / stride⌉, ⌈W / stride⌉].
     """
-    return dispatch("cell", _plan_for(states[0], plan), states, weights)
+    return dispatch("cell", _plan_for(states[0], plan), states, weights, drawn_only=drawn_only)
 
 
 def cell_is_fused(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> bool:

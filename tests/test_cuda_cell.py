@@ -20,6 +20,8 @@ from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Pooling, 
 from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
 from tests.cuda_ops.test_cell import (
+    draw,
+    drawn_by_values,  # noqa: F401
     make_cell,
     make_cell_of_one_input,
     make_edge,
@@ -550,6 +552,98 @@ def test_an_edge_by_itself(monkeypatch, count, stride, training, channels, size)
     assert_as_good_as_eager(edge, inputs, reference=run_edge_reference, run=run_edge)
 
 
+@gpu
+@pytest.mark.usefixtures("exact_products", "drawn_by_values")
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_runs_only_what_was_drawn(reduction, training, wants):
+    """What was not drawn leaves the NaN that ``torch.empty`` holds here."""
+    cell, (*states, weights) = cell_on_gpu(32, (4, 16, 16), reduction)
+    cell.train(training).drawn_only = True
+    assert_as_good_as_eager(cell, (*states, draw(weights, 0)), *wants, run=run_drawn)
+
+
+@gpu
+@pytest.mark.usefixtures("exact_products", "drawn_by_values")
+@pytest.mark.parametrize("channels", [16, 32, 64])
+@pytest.mark.parametrize("size", [(4, 32, 32), (8, 8, 8), (3, 9, 7), (2, 33, 40)])
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_runs_only_what_was_drawn_at_any_size(channels, size, reduction, seed):
+    cell, (*states, weights) = cell_on_gpu(channels, size, reduction)
+    cell.drawn_only = True
+    assert_as_good_as_eager(cell, (*states, draw(weights, seed)), run=run_drawn)
+
+
+@gpu
+@pytest.mark.usefixtures("exact_products", "drawn_by_values")
+@pytest.mark.parametrize(("channels", "size"), [(16, (4, 32, 32)), (32, (3, 9, 7)), (64, (2, 8, 8))])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_only_what_was_drawn_of_one_input(channels, size, training, wants, seed):
+    cell, (x, weights) = make_cell_of_one_input(channels, size)
+    cell.cuda().train(training).drawn_only = True
+    inputs = x.cuda(), draw(weights, seed).cuda()
+    assert_as_good_as_eager(cell, inputs, *wants, reference=SearchCell.forward, run=run_drawn)
+
+
+@gpu
+@pytest.mark.usefixtures("exact_products", "drawn_by_values")
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("column", range(16))
+def test_an_edge_of_one_drawn_operation(monkeypatch, stride, column):
+    edge = make_edge(sixteen_operations(monkeypatch), stride, 16).cuda()
+    edge.drawn_only = True
+    x, weights = make_edge_inputs(edge, (4, 16, 16), 16)
+    inputs = x.cuda(), torch.eye(len(weights), dtype=weights.dtype, device="cuda")[column]
+    assert_as_good_as_eager(edge, inputs, reference=run_edge_reference, run=run_edge)
+
+
+def run_drawn(cell: SearchCell, *arguments: Tensor) -> Tensor:
+    *states, weights = arguments
+    plan = plan_cell(cell)
+    assert fused.supports(plan, states, weights, drawn_only=True).ok
+    return fused.cell(plan, states, weights, drawn_only=True)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["normal", "reduction", "nas-bench-201"])
+def test_replays_follow_what_is_drawn(kind):
+    """One graph for all draws: the kernels find out on the device."""
+    if kind == "nas-bench-201":
+        cell, (*states, weights) = make_cell_of_one_input(16, (8, 16, 16))
+    else:
+        cell = make_cell(kind == "reduction", 16)
+        *states, weights = make_inputs(cell, (8, 16, 16), 16)
+    cell = cell.float().cuda()
+    leaves = [x.float().cuda().requires_grad_() for x in (*states, draw(weights, 0))]
+    leaves += list(cell.edges.parameters())
+    torch.use_deterministic_algorithms(False)  # filling memory with NaN would be captured, too
+
+    def run() -> list[Tensor]:
+        y = run_drawn(cell, *leaves[: len(states) + 1])
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            captured = run()
+        for seed in range(5):
+            leaves[len(states)].data.copy_(draw(weights, seed))
+            before = [buffer.clone() for buffer in cell.edges.buffers()]
+            graph.replay()
+            after = [buffer.clone() for buffer in cell.edges.buffers()]
+            for buffer, old in zip(cell.edges.buffers(), before, strict=True):
+                buffer.copy_(old)
+            expected = run()
+            assert all(torch.equal(got, wanted) for got, wanted in zip(captured, expected, strict=True))
+            assert all(map(torch.equal, after, cell.edges.buffers()))
+    torch.cuda.synchronize()
+
+
 def of_kind(kind: str, found: dict[str, Tensor]) -> Tensor:
     """All that is named so, in a row."""
     named = (tensor for name, tensor in found.items() if name.startswith(kind) and tensor is not None)
@@ -642,9 +736,9 @@ def test_is_chosen_for_fp32_and_for_bf16_under_autocast():
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
     # All for wide and narrow accesses of fp32 and of bf16 but for two that read no pictures; those of windows
-    # also for stride 2.
+    # also for stride 2; windows, sums and dots also for drawn candidates only.
     ("source", "kernels"),
-    [("node_pools.cu", 16), ("node_statistics.cu", 5), ("node_sums.cu", 13), ("partial_sums.cu", 2)],
+    [("node_pools.cu", 32), ("node_statistics.cu", 5), ("node_sums.cu", 21), ("partial_sums.cu", 2)],
 )
 def test_keeps_everything_in_registers(tmp_path, source, kernels, arch):
     report = assembler_report(source, arch, tmp_path)

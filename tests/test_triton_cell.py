@@ -15,6 +15,8 @@ from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import preprocess
 from neuroexapt.kernels import cell_triton, preprocess_triton
 from tests.cuda_ops.test_cell import (
+    draw,
+    drawn_by_values,  # noqa: F401
     make_cell,
     make_cell_of_one_input,
     make_edge,
@@ -130,6 +132,20 @@ def test_tiny_cells_match_the_modules(reduction, training):
         assert (actual[name] is None) == (wanted is None), name
         if wanted is not None:
             assert error(actual[name], wanted.double()) < 2e-5, name
+
+
+@gpu
+@pytest.mark.usefixtures("drawn_by_values")
+@pytest.mark.parametrize("reduction", [False, True])
+def test_knows_what_was_drawn(reduction):
+    cell, (*states, weights) = cell_on_gpu(24, (4, 16, 16), reduction)
+    cell.drawn_only = True
+
+    def run(cell: SearchCell, *inputs: Tensor) -> Tensor:
+        *states, weights = inputs
+        return cell_triton.cell(plan_cell(cell), states, weights, drawn_only=True)
+
+    assert_as_good_as_eager(cell, (*states, draw(weights, 0)), run=run)
 
 
 @pytest.mark.parametrize(

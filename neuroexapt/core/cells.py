@@ -83,13 +83,15 @@ class SearchCell(nn.Module):
     reduction cell. Pools are followed by a BatchNorm if ``norm_pools``.
 
     ``fused`` cells run by their plan, others one module after the other; those that ``recompute`` keep only
-    their arguments for their backward pass. Switch both whenever you like.
+    their arguments for their backward pass; with ``drawn_only`` candidates of weight 0 do not run, see
+    ``functional.cell``. Switch all of them whenever you like.
 
     Raises:
         UserError: ``weights`` is not [E, K].
     """
 
     recompute = False
+    _drawn_only = False
     _fused = True
 
     def __init__(
@@ -130,6 +132,17 @@ class SearchCell(nn.Module):
                 module.fused = fused
 
     @property
+    def drawn_only(self) -> bool:
+        return self._drawn_only
+
+    @drawn_only.setter
+    def drawn_only(self, drawn_only: bool) -> None:
+        self._drawn_only = drawn_only
+        for module in self.edges.modules():
+            if isinstance(module, MixedOp):
+                module.drawn_only = drawn_only
+
+    @property
     def plan(self) -> CellPlan:
         """The plan of the cell as it is now."""
         if self._plan is None or not self._plan.fits(self.edges._modules.values(), self.training):
@@ -152,7 +165,7 @@ class SearchCell(nn.Module):
         *outputs_before, weights = arguments
         states = self.inputs(*outputs_before)
         if self.fused and not torch.compiler.is_compiling():
-            return functional.cell(self.plan, states, weights)
+            return functional.cell(self.plan, states, weights, drawn_only=self.drawn_only)
         return self._run_edges(states, weights)
 
     def _run_edges(self, states: list[Tensor], weights: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.registry import Support, register_impl
 from neuroexapt.core.batch_norm import normed_sum, sum_chunks
+from neuroexapt.core.drawn import can_be_read, statistics_of_drawn, without_gradients_of_zeros
 from neuroexapt.core.layouts import Merging, choose_layout
 from neuroexapt.core.operations import FactorizedReduce, convolve_joined, two_grids
 from neuroexapt.core.plan import (
@@ -26,16 +27,27 @@ from neuroexapt.core.plan import (
     ConvTerm,
     IdentityTerm,
     ModuleTerm,
+    NodeGroup,
     PoolTerm,
     StateGroup,
     Term,
 )
 
 
-def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
+def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_only: bool = False) -> Tensor:
     """What ``functional.cell`` defines."""
+    if not drawn_only:
+        return _run(plan, states, weights)
+    used = without_gradients_of_zeros(weights)
+    if can_be_read(weights):
+        return _run(plan.drawn(weights), states, used)
+    with statistics_of_drawn(plan, weights):
+        return _run(plan, states, used)
+
+
+def _run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     states = list(states)
-    entering: dict[int, list[Tensor]] = {node.node: [] for node in plan.nodes}
+    entering = {node.node: _start(plan, node, states[0], weights) for node in plan.nodes}
     statistics = RunningStatistics()
     for group in plan.states:
         if group.state == len(states):
@@ -48,6 +60,14 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     joined = [states[node].contiguous(memory_format=memory_format) for node in plan.outputs]
     return torch.cat(joined, dim=1)
+
+
+def _start(plan: CellPlan, node: NodeGroup, state: Tensor, weights: Tensor) -> list[Tensor]:
+    """What enters a node besides its terms and edges: zeros if it has none, which depend on the weights."""
+    if node.terms or node.edges:
+        return []
+    stride = plan.states[0].stride
+    return [torch.zeros_like(state[:, :, ::stride, ::stride]) * weights.sum()]
 
 
 def _leave(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuroexapt import functional
+from neuroexapt.core.drawn import run_drawn, without_gradients_of_zeros
 from neuroexapt.errors import UserError
 
 if TYPE_CHECKING:
@@ -279,13 +280,14 @@ class MixedOp(nn.Module):
 
     A ``fused`` edge runs as a search cell of its own, which can be differentiated once. Others run one
     operation after the other, as do edges that carry hooks and those under torch.compile; switch whenever
-    you like.
+    you like. With ``drawn_only`` operations of weight 0 do not run, see ``functional.cell``.
 
     Raises:
         UserError: an operation is unknown or listed twice, or ``weights`` is not [K].
     """
 
     fused = True
+    drawn_only = False
     _plan: CellPlan | None = None
 
     def __init__(
@@ -330,13 +332,23 @@ class MixedOp(nn.Module):
             plan, call = self.plan, ([x], weights[None])
             # An edge that its plan holds as a whole would call itself.
             if not plan.nodes[0].edges and functional.cell_is_fused(plan, *call):
-                return functional.cell(plan, *call)
-        return self._run_operations(x, weights)
+                return functional.cell(plan, *call, drawn_only=self.drawn_only)
+        return self._mix(weights, lambda op: op(x), lambda: Zero(self.stride)(x))
 
-    def _run_operations(self, x: Tensor, weights: Tensor) -> Tensor:
-        active = [k for k, op in enumerate(self.ops) if not isinstance(op, Zero)]
-        if not active:
-            return Zero(self.stride)(x)
-        if len(active) < len(self.ops):
-            weights = torch.stack([weights[k] for k in active])
-        return functional.weighted_sum([self.ops[k](x) for k in active], weights)
+    def _mix(
+        self, weights: Tensor, run: Callable[[nn.Module], Tensor], zeros: Callable[[], Tensor]
+    ) -> Tensor:
+        """``Σ_k weights[k] · run(op_k)``, or ``zeros()`` where there is nothing to add up."""
+        active = {k: op for k, op in enumerate(self.ops) if not isinstance(op, Zero)}
+        if self.drawn_only:
+            outputs = run_drawn(active, weights, run)
+            weights = without_gradients_of_zeros(weights)
+            if not outputs:
+                return zeros() * weights.sum()  # so that the weights always have a gradient
+        else:
+            outputs = {k: run(op) for k, op in active.items()}
+        if not outputs:
+            return zeros()
+        if len(outputs) < len(self.ops):
+            weights = torch.stack([weights[k] for k in outputs])
+        return functional.weighted_sum(list(outputs.values()), weights)

@@ -13,10 +13,10 @@ so all candidates that read a state can run side by side, and all that enter a n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -53,6 +53,9 @@ class Term:
     target: int
     stride: int
     bn: nn.BatchNorm2d | None
+
+
+_Term = TypeVar("_Term", bound=Term)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -173,6 +176,33 @@ class CellPlan:
         edges = [edge for node in self.nodes for edge in node.edges]
         states = [_state_group(group.state, group.stride, terms.values(), edges) for group in self.states]
         return replace(self, states=tuple(states), nodes=tuple(nodes))
+
+    def drawn(self, weights: Tensor) -> CellPlan:
+        """This plan without the candidates whose weight in ``weights`` [E, K] is 0, which waits for them."""
+        is_drawn = (weights != 0).tolist()
+
+        def kept(terms: Iterable[_Term]) -> tuple[_Term, ...]:
+            return tuple(term for term in terms if is_drawn[term.edge][term.column])
+
+        states = (
+            replace(
+                group,
+                convs=kept(group.convs),
+                pools=kept(group.pools),
+                identities=kept(group.identities),
+                modules=kept(group.modules),
+            )
+            for group in self.states
+        )
+        nodes = (replace(group, terms=kept(group.terms)) for group in self.nodes)
+        return replace(self, states=tuple(states), nodes=tuple(nodes))
+
+    def candidates(self) -> Iterator[tuple[int, int, nn.Module]]:
+        """Edge, column and operation of every term."""
+        for node in self.nodes:
+            yield from (
+                (term.edge, term.column, self._edges[term.edge].ops[term.column]) for term in node.terms
+            )
 
     def _for_kernels(self, term: Term) -> Term:
         if not isinstance(term, ConvTerm | PoolTerm) or term.is_known:

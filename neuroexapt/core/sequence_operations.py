@@ -308,8 +308,4 @@ class SequenceMixedOp(MixedOp):
 
     def forward(self, x: Tensor, weights: Tensor, places: Places | None = None) -> Tensor:
         places = places or Places.all_of(x)
-        active = [k for k, op in enumerate(self.ops) if not isinstance(op, Zero)]
-        if not active:
-            return torch.zeros_like(x)
-        results = [self.ops[k](x, places) for k in active]
-        return functional.weighted_sum(results, torch.stack([weights[k] for k in active]))
+        return self._mix(weights, lambda op: op(x, places), lambda: torch.zeros_like(x))

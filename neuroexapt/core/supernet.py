@@ -172,6 +172,14 @@ class Supernet(nn.Module):
         for cell in self.search_cells():
             cell.recompute = recompute
 
+    def set_drawn_only(self, drawn_only: bool) -> None:
+        """Whether candidates of weight 0 are left out rather than run: see ``functional.cell``. Switch at
+        any time.
+        """
+        for module in self.modules():
+            if isinstance(module, MixedOp | SearchCell):
+                module.drawn_only = drawn_only
+
     def arch_parameters(self) -> list[nn.Parameter]:
         """α: what the architecture optimizer updates."""
         return list(self.alphas.values())

@@ -13,7 +13,8 @@ under autograd, on the state itself. Its output enters ``_LeaveStates`` beside t
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from neuroexapt.backend import Support, register_impl
+from neuroexapt.core.buffers import buffers_changed_if
 from neuroexapt.core.operations import FactorizedReduce, SepConvBlock, convolve_joined
 from neuroexapt.core.plan import (
     POOL_SIZE,
@@ -58,7 +60,7 @@ _FEWEST_ADDED_EARLY = 6
 """Terms of a node, which otherwise wait for more: the sum so far is written and read once more."""
 
 
-def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
+def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_only: bool = False) -> Tensor:
     """What ``functional.cell`` computes.
 
     Pointwise products are of fp32 grade where ``torch.backends.cudnn.conv.fp32_precision`` is ``"ieee"``,
@@ -66,10 +68,12 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     and multiplied in TF32; weights, statistics, sums and their coefficients are fp32.
     """
     with torch.cuda.device(states[0].device):
-        return run(plan, states, weights, cell_kernels)
+        return run(plan, states, weights, cell_kernels, drawn_only=drawn_only)
 
 
-def supports(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Support:
+def supports(
+    plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_only: bool = False
+) -> Support:
     """Whether the kernels take these arguments."""
     reason = next(_refusals(plan, states, weights), "")
     return Support(not reason, reason)
@@ -138,7 +142,9 @@ def _own_tensors(plan: CellPlan) -> Iterator[Tensor]:
         yield from (bn.running_mean for bn in bns if bn.running_mean is not None)
 
 
-def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any) -> Tensor:
+def run(
+    plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any, *, drawn_only: bool = False
+) -> Tensor:
     """The cell by the functions of ``kernels``: those of ``cell_kernels``, or others that do the same."""
     weights = weights.contiguous()
     output = _empty_output(plan, states[0])
@@ -148,6 +154,7 @@ def run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any)
         exact,
         _is_training(plan),
         weights.detach(),
+        drawn_only,
         len(states),
         len(plan.nodes),
         output,
@@ -200,6 +207,7 @@ class _Pass:
     exact: bool  # products of fp32 grade
     training: bool
     weights: Tensor
+    drawn_only: bool  # candidates of weight 0 do not run
     inputs: int  # states that leave together
     nodes: int
     output: Tensor | None  # until it is complete
@@ -209,6 +217,20 @@ class _Pass:
     late: set[Term] = field(default_factory=set)  # those whose coefs are there after the next join
     begun: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # sums, of how many entries
     grad_weights: Tensor | None = None
+
+    def mixing(self, members: Iterable[Term | WholeEdge]) -> list[Tensor | None]:
+        """The weight of each that runs only if that is not 0, None of the others."""
+        entries = (_weight_of(member) if self.drawn_only else None for member in members)
+        return [None if entry is None else self.weights[entry] for entry in entries]
+
+    def asking(self, members: Iterable[Term | WholeEdge]) -> dict[str, Any]:
+        """Keyword arguments for kernels of ``members``, which leave out what was not drawn."""
+        return {"mixing": self.mixing(members)} if self.drawn_only else {}
+
+    @property
+    def leaving_out(self) -> dict[str, Any]:
+        """Keyword arguments for kernels that are given all mixing weights."""
+        return {"drawn_only": True} if self.drawn_only else {}
 
     def join(self) -> None:
         self.branch.join()
@@ -249,20 +271,41 @@ class _Flow:
         dense_ops: list[Any] = [term.module for term in self.dense]
         return [*_weights(blocks), *halves, *(op.op[1].weight for op in dense_ops)]
 
-    def convs(self, xs: dict[int, Tensor], weights: Sequence[Tensor]) -> list[Conv]:
+    @cached_property
+    def owners(self) -> list[Term]:
+        """The term of each of ``weights``."""
+        pairs = (*self.first, *self.second, *self.reductions)
+        return [*(term for term in pairs for _ in range(2)), *self.dense]
+
+    def convs(self, pass_: "_Pass", xs: dict[int, Tensor], weights: Sequence[Tensor]) -> list[Conv]:
         """The convolutions in ``first`` of the states ``xs``."""
         pairs = self._pairs(weights)[: len(self.first)]
+        mixing = self._mixing(pass_, self.first, xs)
         return [
-            Conv(xs[term.source], None, *pair, term.dilation, term.stride)
-            for term, pair in zip(self.first, pairs, strict=True)
+            Conv(xs[term.source], None, *pair, term.dilation, term.stride, m)
+            for term, pair, m in zip(self.first, pairs, mixing, strict=True)
         ]
 
     def second_convs(
-        self, zs: Sequence[Tensor], stats: Sequence[Tensor], weights: Sequence[Tensor]
+        self,
+        pass_: "_Pass",
+        xs: dict[int, Tensor],
+        zs: Sequence[Tensor],
+        stats: Sequence[Tensor],
+        weights: Sequence[Tensor],
     ) -> list[Conv]:
-        """The convolutions in ``second`` of what the first ones, normalised by ``stats``, left."""
+        """The convolutions in ``second`` of what the first ones of ``xs``, normalised by ``stats``, left."""
         pairs = self._pairs(weights)[len(self.first) :][: len(self.second)]
-        return [Conv(z, s, *pair, 1) for z, s, pair in zip(zs, stats, pairs, strict=True)]
+        mixing = self._mixing(pass_, self.second, xs)
+        return [Conv(z, s, *pair, 1, 1, m) for z, s, pair, m in zip(zs, stats, pairs, mixing, strict=True)]
+
+    def _mixing(
+        self, pass_: "_Pass", terms: Sequence[Term], xs: dict[int, Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Of convolutions that need not run: both halves of a separable one or none."""
+        if terms and pass_.drawn_only and pass_.kernels.can_leave_out(next(iter(xs.values())), self.stride):
+            return pass_.mixing(terms)
+        return [None] * len(terms)
 
     def halves(self, weights: Sequence[Tensor]) -> dict[Any, tuple[Tensor, Tensor]]:
         """The weights of ``reductions``."""
@@ -297,7 +340,9 @@ class _Outputs:
         if not self._moments:
             return
         bns = [_batch_norm(member, block) for member in self._moments]
-        stats = self.pass_.kernels.statistics(bns, list(self._moments.values()), self.pass_.training)
+        stats = self.pass_.kernels.statistics(
+            bns, list(self._moments.values()), self.pass_.training, **self.pass_.asking(self._moments)
+        )
         self.stats.update(zip(self._moments, stats, strict=True))
         self._moments.clear()
 
@@ -317,7 +362,7 @@ def _compute_first(
             _pool(outputs, flow, xs)
         _begin_sums(pass_, flow.states[-1])
     if flow.first:
-        outputs.put(flow.first, *kernels.convolve(flow.convs(xs, weights), pass_.exact))
+        outputs.put(flow.first, *kernels.convolve(flow.convs(pass_, xs, weights), pass_.exact))
         pass_.branch.start()
     halves = flow.halves(weights)
     for state, reductions in _by_state(flow.reductions).items():
@@ -326,7 +371,7 @@ def _compute_first(
     dense_weights = flow.dense_weights(weights)
     for state, terms in _by_state(flow.dense).items():
         of_terms = [dense_weights[term] for term in terms]
-        outputs.put(terms, *kernels.convolve_dense(xs[state], of_terms, pass_.exact))
+        outputs.put(terms, *kernels.convolve_dense(xs[state], of_terms, pass_.exact, **pass_.asking(terms)))
     normalised = [member for member in flow.outside if _batch_norm(member, 0) is not None]
     if normalised:
         zs = [outputs.z[member] for member in normalised]
@@ -338,7 +383,9 @@ def _pool(outputs: _Outputs, flow: _Flow, xs: dict[int, Tensor]) -> None:
     """Put ``flow.pools`` into ``outputs``."""
     kinds = {term.pool.kind for term in flow.pools}
     pools = _by_state(flow.pools)
-    pooled = outputs.pass_.kernels.pool([xs[state] for state in pools], flow.stride, kinds)
+    pass_ = outputs.pass_
+    asking = {"mixing": list(map(pass_.mixing, pools.values()))} if pass_.drawn_only else {}
+    pooled = pass_.kernels.pool([xs[state] for state in pools], flow.stride, kinds, **asking)
     for terms, *results in zip(pools.values(), *pooled, strict=True):
         outputs.put(terms, *([of_kind[term.pool.kind] for term in terms] for of_kind in results))
     outputs.normalise(0)
@@ -350,8 +397,9 @@ class _Saved:
     ``source``, which its methods take: what the gradient of each z starts from, and its coefficients.
     """
 
-    def __init__(self, flow: _Flow, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, pass_: _Pass, flow: _Flow, tensors: Sequence[Tensor]) -> None:
         saved = iter(tensors)
+        self._pass = pass_
         self._flow = flow
         self.xs = {state: next(saved) for state in flow.states}
         self.mixing = next(saved)
@@ -363,7 +411,7 @@ class _Saved:
     def second_grads(self, source: dict[Any, Any]) -> list[ConvGrad]:
         terms = self._flow.second
         inputs = [self.first_z[term] for term in terms]
-        convs = self._flow.second_convs(inputs, self._first_stats, self.weights)
+        convs = self._flow.second_convs(self._pass, self.xs, inputs, self._first_stats, self.weights)
         return [
             ConvGrad(conv, z, *source[term])
             for term, conv, z in zip(terms, convs, self._second_z, strict=True)
@@ -371,7 +419,7 @@ class _Saved:
 
     def first_grads(self, source: dict[Any, Any]) -> dict[int, list[ConvGrad]]:
         """Of every state that has convolutions."""
-        convs = dict(zip(self._flow.first, self._flow.convs(self.xs, self.weights), strict=True))
+        convs = dict(zip(self._flow.first, self._flow.convs(self._pass, self.xs, self.weights), strict=True))
         return {
             state: [ConvGrad(convs[term], self.first_z[term], *source[term]) for term in terms]
             for state, terms in _by_state(self._flow.first).items()
@@ -389,7 +437,10 @@ class _Saved:
         """Of every state that has dense convolutions."""
         weights = self._flow.dense_weights(self.weights)
         return {
-            state: [DenseGrad(weights[term], self.first_z[term], *source[term]) for term in terms]
+            state: [
+                DenseGrad(weights[term], self.first_z[term], *source[term])._replace(mixing=mixing)
+                for term, mixing in zip(terms, self._pass.mixing(terms), strict=True)
+            ]
             for state, terms in _by_state(self._flow.dense).items()
         }
 
@@ -444,9 +495,8 @@ class _LeaveStates(torch.autograd.Function):
         z, stats = outputs.z, outputs.stats
         first_z, first_stats = dict(z), dict(stats)
         if flow.second:
-            convs = flow.second_convs(
-                [z[term] for term in flow.second], [stats[term] for term in flow.second], weights
-            )
+            halfway = ([z[term] for term in flow.second], [stats[term] for term in flow.second])
+            convs = flow.second_convs(pass_, xs, *halfway, weights)
             outputs.put(flow.second, *pass_.kernels.convolve(convs, pass_.exact))
             outputs.normalise(1)
         z.update((term, xs[term.source].detach()) for term in flow.identities)
@@ -471,7 +521,7 @@ class _LeaveStates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         pass_, flow, kernels = ctx.pass_, ctx.flow, ctx.pass_.kernels
-        saved = _Saved(flow, ctx.saved_tensors)
+        saved = _Saved(pass_, flow, ctx.saved_tensors)
         received = [None if gradient is None else _planes(gradient) for gradient in gradients]
         g = dict(zip(flow.targets, received[len(flow.states) :], strict=True))
         addends: dict[int, list[Tensor]] = {
@@ -516,13 +566,15 @@ class _LeaveStates(torch.autograd.Function):
         grad_weights: list[Any] = [None] * len(weights)
         if wants_weights:
             with pass_.branch:
-                grad_weights = kernels.reduce_partials(partials, weights)
+                grad_weights = kernels.reduce_partials(partials, weights, **pass_.asking(flow.owners))
         totals = {
             state: StateGrad(saved.xs[state], pool_grads, addends[state])
             for state, pool_grads in _pool_grads(flow, g, pass_.coefs).items()
             if wants_state[state] and (pool_grads or addends[state])
         }
-        grad_states = kernels.state_gradients(list(totals.values()), flow.stride, saved.mixing)
+        grad_states = kernels.state_gradients(
+            list(totals.values()), flow.stride, saved.mixing, **pass_.leaving_out
+        )
         grad_of_state = dict(zip(totals, grad_states, strict=True))
         grad_outside = _outside_gradients(kernels, flow.outside, saved.first_z, source)
         if wants_weights:
@@ -583,7 +635,8 @@ def _add_up(pass_: _Pass, number: int, entries: Sequence[_Entry], weights: Tenso
     begun = pass_.begun.pop(number, None)
     y, added = begun or (_slice(pass_.output, number, pass_.nodes), 0)
     so_far = [Summand(y, None, None)] if begun else []
-    pass_.kernels.add_up([*so_far, *(entry.summand for entry in entries[added:])], weights, y)
+    terms = [*so_far, *(entry.summand for entry in entries[added:])]
+    pass_.kernels.add_up(terms, weights, y, **pass_.leaving_out)
     return y
 
 
@@ -619,7 +672,9 @@ def _backward_add_up(
         return
     grad_weights = pass_.grad_weights if wants_weights else None
     terms = list(summands.values())
-    coefs = pass_.kernels.backward_add_up(terms, weights, g, grad_weights, pass_.training)
+    coefs = pass_.kernels.backward_add_up(
+        terms, weights, g, grad_weights, pass_.training, **pass_.leaving_out
+    )
     pass_.coefs.update(zip(summands, coefs, strict=True))
 
 
@@ -651,11 +706,20 @@ def _run_outside(
         xs[state], *shares = _ShareState.apply(pass_, 1 + len(others) + bool(convs), xs[state])
         for member, share in zip(others, shares, strict=False):
             is_edge = isinstance(member, WholeEdge)
-            outputs[member] = member.module(share, weights[member.edge]) if is_edge else member.body(share)
+            outputs[member] = (
+                member.module(share, weights[member.edge]) if is_edge else _run_body(pass_, member, share)
+            )
         if convs:
             outputs |= _convolve_joined(shares[-1], convs)
     like = next(iter(xs.values()))
     return list(xs.values()), [outputs[member].to(like.dtype) for member in flow.outside]
+
+
+def _run_body(pass_: _Pass, term: ModuleTerm, x: Tensor) -> Tensor:
+    """A module runs even if it was not drawn, but then it sees no statistics."""
+    (mixing,) = pass_.mixing([term])
+    with nullcontext() if mixing is None else buffers_changed_if([mixing != 0], [term.module]):
+        return term.body(x)
 
 
 def _convolve_joined(x: Tensor, terms: Sequence[ModuleTerm]) -> dict[ModuleTerm, Tensor]:

@@ -4,6 +4,9 @@ Legend: B pictures of C channels, fp32 or bf16, and all else fp32; ``z``: [B, C,
 BatchNorm; ``stats``: [C, 2], mean and 1 / sqrt(variance + eps); ``moments``: [parts, C, 3], partial {count,
 mean, sum of squared deviations}; ``coef``: [C, 4], {A, B, D, 0} with dz = A · g + B · z + D. Only an input's
 first dimension may be strided.
+
+``mixing``: the mixing weight [] of a candidate that runs only if that is not 0, None of one that runs in any
+case. What a candidate that does not run would have written holds anything, and no kernel reads it.
 """
 
 from collections import defaultdict
@@ -50,6 +53,7 @@ class Conv(NamedTuple):
     pointwise: Tensor
     dilation: int
     stride: int = 1
+    mixing: Tensor | None = None
 
 
 class ConvGrad(NamedTuple):
@@ -77,6 +81,7 @@ class DenseGrad(NamedTuple):
     z: Tensor
     g: Tensor
     coef: Tensor
+    mixing: Tensor | None = None
 
 
 class Partials(NamedTuple):
@@ -139,7 +144,7 @@ def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Ten
     jobs = [
         kernels.ConvJob(
             *strided(conv.x),
-            *addresses(conv.stats, conv.depthwise, conv.pointwise, z, m),
+            *addresses(conv.stats, conv.depthwise, conv.pointwise, z, m, conv.mixing),
             conv.depthwise.shape[-1],
             conv.dilation,
         )
@@ -198,6 +203,13 @@ def _backward_states(
     ]
     kernels.cell_conv_backward_first(shape, jobs, splits, current_stream())
     return found
+
+
+def can_leave_out(x: Tensor, stride: int) -> bool:
+    """Whether all kernels for convolutions of a state like x leave out those that were not drawn."""
+    if stride == 1:
+        return True
+    return x.shape[3] % 8 == 0 and extension().cell_strided_backward_takes(_strided_shape(x, exact=False))
 
 
 def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -283,15 +295,19 @@ def _differentiate_reductions(
     return dxs, partials if wants_weights else Partials([], [])
 
 
-def convolve_dense(x: Tensor, weights: Sequence[Tensor], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
+def convolve_dense(
+    x: Tensor, weights: Sequence[Tensor], exact: bool, mixing: Sequence[Tensor | None] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """``z`` and ``moments`` of convolutions of relu(x), stride 1; ``weights``: [C, C, K, K] with K 1 or 3."""
     kernels, (shape, input_, x) = extension(), _dense_shape(x, exact)
     zs = _empty_like(x, len(weights))
     moments = _empty_fp32(x, len(weights), kernels.dense_conv_forward_parts(shape), x.shape[1], 3)
     weights = list(map(dense, weights))
     jobs = [
-        kernels.DenseJob(*addresses(weight, z, m), weight.shape[-1])
-        for weight, z, m in zip(weights, zs, moments, strict=True)
+        kernels.DenseJob(*addresses(weight, z, m, mixing_weight), weight.shape[-1])
+        for weight, z, m, mixing_weight in zip(
+            weights, zs, moments, mixing or [None] * len(weights), strict=True
+        )
     ]
     kernels.dense_conv_forward(shape, input_, jobs, current_stream())
     return zs, moments
@@ -309,7 +325,9 @@ def backward_dense(
     none: list[Tensor | None] = [None] * len(grads)
     operands = [(dense_pictures(grad.g), dense(grad.weight)) for grad in grads]
     jobs = [
-        kernels.DenseGradJob(*strided(g), *addresses(grad.z, grad.coef, weight, partial), weight.shape[-1])
+        kernels.DenseGradJob(
+            *strided(g), *addresses(grad.z, grad.coef, weight, partial, grad.mixing), weight.shape[-1]
+        )
         for grad, (g, weight), partial in zip(grads, operands, partials or none, strict=True)
     ]
     kernels.dense_conv_input_gradient(shape, input_, jobs, splits, dxs[0].data_ptr(), current_stream())
@@ -318,13 +336,19 @@ def backward_dense(
     return dxs, partials
 
 
-def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights' gradients, Σ_parts partial."""
+def reduce_partials(
+    partials: Sequence[Tensor], weights: Sequence[Tensor], mixing: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """The weights' gradients, Σ_parts partial; 0 for those of candidates that did not run."""
     kernels = extension()
     gradients = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     jobs = [
-        kernels.PartialSumsJob(*addresses(partial, gradient), gradient.numel(), partial.shape[0])
-        for partial, gradient in zip(partials, gradients, strict=True)
+        kernels.PartialSumsJob(
+            *addresses(partial, gradient, mixing_weight), gradient.numel(), partial.shape[0]
+        )
+        for partial, gradient, mixing_weight in zip(
+            partials, gradients, mixing or [None] * len(partials), strict=True
+        )
     ]
     launch_early(kernels.partial_sums_add_up, jobs)
     return gradients
@@ -340,10 +364,13 @@ def plane_moments(zs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def pool(
-    xs: Sequence[Tensor], stride: int, kinds: set[str]
+    xs: Sequence[Tensor],
+    stride: int,
+    kinds: set[str],
+    mixing: Sequence[Sequence[Tensor]] | None = None,
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """For each of some states of one shape the outputs of the pools of ``kinds``, "max" and "avg", and their
-    ``moments``."""
+    ``moments``; ``mixing``: of all pools of each state, of which one may run for all."""
     kernels, shape = extension(), _pool_shape(xs[0], stride)
     batch, channels, height, width = xs[0].shape
     size = (len(kinds), batch, channels, -(-height // stride), -(-width // stride))
@@ -354,37 +381,49 @@ def pool(
         for m in _empty_fp32(xs[0], len(xs), len(kinds), parts, channels, 3)
     ]
     jobs = [
-        kernels.PoolJob(_tensor(x), *addresses(z.get("max"), m.get("max"), z.get("avg"), m.get("avg")))
-        for x, z, m in zip(xs, zs, moments, strict=True)
+        kernels.PoolJob(
+            _tensor(x),
+            *addresses(z.get("max"), m.get("max"), z.get("avg"), m.get("avg")),
+            addresses(*mixing_weights),
+        )
+        for x, z, m, mixing_weights in zip(xs, zs, moments, mixing or [()] * len(xs), strict=True)
     ]
     launch(kernels.node_pool, shape, jobs)
     return zs, moments
 
 
-def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
-    """``stats`` of each BatchNorm; in training they enter its running statistics, else they are these."""
+def statistics(
+    bns: Sequence[nn.BatchNorm2d],
+    moments: Sequence[Tensor],
+    training: bool,
+    mixing: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """``stats`` of each BatchNorm; in training they enter its running statistics, but for candidates that do
+    not run; else they are these."""
     kernels, channels = extension(), bns[0].num_features
     stats = _empty_fp32(moments[0], len(bns), channels, 2)
     jobs = [
         kernels.StatsJob(
             m.data_ptr() if training else 0,
             m.shape[0],
-            *addresses(s, bn.running_mean, bn.running_var, bn.num_batches_tracked),
+            *addresses(s, bn.running_mean, bn.running_var, bn.num_batches_tracked, mixing_weight),
         )
-        for bn, m, s in zip(bns, moments, stats, strict=True)
+        for bn, m, s, mixing_weight in zip(bns, moments, stats, mixing or [None] * len(bns), strict=True)
     ]
     launch_early(kernels.node_finalize, channels, EPS, MOMENTUM, jobs)
     return stats
 
 
-def add_up(summands: Sequence[Summand], weights: Tensor | None, y: Tensor) -> None:
-    """y = the sum of ``summands``, of which one may be y itself."""
+def add_up(summands: Sequence[Summand], weights: Tensor | None, y: Tensor, drawn_only: bool = False) -> None:
+    """y = the sum of ``summands``, of which one may be y itself; with ``drawn_only`` of those whose weight is
+    not 0, in gradients too.
+    """
     kernels = extension()
     terms = [
         kernels.NodeTerm(_tensor(term.z), *addresses(term.stats), _element(weights, term.entry))
         for term in summands
     ]
-    launch(kernels.node_sum, _shape(y), terms, _tensor(y))
+    launch(kernels.node_sum, _shape(y), terms, drawn_only, _tensor(y))
 
 
 def backward_add_up(
@@ -393,17 +432,20 @@ def backward_add_up(
     g: Tensor,
     grad_weights: Tensor | None,
     training: bool,
+    drawn_only: bool = False,
 ) -> list[Tensor]:
     """``coef`` of each summand, and where they are wanted the gradients of the weights that they have."""
     kernels, shape = extension(), _shape(g)
     coefs = _empty_fp32(g, len(summands), g.shape[1], 4)
     (dots,) = _empty_fp32(g, 1, 1 + len(summands), g.shape[1], kernels.node_parts(shape))
     terms = [
-        kernels.NodeDotTerm(_tensor(term.z), *addresses(term.stats), row)
+        kernels.NodeDotTerm(_tensor(term.z), *addresses(term.stats), row, _number(weights, term.entry))
         for row, term in enumerate(summands, 1)
         if term.pooling is None
     ]
-    launch(kernels.node_dots, shape, g.shape[3], terms, _pooled_terms(summands), _tensor(g), dots.data_ptr())
+    (mixing,) = addresses(weights if drawn_only else None)
+    pooled = _pooled_terms(summands, weights)
+    launch(kernels.node_dots, shape, g.shape[3], terms, pooled, mixing, _tensor(g), dots.data_ptr())
     gradients = [
         kernels.NodeTermGradient(
             *addresses(term.stats),
@@ -413,11 +455,11 @@ def backward_add_up(
         )
         for term, coef in zip(summands, coefs, strict=True)
     ]
-    launch_early(kernels.node_coefficients, shape, training, gradients, dots.data_ptr())
+    launch_early(kernels.node_coefficients, shape, training, gradients, drawn_only, dots.data_ptr())
     return coefs
 
 
-def _pooled_terms(summands: Sequence[Summand]) -> list[Any]:
+def _pooled_terms(summands: Sequence[Summand], weights: Tensor | None) -> list[Any]:
     """Those with a pooling, both of an edge together."""
     of_edge: defaultdict[int, dict[str, tuple[int, Summand]]] = defaultdict(dict)
     for row, term in enumerate(summands, 1):
@@ -430,9 +472,10 @@ def _pooled_terms(summands: Sequence[Summand]) -> list[Any]:
         assert pooling is not None
         stats = (of_kind[kind][1].stats if kind in of_kind else None for kind in ("max", "avg"))
         rows = (of_kind[kind][0] if kind in of_kind else 0 for kind in ("max", "avg"))
-        jobs.append(
-            extension().NodePooledTerms(_tensor(x), *x.shape[2:], pooling.stride, *addresses(*stats), *rows)
-        )
+        entries = (of_kind[kind][1].entry if kind in of_kind else None for kind in ("max", "avg"))
+        numbers = (_number(weights, entry) for entry in entries)
+        sizes = (*x.shape[2:], pooling.stride)
+        jobs.append(extension().NodePooledTerms(_tensor(x), *sizes, *addresses(*stats), *rows, *numbers))
     return jobs
 
 
@@ -448,9 +491,11 @@ def affine_gradients(gs: Sequence[Tensor], zs: Sequence[Tensor], coefs: Sequence
     return dzs
 
 
-def state_gradients(states: Sequence[StateGrad], stride: int, weights: Tensor | None) -> list[Tensor]:
+def state_gradients(
+    states: Sequence[StateGrad], stride: int, weights: Tensor | None, drawn_only: bool = False
+) -> list[Tensor]:
     """For each of some states of one shape the sum of its addends and of what the pools and identities of
-    every edge pass back to it."""
+    every edge pass back to it; with ``drawn_only`` those of weight 0 take no time."""
     if not states:
         return []
     kernels = extension()
@@ -471,7 +516,7 @@ def state_gradients(states: Sequence[StateGrad], stride: int, weights: Tensor | 
         )
         for state, dx in zip(states, dxs, strict=True)
     ]
-    kernels.node_state_gradients(_pool_shape(states[0].x, stride), jobs, current_stream())
+    kernels.node_state_gradients(_pool_shape(states[0].x, stride), jobs, drawn_only, current_stream())
     return dxs
 
 
@@ -489,7 +534,10 @@ def _convolve_strided(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor],
     operands = [(dense_pictures(conv.x), dense(conv.depthwise), dense(conv.pointwise)) for conv in convs]
     jobs = [
         kernels.StridedJob(
-            *strided(x), *addresses(depthwise, pointwise, z, m), depthwise.shape[-1], conv.dilation
+            *strided(x),
+            *addresses(depthwise, pointwise, z, m, conv.mixing),
+            depthwise.shape[-1],
+            conv.dilation,
         )
         for conv, (x, depthwise, pointwise), z, m in zip(convs, operands, zs, moments, strict=True)
     ]
@@ -503,7 +551,7 @@ def _backward_strided(
     """As ``_convolve_strided``, for each state."""
     x, kernels = grads[0][0].conv.x, extension()
     shape = _strided_shape(x, exact)
-    if x.shape[3] % 8 or not kernels.cell_strided_backward_takes(shape):
+    if not can_leave_out(x, 2):
         return [_backward_strided_state(of_state, wants_weights) for of_state in grads]
     parts = kernels.cell_strided_backward_parts(shape)
     found = [(_empty_like(x, 1), _partials(of_state, parts, wants_weights)) for of_state in grads]
@@ -514,7 +562,10 @@ def _backward_strided(
         none: list[Tensor | None] = [None] * len(of_state)
         jobs = [
             kernels.StridedGradJob(
-                *strided(g), *addresses(*others, *partial), grad.conv.depthwise.shape[-1], grad.conv.dilation
+                *strided(g),
+                *addresses(*others, *partial, grad.conv.mixing),
+                grad.conv.depthwise.shape[-1],
+                grad.conv.dilation,
             )
             for grad, (g, *others), *partial in zip(
                 of_state, tensors, partials.depthwise or none, partials.pointwise or none, strict=True
@@ -613,7 +664,9 @@ def _grad_jobs(
             *strided(grad.g),
             *addresses(grad.z, grad.coef),
             *strided(grad.conv.x),
-            *addresses(grad.conv.stats, grad.conv.depthwise, grad.conv.pointwise, dx, *partial),
+            *addresses(
+                grad.conv.stats, grad.conv.depthwise, grad.conv.pointwise, dx, *partial, grad.conv.mixing
+            ),
             grad.conv.depthwise.shape[-1],
             grad.conv.dilation,
         )
@@ -676,4 +729,9 @@ def _element(weights: Tensor | None, entry: tuple[int, int] | None) -> int:
     """The address of weights[entry]; without weights every entry is None."""
     if weights is None or entry is None:
         return 0
-    return weights.data_ptr() + weights.element_size() * (entry[0] * weights.shape[1] + entry[1])
+    return weights.data_ptr() + weights.element_size() * _number(weights, entry)
+
+
+def _number(weights: Tensor | None, entry: tuple[int, int] | None) -> int:
+    """Where weights[entry] stands, −1 for none."""
+    return -1 if weights is None or entry is None else entry[0] * weights.shape[1] + entry[1]

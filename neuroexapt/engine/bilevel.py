@@ -60,7 +60,7 @@ class Strategy(nn.Module, ABC):
     """Why cells do not run by their plan, if they don't."""
 
     single_path: ClassVar[bool] = False
-    """Whether the weights learn with one operation an edge at a time."""
+    """Whether one operation an edge is drawn for every pass; the others, of weight 0, do not run."""
     learns_alpha: ClassVar[bool] = True
     """Whether α tells anything in the end."""
     against_collapse: ClassVar[bool] = False

@@ -119,6 +119,7 @@ class SearchPhase(Phase):
             task=self.space.task,
             cost=self.resources.penalty if self.resources else lambda weights: None,
         )
+        supernet.set_drawn_only(self.strategy.single_path)
         supernet.set_recompute(config.recompute)
         supernet.set_precision(config.precision)
         self._set_execution(self._execution)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
+from neuroexapt.core.drawn import statistics_of_drawn, without_gradients_of_zeros
 from neuroexapt.core.plan import CellPlan
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.kernels import cell_kernels_triton
@@ -17,13 +18,21 @@ MAX_PIXELS, MAX_TERMS = 2**30, 96
 """Of a batch, and of what enters a node or leaves a state."""
 
 
-def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """What ``functional.cell`` computes, in the dtypes and with the products of ``cuda_ops.cell.cell``."""
+def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_only: bool = False) -> Tensor:
+    """What ``functional.cell`` computes, in the dtypes and with the products of ``cuda_ops.cell.cell``.
+
+    All candidates run in any case.
+    """
+    if drawn_only:
+        with statistics_of_drawn(plan, weights):
+            return cell(plan, states, without_gradients_of_zeros(weights))
     with torch.cuda.device_of(states[0]):
         return fused.run(plan, states, weights, cell_kernels_triton)
 
 
-def supports(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Support:
+def supports(
+    plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_only: bool = False
+) -> Support:
     """Whether the kernels take these arguments."""
     reason = next(_refusals(plan, states, weights), "")
     return Support(not reason, reason)

@@ -17,9 +17,10 @@ class Gdas(Scheduled):
     Of the sample p of ``gumbel_softmax`` the largest element counts: its weight is 1 and has the gradient of
     p, the others are 0 and have none. τ falls linearly.
 
-    All operations run here, those that were not drawn with weight 0, so that every step launches the same
-    kernels, as a CUDA graph wants it. From the published ones they differ in the running statistics of their
-    BatchNorms.
+    As published, operations that were not drawn do not run: no gradients, no running statistics. A captured
+    step launches the same kernels every time; they find out on the device what was drawn. The optimizer sees
+    gradients of 0, so momentum and weight decay go on, as in the published code with the PyTorch of its time,
+    which filled gradients with zeros.
     """
 
     paper = "Dong, Yang: Searching for a Robust Neural Architecture in Four GPU Hours, CVPR 2019"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from neuroexapt.core import drawn
 from neuroexapt.core.cells import CellTopology, OneInput, SearchCell, TwoInputs
 from neuroexapt.core.operations import OPS, PRIMITIVES, DilConv, MixedOp, Pool, ReLUConvBN
 from neuroexapt.core.plan import plan_cell
@@ -155,6 +156,62 @@ def test_of_one_input_and_the_last_node_alone(training, wants, width, dense, mon
     assert expected["y"].shape == inputs[0].shape
     assert_close(results(run, cell, inputs, *wants), expected)
     assert convolve.called == dense
+
+
+@pytest.fixture
+def drawn_by_values(monkeypatch):
+    """The reference runs all candidates, so that those of weight 0 have gradients, which are 0."""
+    monkeypatch.setattr(drawn, "can_be_read", lambda weights: False)
+
+
+@pytest.mark.usefixtures("drawn_by_values")
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("wants", "seed"), [((True, True), 0), ((True, False), 1), ((False, True), 2)])
+def test_runs_only_what_was_drawn(reduction, training, wants, seed):
+    cell = make_cell(reduction, nodes=3).train(training)
+    cell.drawn_only = True
+    *states, weights = make_inputs(cell)
+    inputs = (*states, draw(weights, seed))
+    assert_close(results(run_drawn, cell, inputs, *wants), results(run_reference, cell, inputs, *wants))
+
+
+@pytest.mark.usefixtures("drawn_by_values")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("width", [8, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_only_what_was_drawn_of_one_input(training, width, seed):
+    cell, (x, weights) = make_cell_of_one_input(4, (3, 7, width))
+    cell.train(training).drawn_only = True
+    inputs = x, draw(weights, seed)
+    assert_close(results(run_drawn, cell, inputs), results(SearchCell.forward, cell, inputs))
+
+
+@pytest.mark.usefixtures("drawn_by_values")
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("column", range(16))
+def test_an_edge_of_one_drawn_operation(sixteen, stride, column):
+    edge = make_edge(sixteen, stride)
+    edge.drawn_only = True
+    x, weights = make_edge_inputs(edge)
+    inputs = x, torch.eye(len(weights), dtype=weights.dtype)[column]
+
+    def run(edge: MixedOp, x: Tensor, weights: Tensor) -> Tensor:
+        return fused.run(edge.plan.for_kernels, [x], weights[None], torch_kernels, drawn_only=True)
+
+    assert_close(results(run, edge, inputs), results(run_edge_reference, edge, inputs))
+
+
+def draw(weights: Tensor, seed: int) -> Tensor:
+    """Weight 1 for one candidate of each edge, 0 for the others."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randint(weights.shape[1], (len(weights), 1), generator=generator)
+    return torch.zeros_like(weights).scatter_(1, columns.to(weights.device), 1.0)
+
+
+def run_drawn(cell: SearchCell, *arguments: Tensor) -> Tensor:
+    *states, weights = arguments
+    return fused.run(plan_cell(cell), states, weights, torch_kernels, drawn_only=True)
 
 
 @pytest.mark.parametrize(

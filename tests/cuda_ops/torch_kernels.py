@@ -1,4 +1,7 @@
-"""The functions of ``neuroexapt.cuda_ops.cell_kernels`` in plain PyTorch, for any device and dtype."""
+"""The functions of ``neuroexapt.cuda_ops.cell_kernels`` in plain PyTorch, for any device and dtype.
+
+What a candidate that does not run would have written is NaN.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -64,7 +67,7 @@ POOLS = {"max": reference.max_pool, "avg": reference.avg_pool}
 
 
 def convolve(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
-    zs = [_convolve(conv, conv.x, conv.depthwise, conv.pointwise) for conv in convs]
+    zs = [_if_it_runs(_convolve(conv, conv.x, conv.depthwise, conv.pointwise), conv.mixing) for conv in convs]
     return zs, plane_moments(zs)
 
 
@@ -73,7 +76,7 @@ def backward_second(
 ) -> tuple[list[Tensor], list[Tensor], Partials]:
     us, coefs, partials = [], [], Partials([], [])
     for grad in grads:
-        dx, depthwise, pointwise = _gradients(grad)
+        dx, depthwise, pointwise = (_if_it_runs(gradient, grad.conv.mixing) for gradient in _gradients(grad))
         mean, rstd = grad.conv.stats.unbind(1)
         us.append(dx / _per_channel(rstd))
         coefs.append(_coef(us[-1], grad.conv.x, mean, rstd, 1.0, training))
@@ -87,11 +90,21 @@ def backward_first(
     grads: Sequence[Sequence[ConvGrad]], exact: bool, wants_weights: bool
 ) -> tuple[list[list[Tensor]], Partials]:
     gradients = [[_gradients(grad) for grad in of_state] for of_state in grads]
-    dxs = [[dx for dx, _, _ in of_state] for of_state in gradients]
+    dxs = [
+        [
+            dx if _runs(grad.conv.mixing) else torch.zeros_like(dx)
+            for grad, (dx, _, _) in zip(of_state, own, strict=True)
+        ]
+        for of_state, own in zip(grads, gradients, strict=True)
+    ]
     if not wants_weights:
         return dxs, Partials([], [])
     in_order = list(chain(*gradients))
     return dxs, Partials([_split(dw) for _, dw, _ in in_order], [_split(pw) for _, _, pw in in_order])
+
+
+def can_leave_out(x: Tensor, stride: int) -> bool:
+    return True
 
 
 def multiply(x: Tensor, weight: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -133,8 +146,11 @@ def backward_reduce(
     return dxs, partials
 
 
-def convolve_dense(x: Tensor, weights: Sequence[Tensor], exact: bool) -> tuple[list[Tensor], list[Tensor]]:
+def convolve_dense(
+    x: Tensor, weights: Sequence[Tensor], exact: bool, mixing: Sequence[Tensor | None] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     zs = [_convolve_dense(x, weight) for weight in weights]
+    zs = [_if_it_runs(z, m) for z, m in zip(zs, mixing or [None] * len(zs), strict=True)]
     return zs, plane_moments(zs)
 
 
@@ -146,7 +162,8 @@ def backward_dense(
         with torch.enable_grad():
             leaves = [leaf.detach().requires_grad_() for leaf in (x, grad.weight)]
             z = _convolve_dense(*leaves)
-        gradients.append(torch.autograd.grad(z, leaves, _affine(grad.g, grad.z, grad.coef)))
+        dx, dw = torch.autograd.grad(z, leaves, _affine(grad.g, grad.z, grad.coef))
+        gradients.append((dx if _runs(grad.mixing) else torch.zeros_like(dx), _if_it_runs(dw, grad.mixing)))
     return [dx for dx, _ in gradients], [_split(dw) for _, dw in gradients if wants_weights]
 
 
@@ -154,9 +171,12 @@ def _convolve_dense(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(F.relu(x), weight, padding=weight.shape[-1] // 2)
 
 
-def reduce_partials(partials: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+def reduce_partials(
+    partials: Sequence[Tensor], weights: Sequence[Tensor], mixing: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
     return [
-        Branch.hide(partial.sum(0).view_as(weight)) for partial, weight in zip(partials, weights, strict=True)
+        Branch.hide(partial.sum(0).view_as(weight) if _runs(m) else torch.zeros_like(weight))
+        for partial, weight, m in zip(partials, weights, mixing or [None] * len(partials), strict=True)
     ]
 
 
@@ -165,18 +185,27 @@ def plane_moments(zs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def pool(
-    xs: Sequence[Tensor], stride: int, kinds: set[str]
+    xs: Sequence[Tensor], stride: int, kinds: set[str], mixing: Sequence[Sequence[Tensor]] | None = None
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    zs = [{kind: POOLS[kind](x, 3, stride) for kind in kinds} for x in xs]
+    wanted = [not of_state or any(map(_runs, of_state)) for of_state in mixing or [()] * len(xs)]
+    zs = [
+        {kind: _if(is_wanted, POOLS[kind](x, 3, stride)) for kind in kinds}
+        for x, is_wanted in zip(xs, wanted, strict=True)
+    ]
     moments = [{kind: _moments(z) for kind, z in of_state.items()} for of_state in zs]
     for z in chain(*(of_state.values() for of_state in zs)):
         Branch.hide(z)
     return zs, moments
 
 
-def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], training: bool) -> list[Tensor]:
+def statistics(
+    bns: Sequence[nn.BatchNorm2d],
+    moments: Sequence[Tensor],
+    training: bool,
+    mixing: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
     stats = []
-    for bn, partial in zip(bns, moments, strict=True):
+    for bn, partial, m in zip(bns, moments, mixing or [None] * len(bns), strict=True):
         mean, variance = bn.running_mean, bn.running_var
         if training:
             counts, means, squares = partial.unbind(2)
@@ -184,24 +213,36 @@ def statistics(bns: Sequence[nn.BatchNorm2d], moments: Sequence[Tensor], trainin
             mean = (counts * means).sum(0) / count
             squares = (squares + counts * (means - mean) ** 2).sum(0)
             variance = squares / count
-            bn.running_mean.lerp_(mean, MOMENTUM)
-            bn.running_var.lerp_(squares / (count - 1), MOMENTUM)
-            bn.num_batches_tracked += 1
+            if _runs(m):
+                bn.running_mean.lerp_(mean, MOMENTUM)
+                bn.running_var.lerp_(squares / (count - 1), MOMENTUM)
+                bn.num_batches_tracked += 1
         stats.append(Branch.hide(torch.stack([mean, (variance + EPS).rsqrt()], 1)))
     return stats
 
 
-def add_up(summands: Sequence[Summand], weights: Tensor, y: Tensor) -> None:
-    terms = (_weight(weights, term.entry) * _normalised(term) for term in summands)
+def add_up(summands: Sequence[Summand], weights: Tensor, y: Tensor, drawn_only: bool = False) -> None:
+    read = [term for term in summands if not drawn_only or _weight(weights, term.entry) != 0]
+    terms = (_weight(weights, term.entry) * _normalised(term) for term in read)
     y.copy_(sum(terms, start=torch.zeros_like(y)))
     Branch.hide(y)
 
 
 def backward_add_up(
-    summands: Sequence[Summand], weights: Tensor, g: Tensor, grad_weights: Tensor | None, training: bool
+    summands: Sequence[Summand],
+    weights: Tensor,
+    g: Tensor,
+    grad_weights: Tensor | None,
+    training: bool,
+    drawn_only: bool = False,
 ) -> list[Tensor]:
     coefs = []
     for term in summands:
+        if drawn_only and _weight(weights, term.entry) == 0:
+            if grad_weights is not None:
+                grad_weights[term.entry] = 0
+            coefs.append(g.new_zeros(g.shape[1], 4))
+            continue
         if term.pooling is not None:
             term = term._replace(z=POOLS[term.pooling.kind](term.z, 3, term.pooling.stride))
         if grad_weights is not None:
@@ -220,7 +261,9 @@ def affine_gradients(gs: Sequence[Tensor], zs: Sequence[Tensor], coefs: Sequence
     return [_affine(g, z, coef) for g, z, coef in zip(gs, zs, coefs, strict=True)]
 
 
-def state_gradients(states: Sequence[StateGrad], stride: int, weights: Tensor) -> list[Tensor]:
+def state_gradients(
+    states: Sequence[StateGrad], stride: int, weights: Tensor, drawn_only: bool = False
+) -> list[Tensor]:
     return [_state_gradient(state, stride, weights) for state in states]
 
 
@@ -294,6 +337,18 @@ def _normalised(term: Summand) -> Tensor:
 
 def _split(gradient: Tensor) -> Tensor:
     return torch.stack([gradient.flatten() / 4, gradient.flatten() * 3 / 4])
+
+
+def _runs(mixing: Tensor | None) -> bool:
+    return mixing is None or mixing.item() != 0
+
+
+def _if_it_runs(written: Tensor, mixing: Tensor | None) -> Tensor:
+    return _if(_runs(mixing), written)
+
+
+def _if(is_written: bool, written: Tensor) -> Tensor:
+    return written if is_written else torch.full_like(written, torch.nan)
 
 
 def _weight(weights: Tensor, entry: tuple[int, int] | None) -> Tensor | float:

@@ -1,7 +1,9 @@
+import pytest
 import torch
+from torch import nn
 
 from neuroexapt.strategies.gdas import Gdas
-from tests.strategies.small import make_step, some_alphas
+from tests.strategies.small import make_phase, make_step, some_alphas
 
 
 def test_one_operation_an_edge_has_weight_one_and_it_alone_passes_a_gradient() -> None:
@@ -46,6 +48,21 @@ def test_only_drawn_operations_learn() -> None:
         learned.append(any(g.abs().sum() > 0 for g in gradients))
     assert any(learned)
     assert not all(learned)
+
+
+@pytest.mark.usefixtures("small_space")
+@pytest.mark.parametrize(("strategy", "passes"), [("gdas", 2), ("random", 1)])
+@pytest.mark.parametrize("execution", ["fused", "reference"])
+def test_one_operation_an_edge_runs(strategy, passes, execution) -> None:
+    phase = make_phase(strategy=strategy)
+    phase.supernet.set_execution(execution)
+    steps = len(list(phase.steps(0, 0)))
+    seen = []
+    for cell in phase.supernet.search_cells():
+        for edge in cell.edges:
+            bns = [next(m for m in op.modules() if type(m) is nn.BatchNorm2d) for op in edge.ops[2:]]
+            seen.append(sum(bn.num_batches_tracked.item() for bn in bns))
+    assert 0 < max(seen) <= steps * passes
 
 
 def test_validation_and_genotype_see_no_noise() -> None:

@@ -47,10 +47,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<cell_conv::Shape>(m, "ConvShape")
       .def(pybind11::init<int, int, int, int, bool, bool>());
   pybind11::class_<cell_conv::Job>(m, "ConvJob")
-      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, int, int>());
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, Address, int, int>());
   pybind11::class_<cell_conv::GradJob>(m, "ConvGradJob")
       .def(pybind11::init<Address, std::int64_t, Address, Address, Address, std::int64_t, Address, Address, Address,
-                          Address, Address, Address, Address, int, int>());
+                          Address, Address, Address, Address, Address, int, int>());
   pybind11::class_<cell_conv::CoefJob>(m, "ConvCoefJob").def(pybind11::init<Address, Address, Address>());
   m.def("cell_conv_forward_parts", &cell_conv::forward_parts);
   m.def("cell_conv_backward_parts", &cell_conv::backward_parts);
@@ -63,9 +63,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<cell_strided::Shape>(m, "StridedShape")
       .def(pybind11::init<int, int, int, int, bool, bool>());
   pybind11::class_<cell_strided::Job>(m, "StridedJob")
-      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, int, int>());
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, int, int>());
   pybind11::class_<cell_strided::GradJob>(m, "StridedGradJob")
-      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, Address, int, int>());
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, Address, Address, int,
+                          int>());
   pybind11::class_<cell_strided::StateGrad>(m, "StridedStateGrad")
       .def(pybind11::init<Address, std::int64_t, Address, std::vector<cell_strided::GradJob>>());
   m.def("cell_strided_forward_parts", &cell_strided::forward_parts);
@@ -76,9 +77,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   pybind11::class_<dense_conv::Shape>(m, "DenseShape").def(pybind11::init<int, int, int, int, bool, bool>());
   pybind11::class_<dense_conv::Input>(m, "DenseInput").def(pybind11::init<Address, std::int64_t>());
-  pybind11::class_<dense_conv::Job>(m, "DenseJob").def(pybind11::init<Address, Address, Address, int>());
+  pybind11::class_<dense_conv::Job>(m, "DenseJob").def(pybind11::init<Address, Address, Address, Address, int>());
   pybind11::class_<dense_conv::GradJob>(m, "DenseGradJob")
-      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, int>());
+      .def(pybind11::init<Address, std::int64_t, Address, Address, Address, Address, Address, int>());
   m.def("dense_conv_forward_parts", &dense_conv::forward_parts);
   m.def("dense_conv_backward_parts", &dense_conv::backward_parts);
   m.def("dense_conv_dx_splits", &dense_conv::dx_splits);
@@ -92,13 +93,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(pybind11::init<int, int, int, int, int, int, int, int, bool>());
   pybind11::class_<node::MomentsJob>(m, "MomentsJob").def(pybind11::init<node::Tensor, Address>());
   pybind11::class_<node::StatsJob>(m, "StatsJob")
-      .def(pybind11::init<Address, int, Address, Address, Address, Address>());
+      .def(pybind11::init<Address, int, Address, Address, Address, Address, Address>());
   pybind11::class_<node::PoolJob>(m, "PoolJob")
-      .def(pybind11::init<node::Tensor, Address, Address, Address, Address>());
+      .def(pybind11::init<node::Tensor, Address, Address, Address, Address, std::vector<Address>>());
   pybind11::class_<node::Term>(m, "NodeTerm").def(pybind11::init<node::Tensor, Address, Address>());
-  pybind11::class_<node::DotTerm>(m, "NodeDotTerm").def(pybind11::init<node::Tensor, Address, int>());
+  pybind11::class_<node::DotTerm>(m, "NodeDotTerm").def(pybind11::init<node::Tensor, Address, int, int>());
   pybind11::class_<node::PooledTerms>(m, "NodePooledTerms")
-      .def(pybind11::init<node::Tensor, int, int, int, Address, Address, int, int>());
+      .def(pybind11::init<node::Tensor, int, int, int, Address, Address, std::int16_t, std::int16_t, std::int16_t,
+                          std::int16_t>());
   pybind11::class_<node::TermGradient>(m, "NodeTermGradient")
       .def(pybind11::init<Address, Address, Address, Address>());
   pybind11::class_<node::AffineJob>(m, "AffineJob")
@@ -118,6 +120,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("node_affine_gradient", &node::affine_gradient);
   m.def("node_state_gradients", &node::state_gradients);
 
-  pybind11::class_<partial_sums::Job>(m, "PartialSumsJob").def(pybind11::init<Address, Address, int, int>());
+  pybind11::class_<partial_sums::Job>(m, "PartialSumsJob").def(pybind11::init<Address, Address, Address, int, int>());
   m.def("partial_sums_add_up", &partial_sums::add_up);
 }

@@ -5,6 +5,7 @@
 // the distance of two pictures varies (`*_batch_stride`, in elements). Pictures (x, z, g, dx) are fp32 or, where a
 // shape says `bf16`, bf16; all else is fp32. A part is one tile of one picture: every sum over pictures is left as one
 // partial sum a part, merged in a fixed order by a later launch. Addresses travel as integers, as in softmax_sum.h.
+// `mixing`: see drawn.cuh; all jobs of a launch have one or none has.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,7 @@ int backward_parts(const Shape& shape);
 struct Job {
   Address x;
   std::int64_t x_batch_stride;
-  Address stats, depthwise, pointwise, z, moments;
+  Address stats, depthwise, pointwise, z, moments, mixing;
   int kernel_size, dilation;
 };
 
@@ -42,7 +43,7 @@ struct GradJob {
   std::int64_t g_batch_stride;
   Address z, coef, x;
   std::int64_t x_batch_stride;
-  Address stats, depthwise, pointwise, dx, sums, depthwise_partial, pointwise_partial;
+  Address stats, depthwise, pointwise, dx, sums, depthwise_partial, pointwise_partial, mixing;
   int kernel_size, dilation;
 };
 

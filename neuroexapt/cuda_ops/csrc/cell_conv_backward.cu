@@ -11,6 +11,7 @@
 // gradient dz · dᵀ are then where the tensor cores want them: pixels are contracted, in any order.
 
 #include "cell_conv_common.cuh"
+#include "drawn.cuh"
 
 namespace cell_conv {
 namespace {
@@ -551,6 +552,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   float dx[Block<C, kWeights>::kPasses][8] = {};
 #pragma unroll 1
   for (int j = first + blockIdx.y; j < end; j += launch.splits) {
+    if (!drawn::runs(launch.jobs[j].mixing)) continue;
     process<C, kWeights, T, kExact>(dx, shared, launch.jobs[j], place, shape);
   }
   const Source<T> source(common.x, common.x_batch_stride, common.stats, shape, place.picture);
@@ -569,6 +571,7 @@ __global__ void __launch_bounds__(Block<C, kWeights>::kThreads, Block<C, kWeight
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
   const GradJob& job = launch.jobs[blockIdx.y];
+  if (!drawn::runs(job.mixing)) return;
   const Place<C> at(shape, kSecondPad);
   const Memory<C, kWeights> memory(shape, kSecondPad, shared);
   prepare<C, kWeights, T>(memory, job, at, shape);

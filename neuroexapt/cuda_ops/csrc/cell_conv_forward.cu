@@ -7,6 +7,7 @@
 // same tensor form a group: its tile is loaded once, and at 16 channels two of them share every window.
 
 #include "cell_conv_common.cuh"
+#include "drawn.cuh"
 
 namespace cell_conv {
 namespace {
@@ -18,6 +19,7 @@ struct Conv {
   const float *depthwise, *pointwise;
   Address z;
   float* moments;
+  Address mixing;
 };
 
 struct Group {
@@ -320,6 +322,7 @@ __global__ void __launch_bounds__(kForwardThreads, (blocks_at_a_time<C, kGroupSi
   extern __shared__ __align__(16) float shared[];
   const Shape& shape = launch.shape;
   const Group& group = launch.groups[blockIdx.y];
+  if (kGroupSize == 1 && !drawn::runs(group.convs[0].mixing)) return;
   const int pad = group.dilation * (group.kernel_size / 2);
   const Place<C> at(shape, pad);
   const Geometry<C> geometry(shape, pad);
@@ -404,6 +407,7 @@ std::vector<Group> group_jobs(std::vector<Job> jobs, int size) {
   });
   std::vector<Group> groups;
   for (const Job& job : jobs) {
+    if (job.mixing != 0) size = 1;  // of one kind few are drawn
     auto group = std::find_if(groups.begin(), groups.end(),
                               [&](const Group& candidate) { return share_tile(candidate, job, size); });
     if (group == groups.end()) {
@@ -412,7 +416,7 @@ std::vector<Group> group_jobs(std::vector<Job> jobs, int size) {
     }
     group->convs[group->count++] = {
         reinterpret_cast<const float*>(job.depthwise), reinterpret_cast<const float*>(job.pointwise), job.z,
-        reinterpret_cast<float*>(job.moments)};
+        reinterpret_cast<float*>(job.moments), job.mixing};
   }
   return groups;
 }

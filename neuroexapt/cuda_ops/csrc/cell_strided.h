@@ -23,7 +23,7 @@ int forward_parts(const Shape& shape);
 struct Job {
   Address x;
   std::int64_t x_batch_stride;
-  Address depthwise, pointwise, z, moments;
+  Address depthwise, pointwise, z, moments, mixing;
   int kernel_size, dilation;
 };
 void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream);
@@ -33,7 +33,7 @@ void forward(const Shape& shape, const std::vector<Job>& jobs, Address stream);
 struct GradJob {
   Address g;
   std::int64_t g_batch_stride;
-  Address z, coef, depthwise, pointwise, depthwise_partial, pointwise_partial;
+  Address z, coef, depthwise, pointwise, depthwise_partial, pointwise_partial, mixing;
   int kernel_size, dilation;
 };
 struct StateGrad {

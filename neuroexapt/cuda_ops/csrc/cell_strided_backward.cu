@@ -10,6 +10,7 @@
 // neighbours, and a convolution of dilation 2 reads but the first plane.
 
 #include "cell_strided_common.cuh"
+#include "drawn.cuh"
 
 namespace cell_strided {
 namespace {
@@ -504,6 +505,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
 #pragma unroll 1
   for (int i = state.first; i < state.first + state.count; ++i) {
     const GradJob& job = launch.jobs[i];
+    if (!drawn::runs(job.mixing)) continue;
     const int from = at.from(halo_of(job)), to = at.to(halo_of(job));
     Weights<C, kExact> weights;
     weights.load(job, at.first_channel);

@@ -6,6 +6,7 @@
 // a quarter as large, and its convolution one of stride and dilation 1.
 
 #include "cell_strided_common.cuh"
+#include "drawn.cuh"
 
 namespace cell_strided {
 namespace {
@@ -20,6 +21,7 @@ struct Conv {
   const float *depthwise, *pointwise;
   Address z;
   float* moments;
+  Address mixing;  // of the only one of its group, or 0
 };
 
 struct Group {
@@ -301,6 +303,7 @@ __device__ void forward_group(const Launch& launch, const Group& group) {
 template <int C, typename T, bool kExact>
 __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const __grid_constant__ Launch launch) {
   const Group& group = launch.groups[blockIdx.y];
+  if (!drawn::runs(group.convs[0].mixing)) return;
   switch (group.kernel_size * 2 + group.dilation) {
     case 7: return forward_group<C, 3, 1, T, kExact>(launch, group);
     case 8: return forward_group<C, 3, 2, T, kExact>(launch, group);
@@ -316,8 +319,9 @@ std::vector<Group> group_jobs(std::vector<Job> jobs) {
   });
   std::vector<Group> groups;
   for (const Job& job : jobs) {
+    const int size = job.mixing == 0 ? kGroupSize : 1;  // of one kind few are drawn
     auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& candidate) {
-      return candidate.count < kGroupSize && candidate.x == job.x && candidate.kernel_size == job.kernel_size &&
+      return candidate.count < size && candidate.x == job.x && candidate.kernel_size == job.kernel_size &&
              candidate.dilation == job.dilation;
     });
     if (group == groups.end()) {
@@ -325,7 +329,7 @@ std::vector<Group> group_jobs(std::vector<Job> jobs) {
     }
     group->convs[group->count++] = {
         reinterpret_cast<const float*>(job.depthwise), reinterpret_cast<const float*>(job.pointwise), job.z,
-        reinterpret_cast<float*>(job.moments)};
+        reinterpret_cast<float*>(job.moments), job.mixing};
   }
   return groups;
 }

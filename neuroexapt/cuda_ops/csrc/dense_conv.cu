@@ -16,6 +16,7 @@
 
 #include "arithmetic.cuh"
 #include "async_copy.cuh"
+#include "drawn.cuh"
 #include "launch.cuh"
 #include "storage.cuh"
 #include "tensor_core.cuh"
@@ -29,6 +30,7 @@ using arithmetic::relu;
 using async_copies::copy4_async;
 using async_copies::copy_async;
 using async_copies::wait_for_copies;
+using drawn::runs;
 using launching::kMultiprocessors;
 using launching::launch;
 using storage::input;
@@ -380,20 +382,23 @@ __global__ void __launch_bounds__(Block<C>::kThreads, Forward<C>::kBlocks)
   float* tile = shared;
   float* weights = shared + F::kWeights;
   const int first = blockIdx.y / F::kSlices * kJobsOfBlock, end = min(first + kJobsOfBlock, launch.count);
+  bool has_tile = false;
 #pragma unroll 1
   for (int i = first; i < end; ++i) {
     const Job& job = launch.jobs[i];
-    if (i > first) __syncthreads();  // all but the tile has been read
+    if (!runs(job.mixing)) continue;
+    if (has_tile) __syncthreads();  // all but the tile has been read
     Sums<C> sums = {};
     with_size(job.kernel_size, [&](auto size) {
       constexpr int K = decltype(size)::value, kFloats = C * K * K;
       const float* source = input(job.weight) + first_out * kFloats;
       copy_rows_async<F::kOut, kFloats, F::weight_pitch(K), F::kThreads>(weights, source, kFloats);
     });
-    if (i == first) {
+    if (!has_tile) {
       const Filling<C, C, F::kPlane, 1, F::kThreads> filling(tile, shape, place);
       filling.copy(input<T>(launch.input.x) + place.picture * launch.input.batch_stride);
       filling.activate();
+      has_tile = true;
     }
     wait_for_copies();
     __syncthreads();
@@ -445,10 +450,13 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4 / Block<C>::kShares)
 
   Sums<C> sums = {};
   const int first = blockIdx.z * launch.count / launch.splits, end = (blockIdx.z + 1) * launch.count / launch.splits;
+  bool has_run = false;
 #pragma unroll 1
   for (int i = first; i < end; ++i) {
     const GradJob& job = launch.jobs[i];
-    if (i > first) __syncthreads();  // tile and weights of the job before have been read
+    if (!runs(job.mixing)) continue;
+    if (has_run) __syncthreads();  // tile and weights of the job before have been read
+    has_run = true;
     with_size(job.kernel_size, [&](auto size) {
       constexpr int K = decltype(size)::value, kTaps = K * K, kPitch = G::weight_pitch(K);
       const float* source = input(job.weight) + first_in * kTaps;
@@ -481,7 +489,7 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4 / Block<C>::kShares)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int64_t offset = int64_t(m * 16 + h * 8) * plane + row * shape.width + column;
-        const float2 at = load2(x + offset);
+        const float2 at = has_run ? load2(x + offset) : make_float2(0.f, 0.f);
         // NaN lets gradients pass, as in PyTorch.
         const float2 v = make_float2(at.x <= 0.f ? 0.f : sums[m][n][2 * h], at.y <= 0.f ? 0.f : sums[m][n][2 * h + 1]);
         store2(dx + offset, v);
@@ -537,6 +545,7 @@ __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 3)
   using G = WeightGradient<C>;
   const Shape& shape = launch.shape;
   const GradJob& job = launch.jobs[blockIdx.z];
+  if (!runs(job.mixing)) return;
   const int first_in = blockIdx.y * G::kIn, plane = shape.height * shape.width;
   const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, warp = threadIdx.x / 32;
   const int ky = warp % 3, channel = warp / 3 * 8;  // of the block's

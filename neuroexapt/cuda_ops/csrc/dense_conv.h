@@ -4,7 +4,7 @@
 // contiguous and 16-byte aligned and only the distance of two pictures varies (`*_batch_stride`, in elements).
 // Pictures (x, z, g, dx) are fp32 or, where a shape says `bf16`, bf16; all else is fp32.
 // All convolutions of a launch have one input. A part is what one block leaves of a sum over all pixels, to be merged
-// in a fixed order by a later launch. Addresses travel as integers, as in softmax_sum.h.
+// in a fixed order by a later launch. Addresses travel as integers, as in softmax_sum.h. `mixing`: see drawn.cuh.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ int dx_splits(const Shape& shape, int jobs);
 // z = W ⋆ relu(x) with W [C, C, kernel_size, kernel_size]; moments [forward_parts, C] of {count, mean, sum of squared
 // deviations} of z.
 struct Job {
-  Address weight, z, moments;
+  Address weight, z, moments, mixing;
   int kernel_size;
 };
 void forward(const Shape& shape, const Input& input, const std::vector<Job>& jobs, Address stream);
@@ -43,7 +43,7 @@ void forward(const Shape& shape, const Input& input, const std::vector<Job>& job
 struct GradJob {
   Address g;
   std::int64_t g_batch_stride;
-  Address z, coef, weight, partial;
+  Address z, coef, weight, partial, mixing;
   int kernel_size;
 };
 // dx [splits, B, C, H, W], whose sum over the splits is relu'(x) · Σ Wᵀ ⋆ dz.

@@ -6,7 +6,7 @@
 // and 1 / sqrt(variance + eps) of a BatchNorm. `moments` [parts, C] of {count, mean, sum of squared deviations}: each
 // of the parts of a sum over all pictures leaves its own, and a later launch merges them in a fixed order. Addresses
 // travel as integers, 0 for what is absent, as in softmax_sum.h. `early`: while the kernel before still runs
-// (launch.cuh).
+// (launch.cuh). `mixing`: see drawn.cuh; with `drawn_only` terms of weight 0 are not read.
 #pragma once
 
 #include <cstdint>
@@ -39,11 +39,11 @@ struct MomentsJob {
 void plane_moments(const Shape& shape, const std::vector<MomentsJob>& jobs, Address stream);
 
 // `stats` from the moments, which also enter the running statistics as PyTorch's BatchNorm does it, or where
-// moments is 0 from the running statistics.
+// moments is 0 from the running statistics. Those of a candidate that does not run stay as they are.
 struct StatsJob {
   Address moments;
   int parts;
-  Address stats, running_mean, running_var, num_batches_tracked;
+  Address stats, running_mean, running_var, num_batches_tracked, mixing;
 };
 void finalize(int channels, float eps, float momentum, const std::vector<StatsJob>& jobs, bool early, Address stream);
 
@@ -54,10 +54,12 @@ struct PoolShape {
 };
 int pool_parts(const PoolShape& shape);
 
-// Maxima and averages (over the pixels inside the picture) of every window, contiguous, and their moments.
+// Maxima and averages (over the pixels inside the picture) of every window, contiguous, and their moments, if one of
+// `mixing` runs or there are none; all jobs have some or none has.
 struct PoolJob {
   Tensor x;
   Address max, max_moments, avg, avg_moments;
+  std::vector<Address> mixing;
 };
 void pool(const PoolShape& shape, const std::vector<PoolJob>& jobs, Address stream);
 
@@ -66,13 +68,14 @@ struct Term {
   Tensor z;
   Address stats, weight;
 };
-void sum(const Shape& shape, const std::vector<Term>& terms, Tensor y, Address stream);
+void sum(const Shape& shape, const std::vector<Term>& terms, bool drawn_only, Tensor y, Address stream);
 
-// dots [rows, C, parts]: Σ g in the first row, and for every term Σ g · (z − mean) in its own.
+// dots [rows, C, parts]: Σ g in the first row, and for every term Σ g · (z − mean) in its own. `entry`: where its
+// mixing weight stands, −1 for a term that is always read.
 struct DotTerm {
   Tensor z;
   Address stats;
-  int row;
+  int row, entry;
 };
 // Terms that are the maxima and the averages, or one of them (the other's row is 0), of windows of x, which are
 // formed here once more. Kernel size 3, stride 1 or 2; height and width are x's own.
@@ -80,19 +83,19 @@ struct PooledTerms {
   Tensor x;
   int height, width, stride;
   Address max_stats, avg_stats;
-  int max_row, avg_row;
+  std::int16_t max_row, avg_row, max_entry, avg_entry;
 };
-// `width`: of g's pictures.
+// `width`: of g's pictures; `mixing`: of all entries, 0 where all terms are read.
 void dots(const Shape& shape, int width, const std::vector<DotTerm>& terms, const std::vector<PooledTerms>& pools,
-          Tensor g, Address dots, Address stream);
+          Address mixing, Tensor g, Address dots, Address stream);
 
 // From dots the gradient of every weight and coef (float4 {A, B, D, 0} [C]) with dz = A · g + B · z + D; in
-// evaluation mode the statistics are constants.
+// evaluation mode the statistics are constants. Zeros for terms that are not read.
 struct TermGradient {
   Address stats, weight, grad_weight, coef;
 };
-void coefficients(const Shape& shape, bool training, const std::vector<TermGradient>& terms, Address dots,
-                  bool early, Address stream);
+void coefficients(const Shape& shape, bool training, const std::vector<TermGradient>& terms, bool drawn_only,
+                  Address dots, bool early, Address stream);
 
 // dz = A · g + B · z + D.
 struct AffineJob {
@@ -113,6 +116,6 @@ struct StateJob {
   std::vector<Tensor> addends;
   Address dx;
 };
-void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, Address stream);
+void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, bool drawn_only, Address stream);
 
 }  // namespace node

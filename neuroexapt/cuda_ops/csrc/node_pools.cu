@@ -1,28 +1,43 @@
 // Pools and the gradient of a state; node.h has the legend.
 
+#include "drawn.cuh"
 #include "node_windows.cuh"
 
 namespace node {
 namespace {
 
-constexpr int kMaxPools = 16, kMaxStates = 2;  // of a launch
+constexpr int kMaxPools = 8, kMaxStates = 2;  // of a launch
 constexpr int kStateThreads = 256;
 constexpr int kTilePixels = 1024;
 constexpr int kPoolSpan = 256;  // pixels of a part: fewer than elsewhere, since a window is many loads
 constexpr int kAtOnce = 4;  // edges or addends whose loads a thread issues before it uses the first
 
+struct Pools {
+  Tensor x;
+  Address max, max_moments, avg, avg_moments;
+  int candidates;  // that decide whether they are wanted
+  Address mixing[2 * kMaxEdges];
+
+  __device__ bool run() const {
+    bool any = false;
+    for (int i = 0; i < candidates; ++i) any |= drawn::runs(mixing[i]);
+    return any;
+  }
+};
+
 struct PoolLaunch {
   PoolShape shape;
   Divisor per_plane, width;  // of the output; the first in what a thread takes at once
-  PoolJob jobs[kMaxPools];
+  Pools jobs[kMaxPools];
 };
 
 // Grid: (parts / kWarps, channels, jobs).
-template <typename T, int K, int S, int V>
+template <typename T, int K, int S, int V, bool kDrawnOnly>
 __global__ void __launch_bounds__(kThreads, 5) pool_kernel(const __grid_constant__ PoolLaunch launch) {
   launching::let_next_begin();
   const PoolShape& shape = launch.shape;
-  const PoolJob& job = launch.jobs[blockIdx.z];
+  const Pools& job = launch.jobs[blockIdx.z];
+  if (kDrawnOnly && !job.run()) return;
   const Shape out = output_shape(shape);
   const int part = blockIdx.x * kWarps + threadIdx.x / kWarp, channel = blockIdx.y;
   if (part >= part_count(out, kPoolSpan)) return;
@@ -133,7 +148,9 @@ struct EdgeMemory {
 
   __device__ float* end() const { return weights + kMaxEdges; }
 
-  __device__ void load(const State& state, int first_plane, int planes, const Divisor& channels) const {
+  // Whether any pool passes something back, as far as this thread has seen.
+  __device__ bool load(const State& state, int first_plane, int planes, const Divisor& channels) const {
+    bool any = false;
     if (threadIdx.x < state.edges) {
       const Address weight = state.edge[threadIdx.x].identity_weight;
       weights[threadIdx.x] = weight == 0 ? 0.f : weight_of(weight);
@@ -146,10 +163,14 @@ struct EdgeMemory {
       const StateEdge& edge = state.edge[number / 2];
       const Address coef = number % 2 == 0 ? edge.max_coef : edge.avg_coef;
       const int channel = channels.remainder(first_plane + plane);
-      coefs[plane * state.edges * 2 + number] =
-          coef == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : __ldg(pointer<const float4>(coef) + channel);
+      const float4 c = coef == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : __ldg(pointer<const float4>(coef) + channel);
+      coefs[plane * state.edges * 2 + number] = c;
+      any |= passes(c);
     }
+    return any;
   }
+
+  static __device__ bool passes(const float4& coef) { return coef.x != 0.f || coef.y != 0.f || coef.z != 0.f; }
 };
 
 // gradient += A · g + B · pooled + D for V windows.
@@ -201,9 +222,9 @@ __device__ void gather_row(Values<V>& dx, const WindowGradients& windows, int ro
   }
 }
 
-// Grid: (planes / Tile::planes times bands, states). Phase one leaves the gradients of windows, W of them a thread,
+// Grid: (planes / Tile::planes times bands, states). With kDrawnOnly nothing is read for what passes nothing back. Phase one leaves the gradients of windows, W of them a thread,
 // in shared memory; phase two gathers for every pixel of x, V of them a thread, those of the windows that hold it.
-template <typename T, int K, int S, int W, int V>
+template <typename T, int K, int S, int W, int V, bool kDrawnOnly>
 __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_constant__ StateLaunch launch) {
   launching::let_next_begin();
   extern __shared__ __align__(16) float shared[];
@@ -220,10 +241,12 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
   const int out_plane = shape.out_height * shape.out_width, plane_pixels = shape.height * shape.width;
   const EdgeMemory edges(shared, tile.planes, state.edges);
   const WindowGradients windows(edges.end(), tile.planes * tile.window_rows, shape.out_width);
-  edges.load(state, first_plane, planes, tile.channels);
-  __syncthreads();
+  bool has_pools = state.max || state.avg;
+  const bool pools_pass = edges.load(state, first_plane, planes, tile.channels);
+  if constexpr (kDrawnOnly) has_pools = __syncthreads_or(pools_pass);
+  else __syncthreads();
 
-  if (state.max || state.avg) {
+  if (has_pools) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * planes * tile.window_rows; i += kStateThreads) {
       windows.clear(windows.column(i / 2, i % 2 == 0 ? -1 : shape.out_width));
@@ -248,7 +271,12 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
         Values<W> g[kAtOnce];
 #pragma unroll
         for (int e = 0; e < kAtOnce; ++e) {
-          const Tensor& source = state.edge[min(first + e, state.edges - 1)].g;
+          const int edge = min(first + e, state.edges - 1);
+          if (kDrawnOnly && !edges.passes(coefs[2 * edge]) && !edges.passes(coefs[2 * edge + 1])) {
+            g[e] = {};
+            continue;
+          }
+          const Tensor& source = state.edge[edge].g;
           g[e] = Values<W>::load(pointer<const T>(source.data) + picture * source.batch_stride + window);
         }
 #pragma unroll
@@ -296,13 +324,17 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
     for (int first = 0; state.identities && first < state.edges; first += kAtOnce) {
       Values<V> g[kAtOnce];
 #pragma unroll
-      for (int e = 0; e < kAtOnce; ++e) g[e] = load(state.edge[min(first + e, state.edges - 1)].g);
+      for (int e = 0; e < kAtOnce; ++e) {
+        const int edge = min(first + e, state.edges - 1);
+        if (kDrawnOnly && edges.weights[edge] == 0.f) g[e] = {};
+        else g[e] = load(state.edge[edge].g);
+      }
 #pragma unroll
       for (int e = 0; e < kAtOnce; ++e) {
         if (first + e < state.edges) add(g[e], edges.weights[first + e]);
       }
     }
-    if (state.max || state.avg) {
+    if (has_pools) {
       const int window_plane = in_block * tile.window_rows - first_window;
 #pragma unroll
       for (int ky = 0; ky < K; ++ky) {
@@ -346,6 +378,12 @@ State state_of(const StateJob& job) {
   return state;
 }
 
+Pools pools_of(const PoolJob& job) {
+  Pools pools{job.x, job.max, job.max_moments, job.avg, job.avg_moments, int(job.mixing.size()), {}};
+  copy_into(pools.mixing, job.mixing, "too many pools leave one state");
+  return pools;
+}
+
 bool is_wide(const StateJob& job) {
   return wide(job.x) && all_wide(job.edges, [](const StateEdge& edge) { return edge.g; }) &&
          all_wide(job.addends, [](const Tensor& addend) { return addend; });
@@ -366,16 +404,18 @@ void pool(const PoolShape& shape, const std::vector<PoolJob>& jobs, Address stre
   with_windows(shape, are_wide(jobs), [&](auto storage, auto K, auto S, auto V) {
     using T = typename decltype(storage)::type;
     const int plane = shape.out_height * shape.out_width;
+    const bool drawn_only = !jobs[0].mixing.empty();
+    const auto kernel = drawn_only ? pool_kernel<T, K(), S(), V(), true> : pool_kernel<T, K(), S(), V(), false>;
     PoolLaunch parameters{shape, Divisor(plane / V()), Divisor(shape.out_width), {}};
     in_batches(jobs, kMaxPools, [&](size_t first, size_t count) {
-      std::copy_n(jobs.begin() + first, count, parameters.jobs);
-      launch(pool_kernel<T, K(), S(), V()>, dim3(ceil_div(pool_parts(shape), kWarps), shape.channels, count),
+      std::transform(jobs.begin() + first, jobs.begin() + first + count, parameters.jobs, pools_of);
+      launch(kernel, dim3(ceil_div(pool_parts(shape), kWarps), shape.channels, count),
              kThreads, 0, stream, parameters);
     });
   });
 }
 
-void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, Address stream) {
+void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, bool drawn_only, Address stream) {
   with_windows(shape, are_wide(jobs), [&](auto storage, auto K, auto S, auto W) {
     using T = typename decltype(storage)::type;
     constexpr int V = W() == 1 ? 1 : 4;
@@ -392,7 +432,8 @@ void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, 
       const int groups = ceil_div(shape.batch * shape.channels, tile.planes);
       const int window_rows = has_pools ? tile.planes * tile.window_rows(shape) : 0;
       const int bytes = EdgeMemory::bytes(tile.planes, edges) + WindowGradients::bytes(window_rows, shape.out_width);
-      launch(state_kernel<T, K(), S(), W(), V>, dim3(groups * tile.bands(shape), count), kStateThreads, bytes, stream,
+      const auto kernel = drawn_only ? state_kernel<T, K(), S(), W(), V, true> : state_kernel<T, K(), S(), W(), V, false>;
+      launch(kernel, dim3(groups * tile.bands(shape), count), kStateThreads, bytes, stream,
              parameters);
     });
   });

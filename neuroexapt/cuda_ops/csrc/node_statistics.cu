@@ -1,5 +1,6 @@
 // BatchNorm statistics; node.h has the legend.
 
+#include "drawn.cuh"
 #include "node_common.cuh"
 
 namespace node {
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeSplits)
   float2* stats = pointer<float2>(job.stats) + final_channel;
   float old_mean = 0.f, old_var = 0.f;
   if (finishes && job.running_mean != 0) old_mean = *running_mean, old_var = *running_var;
+  const bool updates = job.running_mean != 0 && drawn::runs(job.mixing);
   if (job.moments == 0) {
     if (finishes) *stats = stats_from(old_mean, old_var, launch.eps);
     return;
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kMergeChannels* kMergeSplits)
   for (int offset = 1; offset < kMergeWarps; offset *= 2) sum.merge(sum.of_neighbour(offset));
   if (!finishes) return;
   *stats = stats_from(sum.mean, sum.squares / sum.count, launch.eps);
-  if (job.running_mean != 0) {
+  if (updates) {
     *running_mean = fmaf(1.f - launch.momentum, old_mean, launch.momentum * sum.mean);
     *running_var = fmaf(1.f - launch.momentum, old_var, launch.momentum * sum.squares / (sum.count - 1.f));
     if (final_channel == 0) ++*pointer<int64_t>(job.num_batches_tracked);

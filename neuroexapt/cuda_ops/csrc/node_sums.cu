@@ -1,5 +1,6 @@
 // The sum of a node and what its gradient starts from; node.h has the legend.
 
+#include "drawn.cuh"
 #include "node_windows.cuh"
 
 namespace node {
@@ -15,12 +16,36 @@ struct SumLaunch {
   Term terms[kMaxTerms];
 };
 
+// The numbers of the terms whose weights are not 0, in shared memory.
+struct DrawnTerms {
+  int numbers[kMaxTerms], count;
+
+  // For all threads of a block.
+  __device__ void find(const Term* terms, int of) {
+    if (threadIdx.x < kWarp) {
+      int found = 0;
+      for (int first = 0; first < of; first += kWarp) {
+        const int k = first + threadIdx.x;
+        const bool is_drawn = k < of && weight_of(terms[k].weight) != 0.f;
+        const unsigned drawn = __ballot_sync(~0u, is_drawn);
+        if (is_drawn) numbers[found + __popc(drawn & ((1u << threadIdx.x) - 1))] = k;
+        found += __popc(drawn);
+      }
+      if (threadIdx.x == 0) count = found;
+    }
+    __syncthreads();
+  }
+};
+
 // Grid: (blocks of a channel's pixels, channels).
-template <typename T, int V>
+template <typename T, int V, bool kDrawnOnly>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumLaunch launch) {
   __shared__ float2 scales[kMaxTerms];  // mean and weight · rstd
   const Shape& shape = launch.shape;
-  const int channel = blockIdx.y, count = launch.count;
+  __shared__ DrawnTerms drawn_terms;
+  if constexpr (kDrawnOnly) drawn_terms.find(launch.terms, launch.count);
+  const int channel = blockIdx.y, count = kDrawnOnly ? drawn_terms.count : launch.count;
+  const auto term = [&](int k) -> const Term& { return launch.terms[kDrawnOnly ? drawn_terms.numbers[k] : k]; };
   const unsigned end = unsigned(shape.batch) * shape.pixels / V;
   const unsigned i = blockIdx.x * kThreads + threadIdx.x;
   const Position at = Position::of<V>(min(i, end - 1), shape);
@@ -28,13 +53,13 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
   const auto load = [&](int first) {
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      if (first + j < count) z[j] = Values<V>::load(at.in<const T>(launch.terms[first + j].z, channel, shape));
+      if (first + j < count) z[j] = Values<V>::load(at.in<const T>(term(first + j).z, channel, shape));
     }
   };
   load(0);  // on its way while the scales are computed
   for (int k = threadIdx.x; k < count; k += kThreads) {
-    const float2 stats = stats_of(launch.terms[k].stats, channel);
-    scales[k] = make_float2(stats.x, stats.y * weight_of(launch.terms[k].weight));
+    const float2 stats = stats_of(term(k).stats, channel);
+    scales[k] = make_float2(stats.x, stats.y * weight_of(term(k).weight));
   }
   __syncthreads();
   Values<V> y = {};
@@ -55,6 +80,7 @@ struct DotsLaunch {
   Shape shape;
   int count, pool_count;
   Divisor across, rows;  // V neighbours, of a row; rows of a picture
+  Address mixing;
   Tensor g;
   float* dots;
   DotTerm terms[kMaxTerms];
@@ -104,7 +130,7 @@ constexpr int kDotBlocks = 7;
 
 // Grid: (parts, channels, splits). All warps of a block share the windows of a pool, which take as long as a dozen
 // terms; terms go to the warps of all splits in turns.
-template <typename T, int V>
+template <typename T, int V, bool kDrawnOnly>
 __global__ void __launch_bounds__(kThreads, V == 4 ? kDotBlocks : 3)
     dots_kernel(const __grid_constant__ DotsLaunch launch) {
   launching::let_next_begin();
@@ -119,9 +145,13 @@ __global__ void __launch_bounds__(kThreads, V == 4 ? kDotBlocks : 3)
     sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) put(row, sum);
   };
+  const auto is_read = [&](int entry) {
+    return !kDrawnOnly || entry < 0 || drawn::runs(launch.mixing + entry * sizeof(float));
+  };
   const auto visit_pools = [&] {
     for (int k = blockIdx.z; k < launch.pool_count; k += gridDim.z) {
       const PooledTerms& pool = launch.pools[k];
+      if (!(pool.max_row != 0 && is_read(pool.max_entry)) && !(pool.avg_row != 0 && is_read(pool.avg_entry))) continue;
       const float2 sums = pool.stride == 1 ? pooled_dots<T, 1, V>(launch, pool, part, channel)
                                            : pooled_dots<T, 2, V>(launch, pool, part, channel);
       const float2 of_warp = make_float2(warp_sum(sums.x), warp_sum(sums.y));
@@ -144,6 +174,7 @@ __global__ void __launch_bounds__(kThreads, V == 4 ? kDotBlocks : 3)
 #pragma unroll 2
     for (int k = blockIdx.z * kWarps + warp; k < launch.count; k += gridDim.z * kWarps) {
       const DotTerm& term = launch.terms[k];
+      if (!is_read(term.entry)) continue;
       Values<V> z[kSlots] = {};
       share.template load<T>(z, term.z, channel, shape);
       const float mean = stats_of(term.stats, channel).x;
@@ -177,6 +208,7 @@ constexpr int kCoefficientWarps = kCoefficientThreads / kWarp;
 
 struct CoefficientsLaunch {
   int channels, parts, lanes;
+  bool drawn_only;
   float scale;  // 1 / (B · H · W), or 0 where the statistics are constants
   const float* dots;
   TermGradient terms[kMaxTerms];
@@ -197,6 +229,13 @@ __global__ void __launch_bounds__(kCoefficientThreads)
   const TermGradient& term = launch.terms[blockIdx.x];
   const int lanes = launch.lanes, lane = threadIdx.x % lanes;
   const float weight = weight_of(term.weight);
+  if (launch.drawn_only && weight == 0.f) {
+    for (int channel = threadIdx.x; term.coef != 0 && channel < launch.channels; channel += kCoefficientThreads) {
+      pointer<float4>(term.coef)[channel] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+    if (term.grad_weight != 0 && threadIdx.x == 0) *pointer<float>(term.grad_weight) = 0.f;
+    return;
+  }
   float grad_weight = 0.f;
   // All threads of a warp stay in the loop as long as one of them has a channel, since they exchange sums.
   for (int first = 0; first < launch.channels; first += kCoefficientThreads / lanes) {
@@ -256,19 +295,20 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(const __grid_constant_
 
 }  // namespace
 
-void sum(const Shape& shape, const std::vector<Term>& terms, Tensor y, Address stream) {
+void sum(const Shape& shape, const std::vector<Term>& terms, bool drawn_only, Tensor y, Address stream) {
   const bool is_wide =
       shape.pixels % 4 == 0 && wide(y) && all_wide(terms, [](const Term& term) { return term.z; });
   SumLaunch parameters{shape, int(terms.size()), y, {}};
   copy_into(parameters.terms, terms, "too many terms in one node");
   with_variant(shape.bf16, is_wide, [&](auto storage, auto V) {
     using T = typename decltype(storage)::type;
-    launch(sum_kernel<T, V()>, dim3(blocks_of(shape, V()), shape.channels), kThreads, 0, stream, parameters);
+    const auto kernel = drawn_only ? sum_kernel<T, V(), true> : sum_kernel<T, V(), false>;
+    launch(kernel, dim3(blocks_of(shape, V()), shape.channels), kThreads, 0, stream, parameters);
   });
 }
 
 void dots(const Shape& shape, int width, const std::vector<DotTerm>& terms, const std::vector<PooledTerms>& pools,
-          Tensor g, Address dots, Address stream) {
+          Address mixing, Tensor g, Address dots, Address stream) {
   const bool is_wide = shape.pixels % 4 == 0 && wide(g) &&
                        all_wide(terms, [](const DotTerm& term) { return term.z; }) &&
                        (pools.empty() || width % 4 == 0) &&
@@ -282,18 +322,19 @@ void dots(const Shape& shape, int width, const std::vector<DotTerm>& terms, cons
   with_variant(shape.bf16, is_wide, [&](auto storage, auto V) {
     using T = typename decltype(storage)::type;
     DotsLaunch parameters{shape, int(terms.size()), int(pools.size()), Divisor(std::max(1, width / V())),
-                          Divisor(shape.pixels / width), g, reinterpret_cast<float*>(dots), {}, {}};
+                          Divisor(shape.pixels / width), mixing, g, reinterpret_cast<float*>(dots), {}, {}};
     copy_into(parameters.terms, terms, "too many terms in one node");
     copy_into(parameters.pools, pools, "too many pools in one node");
-    launch(dots_kernel<T, V()>, dim3(parts(shape), shape.channels, splits), kThreads, 0, stream, parameters);
+    const auto kernel = mixing == 0 ? dots_kernel<T, V(), false> : dots_kernel<T, V(), true>;
+    launch(kernel, dim3(parts(shape), shape.channels, splits), kThreads, 0, stream, parameters);
   });
 }
 
-void coefficients(const Shape& shape, bool training, const std::vector<TermGradient>& terms, Address dots,
-                  bool early, Address stream) {
+void coefficients(const Shape& shape, bool training, const std::vector<TermGradient>& terms, bool drawn_only,
+                  Address dots, bool early, Address stream) {
   const float count = float(shape.batch) * shape.pixels;
   CoefficientsLaunch parameters{shape.channels, parts(shape), coefficient_lanes(shape.channels),
-                                training ? 1.f / count : 0.f, reinterpret_cast<const float*>(dots), {}};
+                                drawn_only, training ? 1.f / count : 0.f, reinterpret_cast<const float*>(dots), {}};
   copy_into(parameters.terms, terms, "too many terms in one node");
   launch_early(coefficients_kernel, dim3(terms.size()), kCoefficientThreads, stream, parameters, early);
 }

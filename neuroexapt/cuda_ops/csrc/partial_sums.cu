@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "drawn.cuh"
 #include "launch.cuh"
 
 namespace partial_sums {
@@ -65,10 +66,11 @@ __global__ void __launch_bounds__(kThreads, 4) sum_kernel(const __grid_constant_
   const int first_column = blockIdx.x * across * V;
   if (first_column >= job.size) return;
   const int column = first_column + int(threadIdx.x) % across * V, split = threadIdx.x / across;
+  const int job_parts = drawn::runs(job.mixing) ? job.parts : 0;
   Columns<V> sum;
   if (column < job.size) {
     const float* partial = reinterpret_cast<const float*>(job.partial) + column;
-    for (int first = split; first < job.parts; first += splits * kInFlight) {
+    for (int first = split; first < job_parts; first += splits * kInFlight) {
       Columns<V> parts[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {

@@ -10,9 +10,9 @@ namespace partial_sums {
 
 using Address = std::uintptr_t;
 
-// sum [size] = Σ_parts partial [parts, size], fp32.
+// sum [size] = Σ_parts partial [parts, size], fp32; zeros if what left the parts did not run (`mixing`: see drawn.cuh).
 struct Job {
-  Address partial, sum;
+  Address partial, sum, mixing;
   int size, parts;
 };
 // `early`: while the kernel before still runs (launch.cuh).
