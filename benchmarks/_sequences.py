@@ -4,7 +4,7 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +80,29 @@ def compile_in_parallel(call: Callable[..., Any], arguments: Iterable[tuple]) ->
     with ProcessPoolExecutor(_COMPILING_PROCESSES, mp_context=context) as pool:
         for future in [pool.submit(call, *each) for each in arguments]:
             future.exception()  # which the measurement itself will tell of
+
+
+def compile_comparisons(
+    compile_one: Callable[..., None], compared: Mapping[Any, Sequence[Comparison]]
+) -> None:
+    """Call ``compile_one(case, number of the comparison, implementation)`` for all that is compiled, kernels
+    included, in parallel.
+    """
+    compile_in_parallel(
+        compile_one,
+        [
+            (case, number, name)
+            for case, comparisons in compared.items()
+            for number, comparison in enumerate(comparisons)
+            for name in comparison.implementations
+            if "fused" in name or "compile" in name
+        ],
+    )
+
+
+def add_floor(results: Results, name: str, moved_bytes: float, gbps: float) -> None:
+    """Record how long a copy of as many bytes takes."""
+    results.add(name, "floor", "bfloat16", "device_ms", "ms", Spread.exactly(moved_bytes / gbps / 1e6))
 
 
 def results_of(op: Op, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -14,8 +14,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import Spread, copy_gbps
-from _sequences import Comparison, Op, Sequences, compare, compile_in_parallel, run_once, start, time_op
+from _harness import copy_gbps
+from _sequences import (
+    Comparison,
+    Op,
+    Sequences,
+    add_floor,
+    compare,
+    compile_comparisons,
+    compile_in_parallel,
+    run_once,
+    start,
+    time_op,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -180,22 +191,11 @@ def main() -> int:
             return 0
         cases = [case for case in CASES if re.match(arguments.cases, name_of(*case))]
         compared = {case: comparisons(*case, arguments.quick) for case in cases}
-        compile_in_parallel(
-            compile_one,
-            [
-                (case, is_jagged, name)
-                for case, pair in compared.items()
-                for is_jagged, comparison in enumerate(pair)
-                for name in comparison.implementations
-                if "fused" in name or "compile" in name
-            ],
-        )
-        bandwidth = copy_gbps().median
-        for batch, length, width, heads in cases:
+        compile_comparisons(compile_one, compared)
+        gbps = copy_gbps().median
+        for (batch, length, width, _), (padded, _) in compared.items():
             # Forward reads x, Q, K, V and writes y; backward reads Q, K, V, z, dy and writes four gradients.
-            floor = Spread.exactly(14 * batch * length * width * 2 / bandwidth / 1e6)
-            case_name = f"{name_of(batch, length, width, heads)}/padded"
-            results.add(case_name, "floor", "bfloat16", "device_ms", "ms", floor)
+            add_floor(results, padded.name, 14 * batch * length * width * 2, gbps)
         pairs = reversed(compared.values())  # what is measured with most interest comes first
         rights = [compare(results, comparison) for pair in pairs for comparison in pair]
         return int(not all(rights))

@@ -13,8 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import Spread, copy_gbps
-from _sequences import Comparison, Op, Sequences, compare, compile_in_parallel, run_once, start, time_op
+from _harness import copy_gbps
+from _sequences import (
+    Comparison,
+    Op,
+    Sequences,
+    add_floor,
+    compare,
+    compile_comparisons,
+    compile_in_parallel,
+    run_once,
+    start,
+    time_op,
+)
 from torch import Tensor
 
 from neuroexapt.kernels import hierarchical_sequence_fusion as definition
@@ -142,23 +153,11 @@ def main() -> int:
             return 0
         cases = [case for case in CASES if re.match(arguments.cases, name_of(*case))]
         compared = {case: comparisons(*case, arguments.quick) for case in cases}
-        compile_in_parallel(
-            compile_one,
-            [
-                (case, is_jagged, name)
-                for case, pair in compared.items()
-                for is_jagged, comparison in enumerate(pair)
-                for name in comparison.implementations
-                if "fused" in name or "compile" in name
-            ],
-        )
-        bandwidth = copy_gbps().median
-        for batch, length, width in cases:
+        compile_comparisons(compile_one, compared)
+        gbps = copy_gbps().median
+        for (batch, length, width), (padded, _) in compared.items():
             # Forward reads x and writes y, backward reads x and dy and writes dx.
-            floor = Spread.exactly(5 * batch * length * width * 2 / bandwidth / 1e6)
-            results.add(
-                f"{name_of(batch, length, width)}/padded", "floor", "bfloat16", "device_ms", "ms", floor
-            )
+            add_floor(results, padded.name, 5 * batch * length * width * 2, gbps)
         pairs = reversed(compared.values())  # what is measured with most interest comes first
         rights = [compare(results, comparison) for pair in pairs for comparison in pair]
         return int(not all(rights))

@@ -11,8 +11,17 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from _harness import Spread, copy_gbps
-from _sequences import Comparison, Op, compare, compile_in_parallel, run_once, start, time_op
+from _harness import copy_gbps
+from _sequences import (
+    Comparison,
+    Op,
+    add_floor,
+    compare,
+    compile_comparisons,
+    run_once,
+    start,
+    time_op,
+)
 from torch import Tensor
 
 from neuroexapt.kernels import sequence_recommendation_interaction as definition
@@ -117,23 +126,13 @@ def main() -> int:
             return 0
         cases = [case for case in CASES if re.match(arguments.cases, name_of(*case))]
         compared = {case: comparisons(case, arguments.quick) for case in cases}
-        compile_in_parallel(
-            compile_one,
-            [
-                (case, index, name)
-                for case, pair in compared.items()
-                for index, comparison in enumerate(pair)
-                for name in comparison.implementations
-                if name not in ("eager", "chunks")
-            ],
-        )
+        compile_comparisons(compile_one, compared)
         gbps = copy_gbps().median
         rights = []
         for (batch, length, width), pair in compared.items():
             torch.compiler.reset()
             # Forward reads the items, backward reads them and writes their gradient.
-            floor = Spread.exactly(3 * batch * length * width * 2 / gbps / 1e6)
-            results.add(pair[0].name, "floor", "bfloat16", "device_ms", "ms", floor)
+            add_floor(results, pair[0].name, 3 * batch * length * width * 2, gbps)
             rights += [compare(results, comparison) for comparison in pair]
     return int(not all(rights))
 

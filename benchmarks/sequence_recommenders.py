@@ -6,10 +6,21 @@ or what ``--parts`` names of it:
 tune        trains the hand-built SASRec and HSTU with each of a few settings, a seed each; what validates
             best in the mean of both is used from there on
 controls    trains SASRec, HSTU and a random genotype from every one of ``--seeds``
-search      searches from several seeds by several strategies, for networks of no more parameters than the
-            better hand-built one has; trains what they found for ``--candidate-epochs``; trains the one that
-            validates best then from all seeds
+search      looks for a network of no more parameters than the better hand-built one has (see below)
 movielens   trains HSTU with and without its bias by time
+
+The part ``search``:
+
+1. Several strategies search from several seeds. The limit is theirs, so that α is learned within it instead
+   of cut down to it afterwards.
+2. ``--pool`` genotypes are trained briefly, with one seed: what every search derived, then what is drawn from
+   their α in turn, as probabilities. Of many networks within the limit α tells apart only few.
+3. While ``--refine-until`` allows, rounds of ``--jobs`` children of the best so far, which differ from their
+   parent in one edge or the head, are trained as briefly.
+4. The ``--finalists`` best are trained in full with that seed; the best of them is trained from all seeds.
+
+All these genotypes are within the limit and no two compute the same. NDCG@10 in validation decides every
+time; the hand-built networks take no part.
 
 Figures are HR@10 and NDCG@10 over the whole catalogue, leaving one out; what is tested is the network of the
 epoch that validated best, and the test decides nothing. ``--jobs`` trainings share the GPUs: seconds are of
@@ -18,6 +29,7 @@ shared ones then. Products are in TF32. ``--quick`` makes up a small data set, t
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -26,22 +38,23 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from _harness import Results, Spread, open_results, results_parser
 from _processes import visible_gpus
+from torch import Tensor
 
 from neuroexapt import evaluate, search
 from neuroexapt.backend.candidates import without_kernels
 from neuroexapt.core.derived import count_parameters
-from neuroexapt.core.genotypes import AnyGenotype, load_genotype
+from neuroexapt.core.genotypes import RECOMMENDERS, RecommenderGenotype
 from neuroexapt.data.sequences import load_sequences
-from neuroexapt.engine.resources import Resources
 from neuroexapt.recommend.metrics import gains, hits, target_ranks
 from neuroexapt.spaces import SPACES
 from neuroexapt.spaces.seqrec import SEQREC
@@ -87,8 +100,13 @@ VARIANTS = [
 ]
 POSITIONS = {"beauty": 12, "ml-100k": None}
 """Of a history that are trained at most, in the mean of a batch: twice what Amazon Beauty has."""
-SEARCH = {"batch_size": 256, "learning_rate": 2e-3, "arch_learning_rate": 2e-2, "warmup_epochs": 2}
-"""Settings of searches, which are short."""
+BRIEF = {"batch_size": 256, "learning_rate": 2e-3}
+"""Settings of short trainings: half the steps, twice as far each."""
+SEARCH = BRIEF | {"arch_learning_rate": 2e-2, "warmup_epochs": 2}
+PARENTS = 4
+"""How many of the best candidates have children."""
+TRIES = 1_000
+"""How many genotypes are looked at for new ones."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +125,6 @@ class Search:
     strategy: str
     dataset: str
     seed: int
-    settings: dict[str, Any]
     max_params: int
     variant: Variant
 
@@ -130,10 +147,7 @@ def train(training: Training) -> dict[str, Any]:
 
 
 def run_search(wanted: Search) -> dict[str, Any]:
-    """Genotypes within the limit that α of ``neuroexapt.search`` stands for, α, and the seconds it took.
-
-    The search itself has no budget, so that one search serves several limits and ways to derive.
-    """
+    """What ``neuroexapt.search`` derived within the limit, its α, and the seconds it took."""
     torch.set_float32_matmul_precision("high")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -142,39 +156,115 @@ def run_search(wanted: Search) -> dict[str, Any]:
             space=wanted.variant.register(),
             strategy=wanted.strategy,
             seed=wanted.seed,
+            max_params=wanted.max_params,
             train_epochs=0,
             out=Path(folder) / "run",
             quiet=True,
-            **(wanted.variant.settings | wanted.settings),
+            **wanted.variant.settings,
         )
     alpha = found.curves["search"]["alpha"][-1]
-    genotypes = list(dict.fromkeys(str(genotype) for genotype in within_limit(wanted, alpha)))
     seconds = time.perf_counter() - start
-    unlimited = {"unlimited": str(found.genotype)}
-    return {**found.result, **unlimited, "genotypes": genotypes, "alpha": alpha, "seconds": seconds}
+    return {**found.result, "genotype": str(found.genotype), "alpha": alpha, "seconds": seconds}
 
 
-def within_limit(wanted: Search, alpha: dict[str, list[list[float]]]) -> Iterator[AnyGenotype]:
-    """What α stands for within the limit, with and without ``none``, with its head and the plain one."""
-    data = load_sequences(Path(wanted.dataset.removeprefix("seq:")))
-    sizes = {**SEQREC.defaults, **wanted.variant.settings}
-    shape = data.facts | {"channels": sizes["init_channels"], "layers": sizes["layers"]}
+class Limit:
+    """Parameters of a network, and whether they are no more than those of a named one."""
 
-    def make_network(genotype: Any) -> torch.nn.Module:
-        return SEQREC.network(genotype, **shape)
+    def __init__(self, name: str, dataset: str, variant: Variant) -> None:
+        facts = load_sequences(Path(dataset.removeprefix("seq:"))).facts
+        sizes = {**SEQREC.defaults, **variant.settings}
+        self._shape = {**facts, "channels": sizes["init_channels"], "layers": sizes["layers"]}
+        self.parameters = self.count(RECOMMENDERS[name])
 
-    resources = Resources(
-        {"max_params": wanted.max_params},
-        SEQREC.supernet(**shape),
-        data.test.inputs[:2],
-        SEQREC,
-        make_network,
-    )
-    weights = {cell: torch.tensor(rows) for cell, rows in alpha.items()}
-    without_none, last = weights["cell"].clone(), torch.tensor([[1.0, 0.0, 0.0, 0.0]])
-    without_none[:, SEQREC.primitives.index("none")] = 0
-    for cell, head in itertools.product((weights["cell"], without_none), (weights["head"], last)):
-        yield resources.fit({"cell": cell, "head": head})
+    def count(self, genotype: RecommenderGenotype) -> int:
+        with torch.device("meta"):
+            return count_parameters(SEQREC.network(genotype, **self._shape))
+
+    def admits(self, genotype: RecommenderGenotype) -> bool:
+        return self.count(genotype) <= self.parameters
+
+
+def drawn_from(alpha: Mapping[str, Tensor], generator: torch.Generator) -> RecommenderGenotype:
+    """Of operations drawn with the probabilities α [E, K]; where the space has to mend it, α decides."""
+    drawn = {cell: rows.multinomial(1, generator=generator)[:, 0] for cell, rows in alpha.items()}
+    return SEQREC.derive({cell: rows + F.one_hot(drawn[cell], rows.shape[1]) for cell, rows in alpha.items()})
+
+
+def child_of(parent: RecommenderGenotype, rng: random.Random) -> RecommenderGenotype:
+    """``parent`` with an operation drawn evenly on one edge, or such a head; where the space has to mend it,
+    the operation that was there stays.
+    """
+    weights = one_hot(parent)
+    row = rng.choice([row for rows in weights.values() for row in rows])
+    row /= 2
+    row[rng.randrange(len(row))] = 1
+    return SEQREC.derive(weights)
+
+
+def one_hot(genotype: RecommenderGenotype) -> dict[str, Tensor]:
+    """1 for what ``genotype`` chose, else 0: [E, K] for each type of cells."""
+    return {
+        cell: torch.tensor(
+            [[name == op for name in SEQREC.primitives_of(cell)] for *_, op in chosen.edges]
+        ).float()
+        for cell, chosen in genotype.cells.items()
+    }
+
+
+def computed_by(genotype: RecommenderGenotype) -> Hashable:
+    """The same for genotypes that differ only in what they skip: the last state as a sum of operations on
+    such sums, the operations, each of which has weights of its own, and the head.
+    """
+    states: list[tuple[Any, ...]] = [("input",)]
+    for operations in genotype.cell.operations:
+        terms: list[Any] = []
+        for op, source in zip(operations, states, strict=True):
+            terms += source if op == "skip_connect" else [(op, source)] if op != "none" and source else []
+        states.append(tuple(sorted(terms, key=str)))
+    weighted = sorted(op for _, _, op in genotype.edges if op != "skip_connect")
+    return states[-1], tuple(weighted), genotype.head
+
+
+class Candidates:
+    """Genotypes within the limit, each once; what they reached in validation is in ``ndcg`` by their text."""
+
+    def __init__(self, limit: Limit) -> None:
+        self._limit, self._known = limit, set[Hashable]()
+        self.ndcg: dict[str, float] = {}
+
+    def new_ones(self, genotypes: Iterable[RecommenderGenotype], count: int) -> list[str]:
+        """The first ``count`` of ``genotypes`` that compute something new."""
+        return [str(genotype) for genotype in itertools.islice(self._admitted(genotypes), count)]
+
+    def _admitted(self, genotypes: Iterable[RecommenderGenotype]) -> Iterator[RecommenderGenotype]:
+        for genotype in itertools.islice(genotypes, TRIES):
+            computed = computed_by(genotype)
+            is_new = computed not in self._known
+            self._known.add(computed)
+            if is_new and self._limit.admits(genotype):
+                yield genotype
+
+    def best(self, count: int) -> list[str]:
+        return sorted(self.ndcg, key=self.ndcg.__getitem__, reverse=True)[:count]
+
+    def children(self, rng: random.Random) -> Iterator[RecommenderGenotype]:
+        """Without end, of the best."""
+        parents = [load_recommender(text) for text in self.best(PARENTS)]
+        while True:
+            yield child_of(rng.choice(parents), rng)
+
+
+def of_searches(found: Sequence[dict[str, Any]]) -> Iterator[RecommenderGenotype]:
+    """What searches derived, then, without end, what is drawn from their α in turn."""
+    for result in found:
+        yield load_recommender(result["genotype"])
+    generator = torch.Generator().manual_seed(0)
+    for result in itertools.cycle(found):
+        yield drawn_from({cell: torch.tensor(rows) for cell, rows in result["alpha"].items()}, generator)
+
+
+def load_recommender(text: str) -> RecommenderGenotype:
+    return RecommenderGenotype.from_dict(json.loads(text))
 
 
 class Pool:
@@ -206,13 +296,16 @@ class Pool:
             print(f"{training.name} seed {training.seed}: {figures}, {best}, {seconds}", flush=True)
         return dict(found)
 
-    def search(self, searches: Sequence[Search]) -> list[dict[str, Any]]:
+    def search(self, results: Results, searches: Sequence[Search]) -> list[dict[str, Any]]:
+        """What each found, in order; recorded as it comes."""
         found = []
         for wanted, result in zip(searches, self._map(run_search, searches), strict=True):
             found.append(result)
-            shown = f"{result['seconds']:.0f} s, valid {result['valid_accuracy']:.4f}: {result['unlimited']}"
-            print(f"{wanted.strategy} seed {wanted.seed}: {shown}, within {wanted.max_params:,} parameters:")
-            print("\n".join(result["genotypes"]), flush=True)
+            kept = {name: result[name] for name in ("genotype", "alpha", "seconds", "valid_accuracy")}
+            limited = {"seed": wanted.seed, "limit": wanted.max_params}
+            results.record("beauty", wanted.strategy, "tf32", "search", **limited, **kept)
+            shown = f"{result['seconds']:.0f} s, valid {result['valid_accuracy']:.4f}: {result['genotype']}"
+            print(f"{wanted.strategy} seed {wanted.seed}: {shown}", flush=True)
         return found
 
     def _map(self, run: Any, tasks: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -264,40 +357,42 @@ def tuned(results: Results, pool: Pool, dataset: str, variant: Variant, numbers:
     return variant | best
 
 
-def count_parameters_of(genotype: str, dataset: str, variant: Variant) -> int:
-    facts = load_sequences(Path(dataset.removeprefix("seq:"))).facts
-    sizes = {**SEQREC.defaults, **variant.settings}
-    chosen: Any = load_genotype(genotype)
-    network = SEQREC.network(chosen, **facts, channels=sizes["init_channels"], layers=sizes["layers"])
-    return count_parameters(network)
-
-
 def search_and_train(
-    results: Results, pool: Pool, dataset: str, limit: int, variant: Variant, arguments: argparse.Namespace
+    results: Results, pool: Pool, dataset: str, limit: Limit, variant: Variant, arguments: argparse.Namespace
 ) -> None:
     start = time.perf_counter()
-    settings: dict[str, Any] = {"epochs": arguments.search_epochs}
-    if not arguments.quick:
-        settings |= SEARCH
+
+    def note_seconds(metric: str) -> None:
+        seconds = time.perf_counter() - start
+        results.add("beauty", "searched", "tf32", metric, "s", Spread.exactly(seconds))
+
+    briefly = variant | Variant(({} if arguments.quick else BRIEF) | {"epochs": arguments.candidate_epochs})
+    searching = variant | Variant(({} if arguments.quick else SEARCH) | {"epochs": arguments.search_epochs})
     searches = [
-        Search(strategy, dataset, seed, settings, limit, variant)
+        Search(strategy, dataset, seed, limit.parameters, searching)
         for seed in range(arguments.searches)
         for strategy in arguments.strategies
     ]
-    found = pool.search(searches)
-    for wanted, result in zip(searches, found, strict=True):
-        kept = {
-            name: result[name] for name in ("unlimited", "genotypes", "alpha", "seconds", "valid_accuracy")
-        }
-        results.record("beauty", wanted.strategy, "tf32", "search", seed=wanted.seed, limit=limit, **kept)
-    genotypes = list(dict.fromkeys(itertools.chain(*(result["genotypes"] for result in found))))
-    briefly = variant | Variant({"epochs": arguments.candidate_epochs})
-    candidates = pool.train(results, [Training(g, g, dataset, arguments.seeds, briefly) for g in genotypes])
-    chosen = max(genotypes, key=lambda genotype: candidates[genotype][0]["valid_ndcg"])
-    results.add("beauty", "searched", "tf32", "search_s", "s", Spread.exactly(time.perf_counter() - start))
+    found = pool.search(results, searches)
+    note_seconds("gradient_search_s")
+
+    def validated(genotypes: Sequence[str], variant: Variant) -> dict[str, float]:
+        trainings = [Training(text, text, dataset, arguments.seeds, variant) for text in genotypes]
+        return {text: run["valid_ndcg"] for text, (run,) in pool.train(results, trainings).items()}
+
+    candidates, rng = Candidates(limit), random.Random(0)
+    new = candidates.new_ones(of_searches(found), arguments.pool)
+    while new:
+        candidates.ndcg |= validated(new, briefly)
+        in_time = time.perf_counter() - start < arguments.refine_until
+        new = candidates.new_ones(candidates.children(rng), arguments.jobs) if in_time else []
+    note_seconds("refined_s")
+    finalists = validated(candidates.best(arguments.finalists), variant)
+    chosen = max(finalists, key=finalists.__getitem__)
+    note_seconds("search_s")
     trainings = [Training("searched", chosen, dataset, s, variant) for s in range(arguments.seeds)]
     record(results, "beauty", pool.train(results, trainings), arguments.jobs)
-    results.add("beauty", "searched", "tf32", "total_s", "s", Spread.exactly(time.perf_counter() - start))
+    note_seconds("total_s")
 
 
 def write_made_up(path: Path) -> None:
@@ -323,8 +418,13 @@ def arguments_from_command_line() -> argparse.Namespace:
     parser.add_argument("--patience", type=int, default=8, help="epochs after the one that validates best")
     parser.add_argument("--strategies", nargs="+", default=["darts"], help="of the searches")
     parser.add_argument("--searches", type=int, default=1, help="seeds of each strategy")
-    parser.add_argument("--search-epochs", type=int, default=12)
-    parser.add_argument("--candidate-epochs", type=int, default=10, help="of what the searches found")
+    parser.add_argument("--search-epochs", type=int, default=8)
+    parser.add_argument("--candidate-epochs", type=int, default=16, help="of short trainings of candidates")
+    parser.add_argument("--pool", type=int, default=16, help="candidates before refinement")
+    parser.add_argument(
+        "--refine-until", type=float, default=150.0, help="seconds of the part, for rounds to begin"
+    )
+    parser.add_argument("--finalists", type=int, default=6, help="candidates that are trained in full")
     parser.add_argument("--no-more-than", choices=HAND_BUILT, help="whose parameters limit the searched one")
     parser.add_argument(
         "--variants",
@@ -347,7 +447,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.quick:
         write_made_up(folder / "made_up.csv")
         arguments.beauty = arguments.movielens = folder / "made_up.csv"
-        arguments.search_epochs = 2
+        arguments.search_epochs = arguments.candidate_epochs = arguments.finalists = 2
+        arguments.pool = 3
         variant = Variant(QUICK)
     results = open_results("sequence_recommenders", arguments, "cpu" if arguments.quick else "cuda")
     beauty, movielens = f"seq:{arguments.beauty}", f"seq:{arguments.movielens}"
@@ -366,7 +467,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             HAND_BUILT, key=lambda name: sum(run["test_ndcg"] for run in found[name])
         )
     if "search" in arguments.parts:
-        limit = count_parameters_of(better, beauty, variant)
+        limit = Limit(better, beauty, variant)
         search_and_train(results, pool, beauty, limit, variant, arguments)
     if "movielens" in arguments.parts:
         record_popularity(results, "ml-100k", movielens)

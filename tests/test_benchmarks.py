@@ -15,12 +15,13 @@ from neuroexapt.spaces.nas_bench_201 import genotype_of_id
 from tests.engine.tiny import write_tiny_npz
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import _sequences
 import full_search
 import search_fidelity
 import search_step
 from _harness import Spread, Work
 from _search import NETWORKS, Network
-from _sequences import Sequences
+from _sequences import Comparison, Sequences
 
 BENCHMARKS = Path(search_step.__file__).parent
 
@@ -251,6 +252,15 @@ def test_plain_pytorch_runs_jagged_sequences_by_way_of_padded_ones():
     expected = torch.cat([2 * part.cumsum(0) for part in x.split([1, 4, 7])])
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(*(torch.autograd.grad(z.square().sum(), x) for z in (y, expected)))
+
+
+def test_only_what_is_compiled_is_compiled_ahead(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_sequences, "compile_in_parallel", lambda call, arguments: asked.extend(arguments))
+    padded = dict.fromkeys(("eager", "cumsum", "cumsum-compile", "fused"), torch.neg)
+    pair = [Comparison(name, padded, torch.neg, list) for name in ("padded", "jagged")]
+    _sequences.compile_comparisons(print, {(2, 3, 4): pair})
+    assert asked == [((2, 3, 4), number, name) for number in (0, 1) for name in ("cumsum-compile", "fused")]
 
 
 def test_noise_has_the_form_of_cifar10(tmp_path):
