@@ -1,6 +1,8 @@
 """Capturing work in a CUDA graph, and getting over a capture that fails."""
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -15,7 +17,7 @@ def try_to_capture(capture: Callable[[], Captured]) -> tuple[Captured | None, st
     stream, random = torch.cuda.current_stream(), torch.cuda.default_generators[torch.cuda.current_device()]
     random_state = random.clone_state()
     try:
-        with free_launches():
+        with free_launches(), _no_garbage_collected():
             return capture(), ""
     except Exception as error:  # whatever the captured code raises, which shows again when it runs as it is
         torch.cuda.set_stream(stream)
@@ -23,3 +25,16 @@ def try_to_capture(capture: Callable[[], Captured]) -> tuple[Captured | None, st
         # Ending a capture that broke off raises as well; what broke it came first.
         cause = error.__context__ or error
         return None, next(iter(str(cause).splitlines()), type(cause).__name__)
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """It may hold an earlier graph, and freeing that one breaks the capture of another."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,4 +1,5 @@
 import contextlib
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.spaces import DARTS
 from tests.engine.tiny import assert_same_run, dataset_of, tiny_settings
+from tests.strategies.small import make_phase
 
 
 def test_on_the_cpu_a_step_stays_what_it_is() -> None:
@@ -289,3 +291,37 @@ def test_a_captured_training_resumes_from_its_state(reproducible: None) -> None:
     train(resumed, range(1))  # graphs, states and an average of another moment, which loading replaces
     resumed.load_state_dict(first.state_dict())
     assert_same(train(resumed, range(2, 3)), train(through, range(2, 3)))
+
+
+@gpu
+def test_garbage_waits_until_a_step_is_captured() -> None:
+    collects: list[bool] = []
+
+    def step(x: Tensor) -> Tensor:
+        collects.append(gc.isenabled())
+        return x + 1
+
+    take = capture(step, torch.device("cuda"))
+    for _ in range(3):
+        assert take(torch.ones(2, device="cuda")).tolist() == [2, 2]
+    assert collects == [True, False]
+    assert gc.isenabled()
+
+
+@gpu
+@pytest.mark.usefixtures("small_space")
+def test_kernels_run_one_by_one_after_a_capture_that_broke_without_a_word() -> None:
+    phase = make_phase("cuda", 16, strategy="darts")
+    phase.prepare_execution(print)
+    take, step = phase._take_step, phase._step
+
+    def break_the_capture(*batches: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize()
+        return step(*batches)
+
+    assert isinstance(take, CapturedStep)
+    take._step = break_the_capture
+    assert torch.stack(list(phase.steps(0, 0))).isfinite().all()
+    assert take.reason

@@ -11,7 +11,9 @@ namespace launching {
 constexpr int kMultiprocessors = 132;  // that launches are cut for
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it, else the next launch would be blamed for it
+  throw std::runtime_error(cudaGetErrorString(error));
 }
 
 // Kernels can be launched early from compute capability 9.0 on.
