@@ -22,6 +22,11 @@ def can_be_read(weights: Tensor) -> bool:
     return not (weights.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def strongest(weights: Tensor) -> Tensor:
+    """1 for the largest of each row of ``weights`` [E, K], the first of equal ones, 0 for the others."""
+    return torch.zeros_like(weights).scatter_(-1, weights.argmax(dim=-1, keepdim=True), 1.0)
+
+
 def without_gradients_of_zeros(weights: Tensor) -> Tensor:
     """``weights``; the gradient of those that are 0 is 0."""
     return weights.where(weights != 0, 0.0)

@@ -71,7 +71,10 @@ class Strategy(nn.Module, ABC):
         """Mixing weights [E, K] of every cell type from its α [E, K], drawn anew for every pass if random."""
 
     def mixing(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mixing weights for validation and for deriving: ``relax`` without what is random in it."""
+        """Mixing weights for validation and for deriving: ``relax`` without what is random in it.
+
+        Where steps draw one path by α, validation takes the strongest one.
+        """
         return self.relax(alphas)
 
     def penalty(self, alphas: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.core.derived import count_parameters
+from neuroexapt.core.drawn import strongest
 from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.operations import MixedOp
 from neuroexapt.core.supernet import Supernet
@@ -112,7 +113,7 @@ class Resources:
         names, allowed = self._space.primitives_of(cell), weights.detach().clone()
         if "none" in names and not self._space.may_choose_none:
             allowed[:, names.index("none")] = -torch.inf
-        return torch.zeros_like(allowed).scatter_(-1, allowed.argmax(dim=-1, keepdim=True), 1.0)
+        return strongest(allowed)
 
     @torch.no_grad()
     def fit(self, weights: Weights) -> AnyGenotype:

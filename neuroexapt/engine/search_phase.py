@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.benchmarks import Table
 from neuroexapt.core.buffers import buffers_copied
+from neuroexapt.core.drawn import strongest
 from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import Loader
@@ -210,6 +211,8 @@ class SearchPhase(Phase):
 
     def _score_batch(self, inputs: Tensor, labels: Tensor) -> Tensor:
         weights = self.mixing_weights()
+        if self.strategy.single_path and self.strategy.learns_alpha:  # no step trained them all mixed
+            weights = {cell: strongest(mixing) for cell, mixing in weights.items()}
         return score(lambda x: self.supernet(x, weights), self.space.task, inputs, labels)
 
     @torch.no_grad()
@@ -277,7 +280,7 @@ class SearchPhase(Phase):
 
     @torch.no_grad()
     def mixing_weights(self) -> dict[str, Tensor]:
-        """What validation sees, and what the genotype follows from."""
+        """What the genotype follows from, and what validation sees, or the strongest path of it."""
         return self.stopping.weights or self.strategy.mixing(self.supernet.choices())
 
     def genotype(self) -> AnyGenotype:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from neuroexapt.core.drawn import strongest
 from neuroexapt.strategies.darts import Darts
 from neuroexapt.strategies.gumbel import gumbel_softmax
 from neuroexapt.strategies.schedule import Scheduled
@@ -36,5 +36,5 @@ class Gdas(Scheduled):
 
     def _draw(self, alpha: Tensor) -> Tensor:
         p = gumbel_softmax(alpha, self.temperature)
-        drawn = torch.zeros_like(p).scatter_(-1, p.argmax(dim=-1, keepdim=True), 1.0)
+        drawn = strongest(p)
         return drawn + drawn * (p - p.detach())

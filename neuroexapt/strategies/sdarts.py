@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from neuroexapt.core.drawn import strongest
 from neuroexapt.engine.bilevel import Batch, BilevelStep, Gradients
 from neuroexapt.strategies.schedule import Scheduled
 
@@ -87,7 +88,7 @@ class AdversariallySmoothed(Smoothed):
 
 def _on_simplex(weights: Tensor) -> Tensor:
     """Rows clamped to 0..1 and divided by their sums; where all were negative, the largest becomes 1."""
-    largest = torch.zeros_like(weights).scatter_(-1, weights.argmax(dim=-1, keepdim=True), 1.0)
+    largest = strongest(weights)
     clamped = weights.clamp(0, 1)
     total = clamped.sum(dim=-1, keepdim=True)
     return torch.where(total > 0, clamped / total, largest)

@@ -108,6 +108,17 @@ def test_no_step_looks_at_a_value(name: str) -> None:
         step.strategy.mixing(step.supernet.choices())
 
 
+@pytest.mark.parametrize("name", ["darts", "gdas"])
+def test_validation_sees_one_path_where_steps_draw_one(name: str) -> None:
+    phase, seen = make_phase(strategy=name), []
+    phase.supernet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    phase.end_epoch(0)
+    for weights in seen:
+        for mixing in weights.values():
+            assert torch.equal(mixing.max(dim=-1).values == 1, torch.full((len(mixing),), name != "darts"))
+    assert seen
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_captured_step_equals_the_one_launched_one_by_one(name: str) -> None:
