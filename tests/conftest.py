@@ -23,6 +23,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _private_configuration(tmp_path, monkeypatch):
     """Keep the developer's own settings out of the tests and the tests out of them."""
     monkeypatch.setenv("NEUROEXAPT_CONFIG", str(tmp_path / "config.json"))

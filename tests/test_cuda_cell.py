@@ -280,7 +280,8 @@ def test_preprocessing(shape, kind, wants, stored):
     conv = ReLUConvBN(shape[1], 32, 1, affine=False).op
     op = (conv if kind == "relu_conv_bn" else FactorizedReduce(shape[1], 32, affine=False)).cuda()
     x, expected_op = randn(*shape, dtype=stored).requires_grad_(wants[0]), copy.deepcopy(op).double()
-    tolerance = 2e-5 if stored == torch.float32 else 1e-2
+    # Four values a channel, as of the smallest shape, are normalised by what one rounding to bf16 moves.
+    tolerance = 2e-5 if stored == torch.float32 else 3e-2 if shape[0] == 1 else 1e-2
     for parameter in (*op.parameters(), *expected_op.parameters()):
         parameter.requires_grad_(wants[1])
     assert getattr(preprocess, f"supports_{kind}")(x, op).ok
