@@ -13,10 +13,8 @@ under autograd, on the state itself. Its output enters ``_LeaveStates`` beside t
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.core.buffers import buffers_changed_if
-from neuroexapt.core.operations import FactorizedReduce, SepConvBlock, convolve_joined
+from neuroexapt.core.operations import convolve_joined
 from neuroexapt.core.plan import (
     POOL_SIZE,
     CellPlan,
@@ -35,14 +33,12 @@ from neuroexapt.core.plan import (
     ModuleTerm,
     NodeGroup,
     PoolTerm,
-    StateGroup,
     Term,
     WholeEdge,
 )
 from neuroexapt.cuda_ops import cell_kernels
 from neuroexapt.cuda_ops.arguments import dtype_refusals
 from neuroexapt.cuda_ops.cell_kernels import (
-    Conv,
     ConvGrad,
     DenseGrad,
     PoolGrad,
@@ -51,10 +47,9 @@ from neuroexapt.cuda_ops.cell_kernels import (
     StateGrad,
     Summand,
 )
+from neuroexapt.cuda_ops.cell_pass import Entry, Flow, Pass, weight_of
 
 CHANNELS = (16, 32, 64)
-DENSE_GEOMETRIES = (((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1)))
-"""Kernel size, stride and padding of the dense convolutions that there are kernels for."""
 
 _FEWEST_ADDED_EARLY = 6
 """Terms of a node, which otherwise wait for more: the sum so far is written and read once more."""
@@ -106,7 +101,7 @@ def refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Itera
 def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
     """What stands in the way of these kernels."""
     yield from refusals(plan, states, weights)
-    flows = [_Flow([group]) for group in plan.states]
+    flows = [Flow([group]) for group in plan.states]
     channels, width = states[0].shape[1], states[0].shape[3]
     if channels not in CHANNELS:
         yield f"{channels} channels"
@@ -136,7 +131,7 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
 def _own_tensors(plan: CellPlan) -> Iterator[Tensor]:
     """What the kernels read besides their arguments: weights and running statistics."""
     for group in plan.states:
-        yield from _Flow([group]).weights
+        yield from Flow([group]).weights
     for node in plan.nodes:
         bns = (term.bn for term in node.terms if term.bn is not None)
         yield from (bn.running_mean for bn in bns if bn.running_mean is not None)
@@ -149,7 +144,7 @@ def run(
     weights = weights.contiguous()
     output = _empty_output(plan, states[0])
     exact = cell_kernels.products_are_exact()
-    pass_ = _Pass(
+    pass_ = Pass(
         kernels,
         exact,
         _is_training(plan),
@@ -166,7 +161,7 @@ def run(
 
     def leave(first: int, xs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The states from number ``first`` on, for other uses."""
-        flow = _Flow(plan.states[first : first + len(xs)], xs[0].shape[-1])
+        flow = Flow(plan.states[first : first + len(xs)], xs[0].shape[-1])
         if not flow.targets:
             return xs
         xs, outside = _run_outside(pass_, flow, xs, weights)
@@ -185,146 +180,10 @@ def run(
     return torch.cat([y for node, y in zip(plan.nodes, entered, strict=True) if node.node in plan.outputs], 1)
 
 
-@dataclass(eq=False)
-class _Entry:
-    """A term on its way to its node, and what of it is kept for the backward pass: z, or a pool's input."""
-
-    member: Term | WholeEdge
-    z: Tensor
-    stats: Tensor | None
-    kept: Tensor
-
-    @property
-    def summand(self) -> Summand:
-        return Summand(self.z, self.stats, _weight_of(self.member))
-
-
-@dataclass(eq=False)
-class _Pass:
-    """What the functions of one forward pass of a cell, and of its backward pass, tell each other."""
-
-    kernels: Any
-    exact: bool  # products of fp32 grade
-    training: bool
-    weights: Tensor
-    drawn_only: bool  # candidates of weight 0 do not run
-    inputs: int  # states that leave together
-    nodes: int
-    output: Tensor | None  # until it is complete
-    branch: Any  # beside the convolutions: what only the next node or the one before waits for
-    entries: dict[int, list[_Entry]] = field(default_factory=lambda: defaultdict(list))
-    coefs: dict[Term, Tensor] = field(default_factory=dict)
-    late: set[Term] = field(default_factory=set)  # those whose coefs are there after the next join
-    begun: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # sums, of how many entries
-    grad_weights: Tensor | None = None
-
-    def mixing(self, members: Iterable[Term | WholeEdge]) -> list[Tensor | None]:
-        """The weight of each that runs only if that is not 0, None of the others."""
-        entries = (_weight_of(member) if self.drawn_only else None for member in members)
-        return [None if entry is None else self.weights[entry] for entry in entries]
-
-    def asking(self, members: Iterable[Term | WholeEdge]) -> dict[str, Any]:
-        """Keyword arguments for kernels of ``members``, which leave out what was not drawn."""
-        return {"mixing": self.mixing(members)} if self.drawn_only else {}
-
-    @property
-    def leaving_out(self) -> dict[str, Any]:
-        """Keyword arguments for kernels that are given all mixing weights."""
-        return {"drawn_only": True} if self.drawn_only else {}
-
-    def join(self) -> None:
-        self.branch.join()
-        self.late.clear()
-
-
-class _Flow:
-    """All that leaves some states of one shape and stride, state by state, as ``_LeaveStates`` takes it.
-
-    ``width``: of the states; some convolutions run outside if it is no multiple of 4.
-    """
-
-    def __init__(self, groups: Sequence[StateGroup], width: int = 4) -> None:
-        self.states = tuple(group.state for group in groups)
-        self.stride = groups[0].stride if groups else 1
-        self.first = tuple(term for group in groups for term in group.convs)
-        self.second = tuple(term for term in self.first if len(term.blocks) == 2)
-        self.pools = tuple(term for group in groups for term in group.pools)
-        self.identities = tuple(term for group in groups for term in group.identities)
-        modules = [term for group in groups for term in group.modules]
-        self.reductions = tuple(term for term in modules if _is_reduction(term))
-        self.dense = tuple(term for term in modules if _is_dense(term) and width % 4 == 0)
-        others = (term for term in modules if term not in self.reductions + self.dense)
-        edges = (edge for group in groups for edge in group.edges)
-        self.outside: tuple[ModuleTerm | WholeEdge, ...] = (*others, *edges)
-        # All that leaves something of its own to be kept.
-        self.computed = (*self.first, *self.reductions, *self.dense, *self.outside)
-        members: tuple[Term | WholeEdge, ...] = (*self.computed, *self.pools, *self.identities)
-        self.targets = sorted({member.target for member in members})
-
-    @cached_property
-    def weights(self) -> list[Tensor]:
-        """Two of each: depthwise and pointwise ones in ``first`` and ``second``, halves of ``reductions``.
-        Then those of ``dense``."""
-        blocks = [*(term.blocks[0] for term in self.first), *(term.blocks[1] for term in self.second)]
-        ops: list[Any] = [term.module for term in self.reductions]
-        halves = (conv.weight for op in ops for conv in (op.conv_1, op.conv_2))
-        dense_ops: list[Any] = [term.module for term in self.dense]
-        return [*_weights(blocks), *halves, *(op.op[1].weight for op in dense_ops)]
-
-    @cached_property
-    def owners(self) -> list[Term]:
-        """The term of each of ``weights``."""
-        pairs = (*self.first, *self.second, *self.reductions)
-        return [*(term for term in pairs for _ in range(2)), *self.dense]
-
-    def convs(self, pass_: "_Pass", xs: dict[int, Tensor], weights: Sequence[Tensor]) -> list[Conv]:
-        """The convolutions in ``first`` of the states ``xs``."""
-        pairs = self._pairs(weights)[: len(self.first)]
-        mixing = self._mixing(pass_, self.first, xs)
-        return [
-            Conv(xs[term.source], None, *pair, term.dilation, term.stride, m)
-            for term, pair, m in zip(self.first, pairs, mixing, strict=True)
-        ]
-
-    def second_convs(
-        self,
-        pass_: "_Pass",
-        xs: dict[int, Tensor],
-        zs: Sequence[Tensor],
-        stats: Sequence[Tensor],
-        weights: Sequence[Tensor],
-    ) -> list[Conv]:
-        """The convolutions in ``second`` of what the first ones of ``xs``, normalised by ``stats``, left."""
-        pairs = self._pairs(weights)[len(self.first) :][: len(self.second)]
-        mixing = self._mixing(pass_, self.second, xs)
-        return [Conv(z, s, *pair, 1, 1, m) for z, s, pair, m in zip(zs, stats, pairs, mixing, strict=True)]
-
-    def _mixing(
-        self, pass_: "_Pass", terms: Sequence[Term], xs: dict[int, Tensor]
-    ) -> Sequence[Tensor | None]:
-        """Of convolutions that need not run: both halves of a separable one or none."""
-        if terms and pass_.drawn_only and pass_.kernels.can_leave_out(next(iter(xs.values())), self.stride):
-            return pass_.mixing(terms)
-        return [None] * len(terms)
-
-    def halves(self, weights: Sequence[Tensor]) -> dict[Any, tuple[Tensor, Tensor]]:
-        """The weights of ``reductions``."""
-        pairs = self._pairs(weights)[len(self.first) + len(self.second) :]
-        return dict(zip(self.reductions, pairs, strict=True))
-
-    def dense_weights(self, weights: Sequence[Tensor]) -> dict[Any, Tensor]:
-        """The weights of ``dense``."""
-        return dict(zip(self.dense, weights[len(weights) - len(self.dense) :], strict=True))
-
-    def _pairs(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        in_pairs = weights[: len(weights) - len(self.dense)]
-        return list(zip(in_pairs[::2], in_pairs[1::2], strict=True))
-
-
 class _Outputs:
     """``z`` of all that leaves some states, and ``stats`` of what has a BatchNorm, as they come about."""
 
-    def __init__(self, pass_: _Pass) -> None:
+    def __init__(self, pass_: Pass) -> None:
         self.z: dict[Any, Tensor] = {}
         self.stats: dict[Any, Tensor] = {}
         self.pass_ = pass_
@@ -349,7 +208,7 @@ class _Outputs:
 
 def _compute_first(
     outputs: _Outputs,
-    flow: _Flow,
+    flow: Flow,
     xs: dict[int, Tensor],
     outside: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -379,7 +238,7 @@ def _compute_first(
     outputs.normalise(0)
 
 
-def _pool(outputs: _Outputs, flow: _Flow, xs: dict[int, Tensor]) -> None:
+def _pool(outputs: _Outputs, flow: Flow, xs: dict[int, Tensor]) -> None:
     """Put ``flow.pools`` into ``outputs``."""
     kinds = {term.pool.kind for term in flow.pools}
     pools = _by_state(flow.pools)
@@ -397,7 +256,7 @@ class _Saved:
     ``source``, which its methods take: what the gradient of each z starts from, and its coefficients.
     """
 
-    def __init__(self, pass_: _Pass, flow: _Flow, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, pass_: Pass, flow: Flow, tensors: Sequence[Tensor]) -> None:
         saved = iter(tensors)
         self._pass = pass_
         self._flow = flow
@@ -449,7 +308,7 @@ class _ShareWeights(torch.autograd.Function):
     """The mixing weights for every node; the nodes write their gradients into one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, pass_: _Pass, nodes: int, weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, pass_: Pass, nodes: int, weights: Tensor) -> tuple[Tensor, ...]:
         ctx.pass_ = pass_
         return tuple(weights.view_as(weights) for _ in range(nodes))
 
@@ -465,7 +324,7 @@ class _ShareState(torch.autograd.Function):
     """A state for several uses, whose gradients are added up in one go."""
 
     @staticmethod
-    def forward(ctx: Any, pass_: _Pass, uses: int, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, pass_: Pass, uses: int, x: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.pass_ = pass_
         return tuple(x.view_as(x) for _ in range(uses))
@@ -485,7 +344,7 @@ class _LeaveStates(torch.autograd.Function):
     target."""
 
     @staticmethod
-    def forward(ctx: Any, pass_: _Pass, flow: _Flow, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, pass_: Pass, flow: Flow, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = iter(tensors)
         xs = {state: next(inputs) for state in flow.states}
         outside = [next(inputs) for _ in flow.outside]
@@ -504,7 +363,7 @@ class _LeaveStates(torch.autograd.Function):
         for member, output in z.items():
             forms_again = isinstance(member, PoolTerm) and not pass_.kernels.KEEPS_POOLS
             kept = xs[member.source].detach() if forms_again else output
-            pass_.entries[member.target].append(_Entry(member, output, stats.get(member), kept))
+            pass_.entries[member.target].append(Entry(member, output, stats.get(member), kept))
         ctx.set_materialize_grads(False)
         ctx.pass_, ctx.flow = pass_, flow
         ctx.save_for_backward(
@@ -587,7 +446,7 @@ class _EnterNode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pass_: _Pass, number: int, node: NodeGroup, weights: Tensor, *handles: Tensor
+        ctx: Any, pass_: Pass, number: int, node: NodeGroup, weights: Tensor, *handles: Tensor
     ) -> Tensor:
         entries = pass_.entries.pop(node.node, [])
         pass_.join()
@@ -611,7 +470,7 @@ class _EnterNode(torch.autograd.Function):
             pass_.grad_weights = torch.zeros_like(weights)
         summands = {
             member: Summand(
-                z, stats, _weight_of(member), None if pass_.kernels.KEEPS_POOLS else _pooling_of(member)
+                z, stats, weight_of(member), None if pass_.kernels.KEEPS_POOLS else _pooling_of(member)
             )
             for member, z, stats in zip(ctx.members, kept, stats, strict=True)
             if not isinstance(member, WholeEdge) and (wants_weights or not isinstance(member, IdentityTerm))
@@ -629,7 +488,7 @@ class _EnterNode(torch.autograd.Function):
         return None, None, None, token, *(g if need else None for need in ctx.needs_input_grad[4:])
 
 
-def _add_up(pass_: _Pass, number: int, entries: Sequence[_Entry], weights: Tensor) -> Tensor:
+def _add_up(pass_: Pass, number: int, entries: Sequence[Entry], weights: Tensor) -> Tensor:
     """The sum of a node with all ``entries``, where it was begun of the others."""
     assert pass_.output is not None
     begun = pass_.begun.pop(number, None)
@@ -640,7 +499,7 @@ def _add_up(pass_: _Pass, number: int, entries: Sequence[_Entry], weights: Tenso
     return y
 
 
-def _begin_sums(pass_: _Pass, state: int) -> None:
+def _begin_sums(pass_: Pass, state: int) -> None:
     """The sums of the two nodes after ``state``, with what has entered them so far.
 
     More than that takes longer than the convolutions of the state, beside which it is done.
@@ -655,7 +514,7 @@ def _begin_sums(pass_: _Pass, state: int) -> None:
             pass_.begun[number] = _add_up(pass_, number, entries, pass_.weights), len(entries)
 
 
-def _late(pass_: _Pass, summands: dict[Term, Summand]) -> dict[Term, Summand]:
+def _late(pass_: Pass, summands: dict[Term, Summand]) -> dict[Term, Summand]:
     """Those whose coefs can wait: of all states but the one, or those together, that was there last."""
     if not pass_.branch.is_one:
         return {}
@@ -665,7 +524,7 @@ def _late(pass_: _Pass, summands: dict[Term, Summand]) -> dict[Term, Summand]:
 
 
 def _backward_add_up(
-    pass_: _Pass, summands: dict[Term, Summand], weights: Tensor, g: Tensor, wants_weights: bool
+    pass_: Pass, summands: dict[Term, Summand], weights: Tensor, g: Tensor, wants_weights: bool
 ) -> None:
     """Make the coefs of all ``summands``."""
     if not summands:
@@ -682,7 +541,7 @@ class _Concatenate(torch.autograd.Function):
     """The nodes, which lie side by side already, as one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, pass_: _Pass, *nodes: Tensor) -> Tensor:
+    def forward(ctx: Any, pass_: Pass, *nodes: Tensor) -> Tensor:
         ctx.nodes = len(nodes)
         output, pass_.output = pass_.output, None  # held no longer: as a result it holds the pass itself
         assert output is not None
@@ -695,7 +554,7 @@ class _Concatenate(torch.autograd.Function):
 
 
 def _run_outside(
-    pass_: _Pass, flow: _Flow, states: Sequence[Tensor], weights: Tensor
+    pass_: Pass, flow: Flow, states: Sequence[Tensor], weights: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The states for further use, and the outputs of what runs outside."""
     xs = dict(zip(flow.states, map(_planes, states), strict=True))
@@ -715,7 +574,7 @@ def _run_outside(
     return list(xs.values()), [outputs[member].to(like.dtype) for member in flow.outside]
 
 
-def _run_body(pass_: _Pass, term: ModuleTerm, x: Tensor) -> Tensor:
+def _run_body(pass_: Pass, term: ModuleTerm, x: Tensor) -> Tensor:
     """A module runs even if it was not drawn, but then it sees no statistics."""
     (mixing,) = pass_.mixing([term])
     with nullcontext() if mixing is None else buffers_changed_if([mixing != 0], [term.module]):
@@ -743,14 +602,6 @@ def _by_state(members: Sequence[Any]) -> dict[int, list[Any]]:
     return found
 
 
-def _is_reduction(term: ModuleTerm) -> bool:
-    return term.bn is not None and type(term.module) is FactorizedReduce
-
-
-def _is_dense(term: ModuleTerm) -> bool:
-    return term.joins_with in DENSE_GEOMETRIES
-
-
 def _is_training(plan: CellPlan) -> bool:
     return any(term.bn.training for node in plan.nodes for term in node.terms if term.bn is not None)
 
@@ -762,17 +613,8 @@ def _batch_norm(member: Term | WholeEdge, block: int) -> nn.BatchNorm2d | None:
     return member.blocks[block].bn if isinstance(member, ConvTerm) else member.bn
 
 
-def _weight_of(member: Term | WholeEdge) -> tuple[int, int] | None:
-    """Which mixing weight it has; None is one."""
-    return None if isinstance(member, WholeEdge) else (member.edge, member.column)
-
-
 def _pooling_of(member: Term) -> Pooling | None:
     return Pooling(member.pool.kind, member.stride) if isinstance(member, PoolTerm) else None
-
-
-def _weights(blocks: Sequence[SepConvBlock]) -> list[Tensor]:
-    return [weight for block in blocks for weight in (block.depthwise.weight, block.pointwise.weight)]
 
 
 def _empty_output(plan: CellPlan, state: Tensor) -> Tensor:
@@ -795,7 +637,7 @@ def _planes(x: Tensor) -> Tensor:
     return x if x[0].is_contiguous() else x.contiguous()
 
 
-def _pool_grads(flow: _Flow, g: dict[int, Tensor], coefs: dict[Term, Tensor]) -> dict[int, list[PoolGrad]]:
+def _pool_grads(flow: Flow, g: dict[int, Tensor], coefs: dict[Term, Tensor]) -> dict[int, list[PoolGrad]]:
     """For every state, of every node that a pool or an identity of it enters."""
     of_kind: dict[str, dict[tuple[int, int], Tensor]] = {"max": {}, "avg": {}}
     for pool in flow.pools:
