@@ -127,9 +127,7 @@ class SearchCell(nn.Module):
     @fused.setter
     def fused(self, fused: bool) -> None:
         self._fused = fused
-        for module in self.edges.modules():
-            if isinstance(module, MixedOp):
-                module.fused = fused
+        self._switch_edges("fused", fused)
 
     @property
     def drawn_only(self) -> bool:
@@ -138,9 +136,12 @@ class SearchCell(nn.Module):
     @drawn_only.setter
     def drawn_only(self, drawn_only: bool) -> None:
         self._drawn_only = drawn_only
+        self._switch_edges("drawn_only", drawn_only)
+
+    def _switch_edges(self, switch: str, on: bool) -> None:
         for module in self.edges.modules():
             if isinstance(module, MixedOp):
-                module.drawn_only = drawn_only
+                setattr(module, switch, on)
 
     @property
     def plan(self) -> CellPlan:

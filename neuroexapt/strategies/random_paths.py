@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from neuroexapt.core.drawn import strongest
 from neuroexapt.engine.bilevel import Batch, BilevelStep, Gradients
 from neuroexapt.strategies.darts import Darts
 
@@ -36,5 +37,4 @@ class RandomPaths(Darts):
 
 def random_path(alpha: Tensor) -> Tensor:
     """1 for one candidate of each row, 0 for the others; each is as probable whose α is not −∞."""
-    drawn = torch.rand_like(alpha).masked_fill(alpha == -torch.inf, -1.0).argmax(dim=-1, keepdim=True)
-    return torch.zeros_like(alpha).scatter_(-1, drawn, 1.0)
+    return strongest(torch.rand_like(alpha).masked_fill(alpha == -torch.inf, -1.0))
