@@ -207,8 +207,11 @@ def _backward_states(
 
 def can_leave_out(x: Tensor, stride: int) -> bool:
     """Whether all kernels for convolutions of a state like x leave out those that were not drawn."""
-    if stride == 1:
-        return True
+    return stride == 1 or _strided_kernels_take(x)
+
+
+def _strided_kernels_take(x: Tensor) -> bool:
+    """Whether the backward pass of strided convolutions of x has kernels of its own."""
     return x.shape[3] % 8 == 0 and extension().cell_strided_backward_takes(_strided_shape(x, exact=False))
 
 
@@ -551,7 +554,7 @@ def _backward_strided(
     """As ``_convolve_strided``, for each state."""
     x, kernels = grads[0][0].conv.x, extension()
     shape = _strided_shape(x, exact)
-    if not can_leave_out(x, 2):
+    if not _strided_kernels_take(x):
         return [_backward_strided_state(of_state, wants_weights) for of_state in grads]
     parts = kernels.cell_strided_backward_parts(shape)
     found = [(_empty_like(x, 1), _partials(of_state, parts, wants_weights)) for of_state in grads]
