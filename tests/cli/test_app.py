@@ -259,15 +259,23 @@ def test_a_bug_is_not_hidden(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_python_m_and_import_are_light() -> None:
-    """Importing takes < 0.3 s on top of torch, compiles nothing and loads none of the heavy libraries."""
+    """Importing takes a fifth of torch's own import at most, compiles nothing and loads no heavy library.
+
+    Measured against torch's import in the same process, and the best of three: on shared cores CPU seconds
+    double.
+    """
     script = (
-        "import sys, time, torch; start = time.process_time(); import neuroexapt; "
-        "neuroexapt.search, neuroexapt.MixedOp; took = time.process_time() - start; "
+        "import sys, time; start = time.process_time(); import torch; loaded = time.process_time(); "
+        "import neuroexapt; neuroexapt.search, neuroexapt.MixedOp; took = time.process_time() - loaded; "
         "heavy = {'matplotlib', 'sklearn', 'torchvision', 'tensorboard', 'triton', 'jinja2'}; "
-        "print(took, heavy & set(sys.modules))"
+        "print(took / (loaded - start), heavy & set(sys.modules))"
     )
-    took, heavy = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.split(maxsplit=1)
-    assert heavy.strip() == "set()"
-    assert float(took) < 0.3
+    shares = []
+    for _ in range(3):
+        printed = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout
+        share, heavy = printed.split(maxsplit=1)
+        assert heavy.strip() == "set()"
+        shares.append(float(share))
+    assert min(shares) < 0.2
