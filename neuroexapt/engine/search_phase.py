@@ -185,7 +185,8 @@ class SearchPhase(Phase):
         return list(self.supernet.parameters())
 
     def learning_rate(self, epoch: int) -> float:
-        return cosine(epoch, self.epochs, self._config.learning_rate, self._config.learning_rate_min)
+        place, length = self.strategy.annealing(epoch, self.epochs)
+        return cosine(place, length, self._config.learning_rate, self._config.learning_rate_min)
 
     def steps(self, epoch: int, start: int) -> Iterator[Tensor]:
         if self.strategy.start_epoch(self.supernet, epoch, self.epochs):

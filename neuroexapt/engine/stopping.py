@@ -9,7 +9,9 @@ from torch import Tensor
 from neuroexapt.core.genotypes import AnyGenotype
 
 MOST_SKIPS = 2
-"""Skip connections that a normal cell may have (Liang et al., DARTS+, 2019; Chen et al., P-DARTS, 2019)."""
+"""Skip connections that a normal cell may have (Chen et al., P-DARTS, 2019; a search by DARTS+, Liang et al.,
+2019, ends at the second).
+"""
 WINDOW = 5
 """Epochs over which eigenvalues are averaged, and between the two averages that are compared."""
 LEAST_RATIO = 0.75
