@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from neuroexapt.core.genotypes import AnyGenotype, ChosenCell, genotype_from_dict
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.report.cell_graph import draw_cell
+from neuroexapt.report.cell_layout import is_joined
 from neuroexapt.report.figures import alpha_heat_map, alpha_history, curves, edge_names, entropy_history
 from neuroexapt.report.style import op_style, themed
 from neuroexapt.report.svg import inline_svg
@@ -182,6 +183,18 @@ class Report:
         return None
 
     @property
+    def notation(self) -> str | None:
+        """The genotype as its paper writes it, where that is not JSON."""
+        text = str(self.genotype)
+        return None if text.startswith("{") else text
+
+    @property
+    def joins_states(self) -> bool:
+        """Whether a cell's output is more than its last state."""
+        cells = self.genotype.cells.values() if self.genotype else ()
+        return any(is_joined(cell.concat, len(cell.state_names)) for cell in cells)
+
+    @property
     def cells(self) -> list[CellGraph]:
         return [self._cell(*cell) for cell in self.genotype.cells.items()] if self.genotype else []
 
@@ -190,8 +203,8 @@ class Report:
         operations = ", ".join(
             f"{op} from {names[source]} to {names[target]}" for source, target, op in chosen.edges
         )
-        output = ", ".join(names[state] for state in chosen.concat)
-        description = f"{title}: {operations}; the output joins {output}"
+        output = " and ".join(names[state] for state in chosen.concat)
+        description = f"{title}: {operations}; the output is {output}"
         return CellGraph(title, self._svg(draw_cell(*chosen), description))
 
     @property
