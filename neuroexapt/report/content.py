@@ -18,6 +18,7 @@ from neuroexapt.report.cell_graph import draw_cell
 from neuroexapt.report.cell_layout import is_joined
 from neuroexapt.report.figures import alpha_heat_map, alpha_history, curves, edge_names, entropy_history
 from neuroexapt.report.style import op_style, themed
+from neuroexapt.report.summary import how_good, how_sure, next_command, worth_of_inheriting
 from neuroexapt.report.svg import inline_svg
 from neuroexapt.report.text import duration, large, memory, percent, rate
 
@@ -83,6 +84,7 @@ class Comparison:
 
     svg: Markup
     rows: list[tuple[int, float, float]]
+    worth: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Report:
     """Every section of the report; one whose records do not exist yet is None or empty."""
 
     def __init__(self, run: RunFolder) -> None:
+        self.path = run.path
         self.name = run.path.resolve().name
         self.config: Record = run.read_json("config.json")
         self.result: Record = _read_if_there(run, "result.json")
@@ -159,6 +162,21 @@ class Report:
             for name, (label, write) in _NUMBERS.items()
             if values.get(name) is not None
         ]
+
+    @property
+    def summary(self) -> list[tuple[str, str]]:
+        """(question, answer) of what the run comes to, as far as it got."""
+        answers = []
+        if "test_examples" in self.result:
+            answers.append(("How good", how_good(self.result)))
+        searched = self._metrics["search"]
+        if searched and "preference" in searched[-1] and self.config.get("selection") == "argmax":
+            answers.append(("How sure", how_sure(searched[-1]["preference"])))
+        return answers
+
+    @property
+    def next_command(self) -> tuple[str, str] | None:
+        return next_command(self.config, self.path, finished=bool(self.result))
 
     def _newest_accuracies(self) -> Record:
         newest = {phase: records[-1] if records else {} for phase, records in self._metrics.items()}
@@ -281,9 +299,11 @@ class Report:
         values = {"inherited weights": inherited, "from scratch": scratch}
         equal = min(len(inherited), len(scratch))
         epochs = sorted({1, *(ceil(equal * quarter / 4) for quarter in range(1, 5))})
+        count = self.result.get("test_examples")
         return Comparison(
             self._svg(curves(values, "test accuracy"), _ends(values, "test accuracy")),
             [(epoch, inherited[epoch - 1], scratch[epoch - 1]) for epoch in epochs],
+            worth_of_inheriting(inherited[equal - 1], scratch[equal - 1], count) if count else "",
         )
 
     @property
