@@ -2,8 +2,8 @@
 
 ``python benchmarks/make_tables.py`` rewrites what stands between ``<!-- table: BENCHMARK METRIC [CASES] -->``
 and ``<!-- end -->``, where CASES is a regular expression that the cases' names begin with; a test holds the
-document to its files. Of figures measured twice the last one counts, of baselines the last at the commit of ours
-where there is one. Ratios of figures from two commits are marked.
+document to its files. Of figures measured twice the last one counts, of baselines the last one at the commit
+of ours where there is one. Ratios of figures from two commits are marked.
 """
 
 import json
