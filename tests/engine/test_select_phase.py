@@ -39,8 +39,9 @@ def test_the_candidate_without_which_accuracy_falls_most_is_chosen(monkeypatch: 
 
     monkeypatch.setattr(selection, "accuracy_at", accuracy)
     records = [selection.end_epoch(epoch) for epoch in range(selection.epochs)]
-    places = {(record["cell"], record["edge"]) for record in records[:-1]}
-    assert places == set(selection.edges), "each edge once"
+    places = [(record["cell"], record["edge"]) for record in records[:-1]]
+    assert sorted(places) == sorted(selection.edges), "each edge once"
+    assert places != selection.edges, "in random order"
     for cell in ("normal", "reduce"):
         chosen = selection.search.supernet.kept(cell).float().argmax(dim=-1)
         assert chosen.tolist() == [2, 3, 2, 3, 2]
@@ -48,6 +49,12 @@ def test_the_candidate_without_which_accuracy_falls_most_is_chosen(monkeypatch: 
     genotype = selection.genotype()
     assert ("sep_conv_3x3", 2) in genotype.normal, "edge 4, the strongest, enters the second node"
     assert records[-1]["genotype"] == genotype.to_dict()
+
+
+def test_weights_adapt_at_a_tenth_of_the_first_learning_rate() -> None:
+    selection = make_selection("perturbation")
+    next(iter(selection.steps(0, 0)))
+    assert selection.search.weight_optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
 
 
 def test_none_is_not_chosen_where_no_genotype_can_hold_it() -> None:
