@@ -67,6 +67,10 @@ def open_run(
         out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(config.dataset).name}"
         return dataclasses.replace(config, out=out), RunFolder(out)
     run = RunFolder.open(Path(resume))
+    if run.command != first_phase:
+        raise UserError(
+            f"{resume} holds a run of {run.command}: go on with neuroexapt {run.command} --resume {resume}"
+        )
     fixed = sorted(set(overrides) - PLACEMENT) + (["config"] if config_file else [])
     if fixed:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)

@@ -116,7 +116,8 @@ class Report:
         self.name = run.path.resolve().name
         self.config: Record = run.read_json("config.json")
         self.result: Record = _read_if_there(run, "result.json")
-        self.is_search = "strategy" in self.config
+        self.command = run.command
+        self.is_search = self.command == "search"
         self._space: Record = _read_if_there(run, "space.json")
         self._control_epochs: Record = _read_if_there(run, "control_epochs.json")
         self._final_genotype: Record = _read_if_there(run, "genotype.json")
@@ -176,7 +177,7 @@ class Report:
 
     @property
     def next_command(self) -> tuple[str, str] | None:
-        return next_command(self.config, self.path, finished=bool(self.result))
+        return next_command(self.command, self.config, self.path, finished=bool(self.result))
 
     def _newest_accuracies(self) -> Record:
         newest = {phase: records[-1] if records else {} for phase, records in self._metrics.items()}

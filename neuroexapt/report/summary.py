@@ -62,14 +62,17 @@ def worth_of_inheriting(inherited: float, scratch: float, count: int) -> str:
     return f"With {count:,} test examples, {points(inherited - scratch)} points {verdict}."
 
 
-def next_command(config: Mapping[str, Any], run: Path, *, finished: bool) -> tuple[str, str] | None:
-    """What to do next, and the command for that; None for a space that only the user's own code knows."""
-    verb = "search" if "strategy" in config else "evaluate"
+def next_command(
+    command: str, config: Mapping[str, Any], run: Path, *, finished: bool
+) -> tuple[str, str] | None:
+    """What to do after ``command`` made ``run``, and the command for that; None where nothing is left to do,
+    or the space is one that only the user's own code knows.
+    """
     if config.get("space") not in BUILT_IN:
         return None
     if not finished:
-        return "Go on from the last checkpoint", _command(verb, "--resume", run)
-    if verb == "evaluate":
+        return "Go on from the last checkpoint", _command(command, "--resume", run)
+    if command == "evaluate":
         return None
     return "Train the genotype from scratch at full size, next to others", _command(
         "evaluate", "--genotype", run, *_data_options(config), *_comparison(config)

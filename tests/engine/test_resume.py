@@ -210,7 +210,7 @@ class TestResumeRefuses:
             neuroexapt.search(resume=run)
 
     def test_a_run_of_the_other_kind(self, run: Path) -> None:
-        with pytest.raises(UserError, match=r"evaluate\.safetensors is missing"):
+        with pytest.raises(UserError, match="holds a run of search: go on with neuroexapt search --resume"):
             neuroexapt.evaluate(resume=run)
 
     def test_a_run_that_lost_its_search_checkpoint(self, run: Path) -> None:

@@ -13,7 +13,6 @@ from neuroexapt.report.summary import (
 CONFIG = {
     "dataset": "folder:my pets",
     "space": "darts",
-    "strategy": "darts",
     "image_size": 32,
     "max_length": 50,
 }
@@ -38,7 +37,7 @@ def test_an_even_alpha_is_called_chance():
 
 
 def test_next_command_names_the_same_data(tmp_path):
-    _, command = next_command(CONFIG, tmp_path / "run", finished=True)
+    _, command = next_command("search", CONFIG, tmp_path / "run", finished=True)
     assert command.startswith(
         f"neuroexapt evaluate --genotype {tmp_path / 'run'} --dataset 'folder:my pets' --im"
     )
@@ -48,16 +47,19 @@ def test_next_command_names_the_same_data(tmp_path):
 
 
 def test_next_command_of_recommenders_leaves_out_what_is_for_pictures(tmp_path):
-    config = {"dataset": "seq:a.csv", "space": "seqrec", "strategy": "drnas", "max_length": 20}
-    _, command = next_command(config, tmp_path, finished=True)
+    config = {"dataset": "seq:a.csv", "space": "seqrec", "max_length": 20}
+    _, command = next_command("search", config, tmp_path, finished=True)
     assert command.endswith("--dataset seq:a.csv --space seqrec --max-length 20 --seeds 3 --controls random")
 
 
 def test_next_command_goes_on_with_what_is_unfinished(tmp_path):
-    config = {"dataset": "digits", "space": "darts", "genotype": "DARTS"}
-    assert next_command(config, tmp_path, finished=False)[1] == f"neuroexapt evaluate --resume {tmp_path}"
-    assert next_command(config, tmp_path, finished=True) is None
+    config = {"dataset": "digits", "space": "darts"}
+    assert (
+        next_command("evaluate", config, tmp_path, finished=False)[1]
+        == f"neuroexapt evaluate --resume {tmp_path}"
+    )
+    assert next_command("evaluate", config, tmp_path, finished=True) is None
 
 
 def test_no_command_knows_a_space_of_the_users_own(tmp_path):
-    assert next_command({**CONFIG, "space": "mine"}, tmp_path, finished=True) is None
+    assert next_command("search", {**CONFIG, "space": "mine"}, tmp_path, finished=True) is None
