@@ -54,7 +54,8 @@ def test_the_candidate_without_which_accuracy_falls_most_is_chosen(monkeypatch: 
 def test_weights_adapt_at_a_tenth_of_the_first_learning_rate() -> None:
     selection = make_selection("perturbation")
     next(iter(selection.steps(0, 0)))
-    assert selection.search.weight_optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
+    rate = selection.search.weight_optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx(selection._config.learning_rate / 10)
 
 
 def test_none_is_not_chosen_where_no_genotype_can_hold_it() -> None:
