@@ -12,7 +12,8 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from neuroexapt.core.genotypes import AnyGenotype, ChosenCell, genotype_from_dict
+from neuroexapt.core.genotypes import AnyGenotype, ChosenCell, Genotype, genotype_from_dict
+from neuroexapt.engine.config import LIMITS
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.report.cell_graph import draw_cell
 from neuroexapt.report.cell_layout import is_joined
@@ -206,6 +207,18 @@ class Report:
         """The genotype as its paper writes it, where that is not JSON."""
         text = str(self.genotype)
         return None if text.startswith("{") else text
+
+    @property
+    def choice(self) -> str:
+        """How the genotype follows from the weights of α."""
+        selection = self.config.get("selection", "argmax")
+        if selection != "argmax":
+            return f"The genotype is chosen by validation (--selection {selection}), not by these weights."
+        if any(self.config.get(limit) for limit in LIMITS):
+            return "The genotype is that of the largest weights that meets the budget."
+        if isinstance(self.genotype, Genotype):
+            return "A node keeps the two edges whose strongest operation weighs most; none is never kept."
+        return "The genotype is that of the largest weights."
 
     @property
     def joins_states(self) -> bool:

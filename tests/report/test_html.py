@@ -102,10 +102,18 @@ def test_comparison_is_at_equal_epochs(new_run):
     assert "a difference of +10.00 points" in text
 
 
-def test_a_choice_by_validation_is_told_where_weights_are_shown(new_run):
-    new_run.write("config.json", {**CONFIG, "selection": "shrink"})
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({}, "none is never kept"),
+        ({"selection": "shrink"}, "The genotype is chosen by validation (--selection shrink)"),
+        ({"max_params": 1e6}, "that of the largest weights that meets the budget"),
+    ],
+)
+def test_how_the_genotype_was_chosen_is_told_where_weights_are_shown(new_run, setting, told):
+    new_run.write("config.json", {**CONFIG, **setting})
     new_run.search(1)
-    assert "The genotype is chosen by validation ( --selection shrink )" in page_of(new_run).text
+    assert told in page_of(new_run).text
 
 
 def test_genotype_can_be_copied_and_read_back(page, finished_run):
