@@ -174,6 +174,9 @@ class Report:
         searched = self._metrics["search"]
         if searched and "preference" in searched[-1] and self.config.get("selection") == "argmax":
             answers.append(("How sure", how_sure(searched[-1]["preference"])))
+        if self.result.get("stopped"):
+            planned = self.config["epochs"]
+            answers.append(("Ended early", f"{len(searched)} of {planned} epochs: {self.result['stopped']}."))
         return answers
 
     @property

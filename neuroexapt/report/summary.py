@@ -46,11 +46,14 @@ def how_good(result: Mapping[str, Any]) -> str:
 
 def how_sure(preference: float) -> str:
     """Of a genotype that was chosen by α."""
-    text = f"α gives an edge's strongest operation {preference:.2f} times the weight of its mean one"
+    text = (
+        f"α gives an edge's strongest operation {preference:.2f} times the weight of its mean one, where 1 "
+        "is no preference"
+    )
     if preference >= PREFERRED:
         return f"{text}."
     return (
-        f"{text}, so the genotype is little more than chance: search for more epochs, or with a larger "
+        f"{text}: the genotype is little more than chance. Search for more epochs, or with a larger "
         "--arch-learning-rate."
     )
 

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from neuroexapt.report.style import RC_PARAMS, themed
 
+LEAST_SCALE = 0.75
+"""To which a wide figure is made smaller to fit the page; beyond, its letters would be too small to read."""
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -26,5 +28,7 @@ def inline_svg(figure: Figure, identifier: str, description: str) -> Markup:
     # matplotlib's style sheet has the selector `*`, which would reach the whole page.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{identifier}-", svg)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+    least = LEAST_SCALE * 72 * figure.get_figwidth()
+    attributes = f'role="img" aria-label="{escape(description)}" style="--least-width: {least:.0f}pt"'
+    svg = svg.replace("<svg", f"<svg {attributes}", 1)
     return Markup(themed(svg))

@@ -33,7 +33,7 @@ def test_chance_is_larger_with_fewer_examples():
 
 def test_an_even_alpha_is_called_chance():
     assert "little more than chance" in how_sure(1.01)
-    assert how_sure(2.5).endswith("2.50 times the weight of its mean one.")
+    assert how_sure(2.5).endswith("2.50 times the weight of its mean one, where 1 is no preference.")
 
 
 def test_next_command_names_the_same_data(tmp_path):
