@@ -21,11 +21,11 @@ DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "F"}
 def read_folder(path: Path, image_size: int | None, max_resident_bytes: int, quiet: bool) -> Splits:
     """Read a folder of pictures; the names of the class folders, sorted, are the classes.
 
-    A picture is turned upright (EXIF), scaled to cover the target size and cropped about its centre. The
-    target is image_size × image_size; without it, the pictures' common size if they share one of at most
-    64 × 64, else 64 × 64. Grey if every picture is, else RGB. Decoded to memory if that takes at most
-    max_resident_bytes, else streamed. Raises UserError if a folder or class is missing or empty, and naming
-    the file if a picture cannot be read.
+    A picture is turned upright (EXIF), put on white where it is transparent, scaled to cover the target size
+    and cropped about its centre. The target is image_size × image_size; without it, the pictures' common size
+    if they share one of at most 64 × 64, else 64 × 64. Grey if every picture is, else RGB. Decoded to memory
+    if that takes at most max_resident_bytes, else streamed. Raises UserError if a folder or class is missing
+    or empty, and naming the file if a picture cannot be read.
     """
     classes = _class_names(path / "train")
     test_classes = _class_names(path / "test")

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from neuroexapt.errors import UserError
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +62,9 @@ class Splits(Generic[Part]):
 
 
 def decode_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """One image file as uint8 [C, H, W]: upright, scaled to cover H x W, the overhang cropped evenly."""
+    """One image file as uint8 [C, H, W]: upright, on white where it is transparent, scaled to cover H x W,
+    the overhang cropped evenly.
+    """
     from PIL import Image, ImageOps
 
     channels, height, width = shape
@@ -68,12 +73,22 @@ def decode_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
             # A JPEG decodes at 1/2, 1/4 or 1/8 scale for a fraction of the time; twice the target is spared
             # for the resampling.
             image.draft(None, (2 * width, 2 * height))
-            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            upright = _on_white(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
             fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
     except Exception as error:  # decoders raise anything on bad bytes
         raise unreadable(path, error) from error
     pixels = np.array(fitted).reshape(height, width, channels)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _on_white(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Converting alone would show the hidden colour of transparent parts, black as a rule."""
+    from PIL import Image
+
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA"))
 
 
 def unreadable(path: Path, error: Exception) -> UserError:

@@ -66,6 +66,19 @@ def test_pictures_are_grey_only_if_all_are(tmp_path, make_picture):
     assert read(tmp_path).train.shape[0] == 3
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, make_picture, mode):
+    """Its hidden colour is mostly black, as a drawing before it may be."""
+    drawing = Image.new("RGBA", (4, 4))
+    drawing.putpixel((1, 2), (0, 0, 0, 255))
+    for name in ("train/a/0.png", "train/b/0.png", "test/a/0.png"):
+        make_picture(name)
+        drawing.convert(mode).save(tmp_path / name)
+    images = read(tmp_path).train.images
+    assert images[:, :, 2, 1].unique().tolist() == [0]
+    assert images.sum() == 255 * (images.numel() - images[:, :, 2, 1].numel())
+
+
 def test_what_exceeds_the_memory_is_streamed(pictures):
     needed = 4 * 3 * 6 * 8
     resident, streamed = (
