@@ -234,7 +234,11 @@ def results_parser(benchmark: str, description: str) -> argparse.ArgumentParser:
 
 
 def open_results(benchmark: str, arguments: argparse.Namespace, device: str = "cuda") -> Results:
-    """The results file that the arguments of ``results_parser`` name."""
+    """The results file that the arguments of ``results_parser`` name; ends the script where there is no
+    ``device``.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"{benchmark} is measured on an NVIDIA GPU; --help tells what runs without one")
     return Results(benchmark, arguments.out, arguments.commit or _git_commit(), device)
 
 
