@@ -51,6 +51,13 @@ class ImageDataset:
             self.std,
         ]
 
+    @property
+    def baseline(self) -> tuple[str, float]:
+        """An answer that takes no network, and its accuracy on the test: the commonest class in training."""
+        commonest = int(self.train.labels.bincount().argmax())
+        share = (self.test.labels == commonest).double().mean().item()
+        return f"“{self.classes[commonest]}”", share
+
     def loader(
         self,
         part: str,

@@ -19,7 +19,7 @@ from neuroexapt.backend import Backend, get_backend, list_backends, use_backend
 from neuroexapt.core.derived import DerivedNetwork
 from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.task import CLASSIFICATION
-from neuroexapt.data import AnyDataset, ImageDataset, Loader, load_dataset
+from neuroexapt.data import AnyDataset, Loader, load_dataset
 from neuroexapt.engine.config import LOADING, OF_PICTURES, RunConfig, make_config
 from neuroexapt.engine.device import Network, get_device_name, place
 from neuroexapt.engine.interrupt import StopRequest
@@ -192,18 +192,9 @@ class OpenRun(Generic[Config]):
         }
 
     def test_facts(self) -> dict[str, Any]:
-        """What the figures of a test are to be judged by, for result.json: how many examples it has and, of
-        pictures, the most frequent class in training and the accuracy of always choosing that.
-        """
-        data = self.data
-        if not isinstance(data, ImageDataset):
-            return {"test_examples": len(data.test)}
-        commonest = int(data.train.labels.bincount().argmax())
-        return {
-            "test_examples": len(data.test),
-            "commonest_class": data.classes[commonest],
-            "commonest_class_accuracy": (data.test.labels == commonest).double().mean().item(),
-        }
+        """What the figures of a test are to be judged by, for result.json."""
+        baseline, accuracy = self.data.baseline
+        return {"test_examples": len(self.data.test), "baseline": baseline, "baseline_accuracy": accuracy}
 
     def environment(self) -> dict[str, Any]:
         """Versions and device, for result.json."""

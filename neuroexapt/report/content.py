@@ -53,7 +53,13 @@ _NUMBERS = {
     "steps_per_second": ("steps a second", rate),
     "peak_memory_bytes": ("peak memory", memory),
 }
-_CELLS = {"normal": "Normal cell", "reduce": "Reduction cell", "cell": "Cell", "head": "Head"}
+_CELLS = {
+    "normal": "Normal cell",
+    "reduce": "Reduction cell",
+    "cell": "Cell",
+    "head": "Head",
+    "block": "Blocks",
+}
 
 
 @dataclass(frozen=True)

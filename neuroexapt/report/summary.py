@@ -32,16 +32,15 @@ def chance_difference(first: float, second: float, count: int) -> float:
 
 
 def how_good(result: Mapping[str, Any]) -> str:
+    """With the uncertainty that a test of so many examples has, and what takes no network."""
     count, accuracy = result["test_examples"], result["test_accuracy"]
     low, high = interval(accuracy, count)
-    text = (
-        f"{percent(accuracy)} of {count:,} test examples are right. With a certainty of 95 %, of all such "
-        f"examples {percent(low)} to {percent(high)} would be."
+    hit = ", which means that the next item is among the ten best" if "test_ndcg" in result else ""
+    return (
+        f"{percent(accuracy)} of {count:,} test examples are right{hit}. With a certainty of 95 %, of all "
+        f"such examples {percent(low)} to {percent(high)} would be. To answer {result['baseline']} every "
+        f"time would be right for {percent(result['baseline_accuracy'])}."
     )
-    if "commonest_class" not in result:
-        return text
-    baseline = percent(result["commonest_class_accuracy"])
-    return f"{text} To answer “{result['commonest_class']}” every time would be right for {baseline}."
 
 
 def how_sure(preference: float) -> str:

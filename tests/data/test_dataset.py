@@ -30,6 +30,15 @@ def test_the_facts_a_network_needs():
     assert (dataset.in_channels, dataset.input_size, dataset.num_classes) == (3, (5, 7), 2)
 
 
+def test_the_baseline_is_the_commonest_class_of_training():
+    pictures = torch.zeros(5, 1, 2, 2, dtype=torch.uint8)
+    train, test = (
+        ResidentImages(pictures, torch.tensor(labels)) for labels in ([0, 1, 1, 1, 0], [0, 0, 0, 0, 1])
+    )
+    data = ImageDataset("x", train, test, ("cat", "dog"), (0.0,), (1.0,), Augmentation())
+    assert data.baseline == ("“dog”", pytest.approx(0.2))
+
+
 def test_decoding_keeps_a_picture_of_the_right_size(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")

@@ -140,6 +140,15 @@ def test_histories_keep_their_newest_items_and_times(tmp_path: Path) -> None:
     assert data.item_counts.tolist() == [0, 2, 2, 2, 2, 0, 0]  # what is held out is not counted
 
 
+def test_the_baseline_is_the_ten_commonest_items(tmp_path: Path) -> None:
+    """Every history trains on ten common items; half of them end with one of these."""
+    common = " ".join(f"c{i}" for i in range(10))
+    lines = [f"u{u} {common} v{u} {'c3' if u % 2 else f't{u}'}\n" for u in range(6)]
+    (tmp_path / "made.txt").write_text("".join(lines))
+    data = load_sequences(tmp_path / "made.txt", 20, least_events=1)
+    assert data.baseline == ("the ten commonest items", 0.5)
+
+
 def test_batches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
     histories = make_histories(tmp_path, "".join(f"u{u} a b c d e{u}\n" for u in range(10)))
     part = leave_one_out(histories, 5)[2]

@@ -85,6 +85,21 @@ def test_a_collapse_is_said_once_and_names_what_avoids_it(small_space: None) -> 
     assert "drnas" in message
 
 
+@pytest.mark.parametrize(("edges", "is_collapse"), [([0], False), ([0, 2], True)])
+def test_half_of_a_cell_in_skip_connections_is_a_collapse(
+    edges: list[int], is_collapse: bool, small_space: None
+) -> None:
+    phase, said = make_phase(), []
+    phase.prepare_execution(said.append)
+    with torch.no_grad():
+        phase.supernet.alphas["normal"][:, 2] = 1
+        phase.supernet.alphas["normal"][edges, 1] = 5
+    record = phase.end_epoch(0)
+    phase.reason_to_stop(record, 0.0)
+    assert record["skips"] == len(edges)
+    assert bool(said) == is_collapse
+
+
 def test_chance_is_no_collapse(small_space: None) -> None:
     phase, said = make_phase(), []
     phase.prepare_execution(said.append)
@@ -111,7 +126,7 @@ def test_a_genotype_by_chance_is_called_so(
     assert ("little more than chance" in capsys.readouterr().err) == is_chance
     assert (found.curves["search"]["preference"][-1] < PREFERRED) == is_chance
     assert found.result["test_examples"] == 12
-    assert found.result["commonest_class_accuracy"] == 1 / 3
+    assert (found.result["baseline"], found.result["baseline_accuracy"]) == ("“0”", 1 / 3)
 
 
 def test_a_run_ends_early_and_is_finished_then(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from neuroexapt.report.summary import (
     chance_difference,
+    how_good,
     how_sure,
     interval,
     next_command,
@@ -23,6 +24,13 @@ def test_interval_is_wilsons():
     assert interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     low, high = interval(1.0, 10)
     assert 0.7 < low < high <= 1
+
+
+def test_hits_of_recommenders_are_explained():
+    result = {"test_examples": 200, "test_accuracy": 0.1, "baseline": "the ten commonest items"}
+    text = how_good({**result, "baseline_accuracy": 0.05, "test_ndcg": 0.04})
+    assert text.startswith("10.00 % of 200 test examples are right, which means that the next item is among")
+    assert text.endswith("To answer the ten commonest items every time would be right for 5.00 %.")
 
 
 def test_chance_is_larger_with_fewer_examples():
