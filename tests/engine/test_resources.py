@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,19 @@ def test_the_genotype_meets_the_limit_and_is_the_usual_one_where_that_does(setti
     genotype = strict.fit(weights)
     assert 0 < strict.measure(genotype)[name] <= limit
     assert genotype != usual
+
+
+@pytest.mark.parametrize(("strict", "loose"), [("params", "flops"), ("flops", "params")])
+def test_every_limit_is_met_at_the_lowest_price(strict: str, loose: str) -> None:
+    phase, free = make_resources(max_params=1e9, max_flops=1e9)
+    torch.manual_seed(4)
+    weights = {cell: torch.rand(5, 4) for cell in ("normal", "reduce")}
+    limit = 0.7 * free.measure(phase.space.derive(weights))[strict]
+    _, limited = make_resources(**{f"max_{strict}": limit, f"max_{loose}": 1e9})
+    genotype = limited.fit(weights)
+    assert limited.measure(genotype)[strict] <= limit
+    prices = (2**-10 * 1.01**step for step in itertools.count())
+    assert genotype == next(found for p in prices if limited._meets(found := limited._at(p, weights)))
 
 
 def test_a_limit_that_no_network_meets_is_refused() -> None:
