@@ -108,6 +108,14 @@ def test_settings_are_the_published_ones(name: str, space: str, published: tuple
     assert (config.arch_weight_decay, ARCH_BETAS) == (1e-3, (0.5, 0.999))
 
 
+@pytest.mark.parametrize("optimizer", ["weight", "arch"])
+def test_optimizers_take_their_settings(optimizer: str) -> None:
+    prefix = "" if optimizer == "weight" else "arch_"
+    settings = {f"{prefix}learning_rate": 0.2, f"{prefix}weight_decay": 0.3}
+    (group,) = getattr(make_phase(**settings), f"{optimizer}_optimizer").param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.2, 0.3)
+
+
 def test_the_user_stands_over_the_preset_over_what_was_published() -> None:
     assert make_config(SearchConfig, {"dataset": "cifar10", "strategy": "gdas"}).epochs == 250
     assert make_config(SearchConfig, {"dataset": "digits", "strategy": "gdas"}).epochs == 15
