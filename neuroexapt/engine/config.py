@@ -40,7 +40,10 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every run needs: data, batches, where it runs and where it is kept."""
+    """What every run needs: data, batches, where it runs and where it is kept.
+
+    ``neuroexapt search --help`` and ``evaluate --help`` say what each field means.
+    """
 
     dataset: str = setting(
         "digits", "digits, mnist, fashion-mnist, cifar10, cifar100, svhn, folder:PATH, npz:PATH or seq:PATH"
@@ -130,7 +133,7 @@ class SearchConfig(RunConfig):
     max_params: float | None = setting(None, "most parameters of the derived network")
     max_latency_ms: float | None = setting(None, "longest forward pass of it, a batch, on this device")
     stop: str = setting("", "end early: skips, eigenvalue (of the Hessian over α), or not at all")
-    minutes: float | None = setting(None, "end the search after the epoch in which it has taken so long")
+    minutes: float | None = setting(None, "end the search when it has taken so long")
     execution: str = setting(
         "fused",
         "fused, reference (module by module), compile (torch.compile an edge) or fastest (measured once)",

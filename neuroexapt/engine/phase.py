@@ -53,6 +53,10 @@ class Phase(ABC):
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """What to record of the epoch besides the means of the metrics."""
 
+    def time_is_over(self, seconds: float) -> bool:
+        """Whether an epoch ends after the step under way, since the phase has taken ``seconds``."""
+        return False
+
     def reason_to_stop(self, record: dict[str, Any], seconds: float) -> str:
         """Why the phase ends after the epoch of ``record``, having taken ``seconds``; empty if it goes on."""
         return ""
@@ -147,12 +151,14 @@ class PhaseRunner:
             self._pending.append(_OnTheWay(metrics))
             self.position.step += 1
             self._after_step(names)
+            if self.phase.time_is_over(self._elapsed()):
+                break
         self._look_at_metrics(names)
         steps = self.position.step - first_step
         rate = steps / max(time.monotonic() - started, 1e-9)
 
         record = self._record(epoch, names)
-        elapsed = self.position.seconds + time.monotonic() - self._clock
+        elapsed = self._elapsed()
         timing = {
             "seconds": elapsed - self.position.epoch_began,
             "steps_per_second": rate,
@@ -171,6 +177,10 @@ class PhaseRunner:
         )
         self._save()
 
+    def _elapsed(self) -> float:
+        """Seconds that the phase has taken over all its invocations."""
+        return self.position.seconds + time.monotonic() - self._clock
+
     def _after_step(self, names: Sequence[str]) -> None:
         now = time.monotonic()
         stopping = self.session.stop.signal_number is not None
@@ -186,7 +196,8 @@ class PhaseRunner:
     def _record(self, epoch: int, names: Sequence[str]) -> dict[str, Any]:
         steps = self.position.step
         means = {name: total / steps for name, total in zip(names, self.position.sums, strict=True)}
-        record = {"phase": self.phase.name, "epoch": epoch, "step": (epoch + 1) * steps, **means}
+        taken = epoch * self.phase.steps_per_epoch + steps
+        record = {"phase": self.phase.name, "epoch": epoch, "step": taken, **means}
         record |= self.phase.end_epoch(epoch)
         self._check_finite({k: v for k, v in record.items() if isinstance(v, float)}, steps - 1)
         return record

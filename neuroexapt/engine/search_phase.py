@@ -275,6 +275,9 @@ class SearchPhase(Phase):
             self.mixing_weights(), skips=skips, eigenvalue=record.get("eigenvalue"), seconds=seconds
         )
 
+    def time_is_over(self, seconds: float) -> bool:
+        return self.stopping.time_is_over(seconds)
+
     def table_accuracies(self, genotype: AnyGenotype) -> dict[str, float]:
         """Test accuracies of the genotype as the table has them."""
         figures = self._table.query(genotype) if self._table else {}

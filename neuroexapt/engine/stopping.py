@@ -53,9 +53,13 @@ class Stopping:
             self._stop(f"{skips} skip connections in the normal cell", epochs_back=1)
         elif self._criterion == "eigenvalue" and self._has_grown():
             self._stop("the largest eigenvalue of the Hessian over α grows", epochs_back=WINDOW)
-        elif self._minutes is not None and seconds > 60 * self._minutes:
+        elif self.time_is_over(seconds):
             self.reason, self._history = f"{self._minutes:g} minutes are over", []
         return self.reason
+
+    def time_is_over(self, seconds: float) -> bool:
+        """Whether a search that has taken ``seconds`` has had its minutes; it need not wait for its epoch."""
+        return self._minutes is not None and seconds > 60 * self._minutes
 
     def _stop(self, reason: str, epochs_back: int) -> None:
         self.reason = reason
