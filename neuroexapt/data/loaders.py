@@ -23,11 +23,14 @@ from neuroexapt.errors import UserError
 Batch = tuple[Tensor, Tensor]
 
 
-def split_indices(labels: Tensor, train_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def split_indices(
+    labels: Tensor, train_fraction: float, seed: int, classes: Sequence[str] = ()
+) -> tuple[Tensor, Tensor]:
     """Split each class at random in the ratio train_fraction : 1 - train_fraction.
 
-    labels: int64 [N]. Returns two int64 tensors in ascending order, disjoint, together 0..N-1, each with at
-    least one image of every class. Raises UserError if a class has a single image.
+    labels: int64 [N]; classes: their names, for the error. Returns two int64 tensors in ascending order,
+    disjoint, together 0..N-1, each with at least one image of every class. Raises UserError if a class has a
+    single image.
     """
     if not 0 < train_fraction < 1:
         raise UserError(f"the training fraction is {train_fraction}; choose one between 0 and 1")
@@ -36,8 +39,9 @@ def split_indices(labels: Tensor, train_fraction: float, seed: int) -> tuple[Ten
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
         if len(members) < 2:
+            name = classes[label] if classes else label
             raise UserError(
-                f"class {label} has one training image; add more, a search splits each class in two"
+                f"class {name} has one training image; add more, a search splits each class in two"
             )
         members = members[torch.randperm(len(members), generator=generator)]
         cut = min(max(round(len(members) * train_fraction), 1), len(members) - 1)

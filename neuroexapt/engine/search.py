@@ -12,7 +12,7 @@ from neuroexapt.benchmarks import load_table
 from neuroexapt.core.derived import DerivedNetwork, count_parameters, inherit_weights
 from neuroexapt.core.genotypes import AnyGenotype, genotype_from_dict
 from neuroexapt.core.supernet import Supernet
-from neuroexapt.data import Loader, split_indices
+from neuroexapt.data import ImageDataset, Loader, split_indices
 from neuroexapt.engine.checkpoint import load_checkpoint
 from neuroexapt.engine.config import SearchConfig
 from neuroexapt.engine.device import place
@@ -137,7 +137,9 @@ def _loaders(run: OpenRun[SearchConfig]) -> tuple[Loader, Loader]:
 
 def _split(run: OpenRun[SearchConfig]) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the training data for w and of those for α."""
-    return split_indices(run.data.train.labels, run.config.train_portion, run.config.seed)
+    data, config = run.data, run.config
+    assert isinstance(data, ImageDataset)  # others have a validation part
+    return split_indices(data.train.labels, config.train_portion, config.seed, data.classes)
 
 
 def _create_folder(run: OpenRun[SearchConfig]) -> None:

@@ -92,6 +92,8 @@ def test_split_refuses_an_empty_side(fraction):
 def test_split_refuses_a_class_of_one_image():
     with pytest.raises(UserError, match="class 1 has one training image"):
         split_indices(torch.tensor([0, 0, 1]), 0.5, seed=0)
+    with pytest.raises(UserError, match="class dog has one training image"):
+        split_indices(torch.tensor([0, 0, 1]), 0.5, seed=0, classes=("cat", "dog"))
 
 
 def test_the_part_decides_the_kind_of_loader(resident, streamed):
