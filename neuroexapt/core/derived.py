@@ -184,10 +184,14 @@ class DartsNetwork(DerivedNetwork):
         return self.classifier(self.global_pooling(s1).flatten(1)), features
 
 
-def check_auxiliary_size(image_size: Sequence[int]) -> None:
+def auxiliary_fits(image_size: Sequence[int]) -> bool:
     """The auxiliary head sits after both reductions and pools 5x5 windows there."""
-    smallest = min(-(-size // 4) for size in image_size)
-    if smallest < AUXILIARY_MIN_SIZE:
+    return min(-(-size // 4) for size in image_size) >= AUXILIARY_MIN_SIZE
+
+
+def check_auxiliary_size(image_size: Sequence[int]) -> None:
+    """Refuse pictures that are too small for the auxiliary head."""
+    if not auxiliary_fits(image_size):
         raise UserError(
             f"the auxiliary head needs pictures of at least {4 * AUXILIARY_MIN_SIZE - 3} pixels, these have "
             f"{min(image_size)}; switch it off with --no-auxiliary or enlarge with --image-size"

@@ -192,9 +192,14 @@ class OpenRun(Generic[Config]):
         }
 
     def test_facts(self) -> dict[str, Any]:
-        """What the figures of a test are to be judged by, for result.json."""
+        """What was seen of how many examples, and what its figures are to be judged by, for result.json."""
         baseline, accuracy = self.data.baseline
-        return {"test_examples": len(self.data.test), "baseline": baseline, "baseline_accuracy": accuracy}
+        return {
+            "input_size": list(self.data.input_size),
+            "test_examples": len(self.data.test),
+            "baseline": baseline,
+            "baseline_accuracy": accuracy,
+        }
 
     def environment(self) -> dict[str, Any]:
         """Versions and device, for result.json."""

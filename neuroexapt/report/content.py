@@ -187,7 +187,7 @@ class Report:
 
     @property
     def next_command(self) -> tuple[str, str] | None:
-        return next_command(self.command, self.config, self.path, finished=bool(self.result))
+        return next_command(self.command, self.config, self.result, self.path)
 
     def _newest_accuracies(self) -> Record:
         newest = {phase: records[-1] if records else {} for phase, records in self._metrics.items()}

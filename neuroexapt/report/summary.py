@@ -6,6 +6,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from neuroexapt.core.derived import auxiliary_fits
 from neuroexapt.engine.config import RunConfig
 from neuroexapt.engine.stopping import PREFERRED
 from neuroexapt.report.text import percent, points
@@ -65,26 +66,28 @@ def worth_of_inheriting(inherited: float, scratch: float, count: int) -> str:
 
 
 def next_command(
-    command: str, config: Mapping[str, Any], run: Path, *, finished: bool
+    command: str, config: Mapping[str, Any], result: Mapping[str, Any], run: Path
 ) -> tuple[str, str] | None:
     """What to do after ``command`` made ``run``, and the command for that; None where nothing is left to do,
-    or the space is one that only the user's own code knows.
+    or the space is one that only the user's own code knows. Without a ``result`` the run is not finished.
     """
     if config.get("space") not in BUILT_IN:
         return None
-    if not finished:
+    if not result:
         return "Go on from the last checkpoint", _command(command, "--resume", run)
     if command == "evaluate":
         return None
     return "Train the genotype from scratch at full size, next to others", _command(
-        "evaluate", "--genotype", run, *_data_options(config), *_comparison(config)
+        "evaluate", "--genotype", run, *_data_options(config), *_comparison(config, result)
     )
 
 
-def _comparison(config: Mapping[str, Any]) -> list[str]:
+def _comparison(config: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     if config["dataset"].startswith("seq:"):
         return ["--seeds", "3", "--controls", "random"]
-    return ["--recipe", "fast", "--seeds", "3", "--controls", "random,resnet18"]
+    too_small = "input_size" in result and not auxiliary_fits(result["input_size"])
+    head = ["--no-auxiliary"] if too_small else []
+    return ["--recipe", "fast", *head, "--seeds", "3", "--controls", "random,resnet18"]
 
 
 def _data_options(config: Mapping[str, Any]) -> list[str]:

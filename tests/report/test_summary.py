@@ -45,7 +45,7 @@ def test_an_even_alpha_is_called_chance():
 
 
 def test_next_command_names_the_same_data(tmp_path):
-    _, command = next_command("search", CONFIG, tmp_path / "run", finished=True)
+    _, command = next_command("search", CONFIG, {"input_size": [32, 32]}, tmp_path / "run")
     assert command.startswith(
         f"neuroexapt evaluate --genotype {tmp_path / 'run'} --dataset 'folder:my pets' --im"
     )
@@ -54,20 +54,22 @@ def test_next_command_names_the_same_data(tmp_path):
     assert "--max-length" not in command
 
 
+def test_next_command_spares_small_pictures_the_auxiliary_head(tmp_path):
+    _, command = next_command("search", CONFIG, {"input_size": [32, 20]}, tmp_path)
+    assert "--recipe fast --no-auxiliary --seeds 3" in command
+
+
 def test_next_command_of_recommenders_leaves_out_what_is_for_pictures(tmp_path):
     config = {"dataset": "seq:a.csv", "space": "seqrec", "max_length": 20}
-    _, command = next_command("search", config, tmp_path, finished=True)
+    _, command = next_command("search", config, {"input_size": [20]}, tmp_path)
     assert command.endswith("--dataset seq:a.csv --space seqrec --max-length 20 --seeds 3 --controls random")
 
 
 def test_next_command_goes_on_with_what_is_unfinished(tmp_path):
     config = {"dataset": "digits", "space": "darts"}
-    assert (
-        next_command("evaluate", config, tmp_path, finished=False)[1]
-        == f"neuroexapt evaluate --resume {tmp_path}"
-    )
-    assert next_command("evaluate", config, tmp_path, finished=True) is None
+    assert next_command("evaluate", config, {}, tmp_path)[1] == f"neuroexapt evaluate --resume {tmp_path}"
+    assert next_command("evaluate", config, {"parameters": 1}, tmp_path) is None
 
 
 def test_no_command_knows_a_space_of_the_users_own(tmp_path):
-    assert next_command("search", {**CONFIG, "space": "mine"}, tmp_path, finished=True) is None
+    assert next_command("search", {**CONFIG, "space": "mine"}, {}, tmp_path) is None
