@@ -4,6 +4,7 @@ quiet.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -65,8 +66,10 @@ class Progress:
         )
 
     def end_epoch(self, record: dict[str, Any], timing: dict[str, float]) -> None:
-        line = f"{self._name} epoch {record['epoch'] + 1}/{self._epochs}  {_numbers(record)}"
-        self.say(f"{line}  {_rate(timing['steps_per_second'])}")
+        done = record["epoch"] + 1
+        line = f"{self._name} epoch {done}/{self._epochs}  {_numbers(record)}"
+        left = timedelta(seconds=round(timing["seconds"] * (self._epochs - done)))
+        self.say(f"{line}  {_rate(timing['steps_per_second'])}{f'  {left} left' if left else ''}")
 
 
 def _rate(speed: float) -> str:

@@ -45,12 +45,13 @@ def test_quiet_and_non_terminals_have_no_live_line() -> None:
 
 
 @pytest.mark.parametrize(("speed", "shown"), [(12.34, "12.3 steps/s"), (0.04, "25.0 s a step")])
-def test_a_line_an_epoch_tells_speed_where_steps_are_slow_too(
-    speed: float, shown: str, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(("epoch", "left"), [(2, "  1:06:40 left"), (4, "")])
+def test_a_line_an_epoch_tells_speed_and_time_left(
+    speed: float, shown: str, epoch: int, left: str, capsys: pytest.CaptureFixture
 ) -> None:
     progress = Progress(quiet=False)
     with progress.phase("search", 5, 390):
-        progress.end_epoch({"epoch": 2, **VALUES}, {"steps_per_second": speed})
+        progress.end_epoch({"epoch": epoch, **VALUES}, {"steps_per_second": speed, "seconds": 2000.0})
     line = capsys.readouterr().err
-    assert line.startswith("search epoch 3/5  loss 1.6632")
-    assert line.rstrip().endswith(shown)
+    assert line.startswith(f"search epoch {epoch + 1}/5  loss 1.6632")
+    assert line.rstrip().endswith(f"  {shown}{left}")
