@@ -2,9 +2,9 @@
 
 ``python benchmarks/darts_cells.py [--dataset cifar10 --data-root DIR] --runs FOLDER`` searches in the space
 ``darts`` with every strategy and seed, trains the network of every genotype from scratch by the fast recipe,
-and by the same recipe as many random genotypes and torchvision's ResNet-18; ``--jobs`` runs at a time, shared
-out over the GPUs. That takes hours. What the ``--limit`` cuts short goes on when the script is started again
-with the same folder, so it can be done in pieces; figures are recorded when all is there.
+and by the same recipe as many random genotypes, and torchvision's ResNet-18 from every seed; ``--jobs`` runs
+at a time, shared out over the GPUs. That takes hours. What the ``--limit`` cuts short goes on when the script
+is started again with the same folder, so it can be done in pieces; figures are recorded when all is there.
 
 ``accuracy`` is that of the test pictures after the last epoch, ``search_s`` and ``train_s`` are the seconds
 of the phases over all pieces. ``--draw`` only draws what the results hold.
@@ -43,13 +43,12 @@ def search_runs(arguments: argparse.Namespace) -> Iterator[Run]:
 
 
 def training_runs(arguments: argparse.Namespace) -> Iterator[tuple[str, Run]]:
-    """By the name under which its figures are recorded; the first one trains the ResNet beside its own."""
-    controls = [f"--controls={RESNET}"]
+    """By the name under which figures are recorded; the first strategy's train the ResNet beside theirs."""
     for name, seed, genotype in genotypes(arguments):
+        controls = [f"--controls={RESNET}"] if name == arguments.strategies[0] else []
         own = "--recipe=fast", f"--genotype={genotype}", f"--seed={seed}", *controls
         more = more_options(arguments, arguments.training_options)
         yield name, Run("evaluate", arguments.runs / f"train-{name}-{seed}", (*own, *more))
-        controls = []
 
 
 def genotypes(arguments: argparse.Namespace) -> Iterator[tuple[str, int, Path]]:
@@ -84,8 +83,7 @@ def record(
     found: dict[str, list[dict[str, Any]]] = {}
     for name, run in trainings:
         found.setdefault(name, []).append(result_of(run))
-    (_, first), *_ = trainings
-    found[RESNET] = [result_of(first)["controls"][RESNET]]
+    found[RESNET] = [result["controls"][RESNET] for result in found[trainings[0][0]]]
     for name, of_name in found.items():
         metrics = {"accuracy": "test_accuracy", "parameters": "parameters", "train_s": "training_seconds"}
         for metric, key in metrics.items():
@@ -108,14 +106,16 @@ def add(results: Results, case: str, name: str, metric: str, values: list[float]
 
 
 def verdict(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Which strategies' mean lies above that of random genotypes by more than its deviation."""
+    """Which means lie above that of random genotypes by more than its deviation, and above the ResNet's."""
     accuracies = {name: [result["test_accuracy"] for result in of_name] for name, of_name in found.items()}
     of_random = accuracies.pop(RANDOM)
     bar = statistics.fmean(of_random) + (statistics.stdev(of_random) if len(of_random) > 1 else 0.0)
-    lines = [f"random genotypes' mean and deviation end at {bar:.2%}"]
+    of_resnet = statistics.fmean(accuracies.pop(RESNET))
+    lines = [f"random genotypes' mean and deviation end at {bar:.2%}, the ResNet's mean is {of_resnet:.2%}"]
     for name, values in accuracies.items():
-        where = "above" if statistics.fmean(values) > bar else "not above"
-        lines.append(f"{name}: {statistics.fmean(values):.2%}, {where}")
+        mean = statistics.fmean(values)
+        beaten = [rival for rival, other in ((RANDOM, bar), (RESNET, of_resnet)) if mean > other]
+        lines.append(f"{name}: {mean:.2%}, above {' and '.join(beaten) or 'neither'}")
     return "\n".join(lines)
 
 
