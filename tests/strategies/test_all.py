@@ -148,6 +148,21 @@ def test_validation_sees_one_path_where_steps_draw_one(name: str) -> None:
     assert seen
 
 
+def test_alpha_learns_and_is_validated_on_pictures_that_weights_do_not_see() -> None:
+    phase, steps, scored = make_phase(warmup_epochs=1), [], []
+    train, valid = make_loader_of(1), make_loader_of(2)
+    phase._take_step = lambda *batches: steps.append(batches) or torch.zeros(4)
+    phase._score = lambda *batch: scored.append(batch) or torch.zeros(2)
+    run(phase, 0)
+    assert [len(batches) for batches in steps] == [2] * len(steps), "warm-up"
+    run(phase, 1)
+    for got, expected in zip(steps[-1], (*list(train.epoch(1))[-1], *next(valid.forever(5))), strict=True):
+        assert torch.equal(got, expected)
+    phase.end_epoch(1)
+    for got, expected in zip(scored, valid.evaluation(), strict=True):
+        assert torch.equal(got[0], expected[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_captured_step_equals_the_one_launched_one_by_one(name: str) -> None:
