@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from neuroexapt.core.operations import Zero
+from neuroexapt.engine.config import SearchConfig, make_config
 from neuroexapt.spaces import DARTS
 from neuroexapt.strategies.p_darts import PDarts
 from tests.strategies.small import make_phase, make_step, some_alphas
@@ -76,6 +77,10 @@ def test_drop_rate_falls_within_each_stage() -> None:
 def test_learning_rate_starts_anew_with_the_weights_of_each_stage(small_space: None) -> None:
     phase = make_phase(strategy="p-darts", epochs=6, learning_rate=0.2, learning_rate_min=0.0)
     assert [phase.learning_rate(epoch) for epoch in range(6)] == pytest.approx([0.2, 0.1] * 3)
+
+
+def test_the_last_stage_has_the_published_depth() -> None:
+    assert make_config(SearchConfig, {"dataset": "cifar10", "strategy": "p-darts"}).layers == 17
 
 
 def test_a_search_resumes_in_a_deeper_stage(small_space: None) -> None:
