@@ -42,6 +42,8 @@ MAX_TERMS, MAX_POOLED_EDGES = 96, 16
 """Of one node: terms, and edges with pools."""
 KEEPS_POOLS = False
 """For the backward pass, which forms them once more from their state."""
+LEAVES_OUT = True
+"""What was not drawn."""
 
 
 class Conv(NamedTuple):
