@@ -2,7 +2,8 @@
 
 ``python benchmarks/make_tables.py`` rewrites what stands between ``<!-- table: BENCHMARK METRIC [CASES] -->``
 and ``<!-- end -->``, where CASES is a regular expression that the cases' names begin with; a test holds the
-document to its files. Of figures measured twice the last one counts.
+document to its files. Of figures measured twice the last one counts, of baselines the last one at the commit
+of ours where there is one. Ratios of figures from two commits are marked.
 """
 
 import json
@@ -17,6 +18,7 @@ SHOWN_UNITS = {"ms": ("µs", 1e3), "bytes": ("MiB", 2**-20)}
 # Tables in which anything takes so long show milliseconds.
 LONG_MS = 100.0
 OURS = ("ext-graph", "ext-graph-recompute", "ext", "triton-graph", "fused", "graph", "triton", "plan")
+APART = "†"
 BASELINES = ("eager", "eager-graph", "stack", "compile", "compile-graph", "floor")
 
 
@@ -50,29 +52,29 @@ def _table(figures: list[dict]) -> str:
         unit, factor = "ms", 1.0
     implementations = list(dict.fromkeys(figure["implementation"] for figure in figures))
     implementations.sort(key=lambda name: (name == "floor", name in OURS))
-    rows: dict[tuple[str, str], dict[str, float]] = {}
-    for figure in figures:
-        row = rows.setdefault((figure["case"], figure["dtype"]), {})
-        row[figure["implementation"]] = figure["median"] * factor
     ratios = _ratios(implementations)
+    rows: dict[tuple[str, str], list[dict]] = {}
+    for figure in figures:
+        rows.setdefault((figure["case"], figure["dtype"]), []).append(figure)
+    chosen = {row: _choose(of_row) for row, of_row in rows.items()}
     header = ["case", "dtype", *implementations, *(f"{a} / {b}" for a, b in ratios)]
     body = [
         [
             case,
             dtype,
-            *(_number(row.get(name)) for name in implementations),
+            *(_number(row[name]["median"] * factor) if name in row else "" for name in implementations),
             *(_ratio(row, *r) for r in ratios),
         ]
-        for (case, dtype), row in rows.items()
+        for (case, dtype), row in chosen.items()
     ]
     spread = max((f["p80"] - f["p20"]) / f["median"] for f in figures if f["median"])
     versions = f"torch {last['torch']}, triton {last['triton']}, CUDA {last['cuda']}"
-    shown = {(f["case"], f["dtype"], f["implementation"]): f["commit"][:7] for f in figures}
-    commits = ", ".join(dict.fromkeys(shown.values()))
+    commits = ", ".join(dict.fromkeys(f["commit"][:7] for row in chosen.values() for f in row.values()))
+    apart = f" {APART}: of two commits, so not of one run." if APART in str(body) else ""
     return "\n".join(
         [
             f"{last['device']}, {versions}, commit{'s' * (',' in commits)} {commits}, {last['date']}. "
-            f"Medians{f' in {unit}' if unit else ''}; p20 to p80 span at most {spread:.0%} of them.",
+            f"Medians{f' in {unit}' if unit else ''}; p20 to p80 span at most {spread:.0%} of them.{apart}",
             "",
             _line(header),
             _line(["---"] * 2 + ["---:"] * (len(header) - 2)),
@@ -82,6 +84,14 @@ def _table(figures: list[dict]) -> str:
     )
 
 
+def _choose(figures: list[dict]) -> dict[str, dict]:
+    """The figure of each implementation."""
+    last = {figure["implementation"]: figure for figure in figures}
+    best = next((last[name] for name in OURS if name in last), figures[-1])
+    beside = [f for f in figures if f["implementation"] in BASELINES and f["commit"] == best["commit"]]
+    return last | {figure["implementation"]: figure for figure in beside}
+
+
 def _ratios(implementations: list[str]) -> list[tuple[str, str]]:
     """Everything that our best implementation is held to, over that implementation."""
     best = next((name for name in OURS if name in implementations), None)
@@ -89,15 +99,15 @@ def _ratios(implementations: list[str]) -> list[tuple[str, str]]:
     return [(name, best) for name in baselines if best]
 
 
-def _ratio(row: dict[str, float], numerator: str, denominator: str) -> str:
+def _ratio(row: dict[str, dict], numerator: str, denominator: str) -> str:
     if numerator not in row or denominator not in row:
         return ""
-    return f"{row[numerator] / row[denominator]:.2f}"
+    above, below = row[numerator], row[denominator]
+    mark = APART if above["commit"] != below["commit"] else ""
+    return f"{above['median'] / below['median']:.2f}{mark}"
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
+def _number(value: float) -> str:
     if 0 < value < 0.05:
         return f"{value:.1e}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value < 1 else f"{value:.1f}"

@@ -20,7 +20,9 @@ The part ``search``:
 4. The ``--finalists`` best are trained in full with that seed; the best of them is trained from all seeds.
 
 All these genotypes are within the limit and no two compute the same. NDCG@10 in validation decides every
-time; the hand-built networks take no part.
+time. The hand-built networks take no part, unless ``--seeded``: then they come first in the pool, as the
+Transformer did in the first population of the Evolved Transformer (So, Liang, Le; ICML 2019), and what is
+found is recorded as ``searched, seeded``.
 
 Figures are HR@10 and NDCG@10 over the whole catalogue, leaving one out; what is tested is the network of the
 epoch that validated best, and the test decides nothing. ``--jobs`` trainings share the GPUs: seconds are of
@@ -361,10 +363,11 @@ def search_and_train(
     results: Results, pool: Pool, dataset: str, limit: Limit, variant: Variant, arguments: argparse.Namespace
 ) -> None:
     start = time.perf_counter()
+    name, first = ("searched, seeded", RECOMMENDERS.values()) if arguments.seeded else ("searched", ())
 
     def note_seconds(metric: str) -> None:
         seconds = time.perf_counter() - start
-        results.add("beauty", "searched", "tf32", metric, "s", Spread.exactly(seconds))
+        results.add("beauty", name, "tf32", metric, "s", Spread.exactly(seconds))
 
     briefly = variant | Variant(({} if arguments.quick else BRIEF) | {"epochs": arguments.candidate_epochs})
     searching = variant | Variant(({} if arguments.quick else SEARCH) | {"epochs": arguments.search_epochs})
@@ -381,7 +384,7 @@ def search_and_train(
         return {text: run["valid_ndcg"] for text, (run,) in pool.train(results, trainings).items()}
 
     candidates, rng = Candidates(limit), random.Random(0)
-    new = candidates.new_ones(of_searches(found), arguments.pool)
+    new = candidates.new_ones(itertools.chain(first, of_searches(found)), arguments.pool)
     while new:
         candidates.ndcg |= validated(new, briefly)
         in_time = time.perf_counter() - start < arguments.refine_until
@@ -390,7 +393,7 @@ def search_and_train(
     finalists = validated(candidates.best(arguments.finalists), variant)
     chosen = max(finalists, key=finalists.__getitem__)
     note_seconds("search_s")
-    trainings = [Training("searched", chosen, dataset, s, variant) for s in range(arguments.seeds)]
+    trainings = [Training(name, chosen, dataset, s, variant) for s in range(arguments.seeds)]
     record(results, "beauty", pool.train(results, trainings), arguments.jobs)
     note_seconds("total_s")
 
@@ -425,6 +428,7 @@ def arguments_from_command_line() -> argparse.Namespace:
         "--refine-until", type=float, default=150.0, help="seconds of the part, for rounds to begin"
     )
     parser.add_argument("--finalists", type=int, default=6, help="candidates that are trained in full")
+    parser.add_argument("--seeded", action="store_true", help="begin the pool with the hand-built networks")
     parser.add_argument("--no-more-than", choices=HAND_BUILT, help="whose parameters limit the searched one")
     parser.add_argument(
         "--variants",

@@ -4,7 +4,8 @@
 a minute or two on one GPU. The network is DARTS' second-order cell as published for CIFAR-10 (20 cells, 36
 channels, auxiliary head), on noise. ``eager`` launches PyTorch's own operations one by one, ``eager-graph``
 as one CUDA graph; ``graph`` is the same with the kernels that dispatch chooses for convolutions and pools,
-as ``neuroexapt evaluate`` runs it. ``-nhwc``: channels-last.
+as ``neuroexapt evaluate`` runs it. ``compile-nhwc-graph`` has every cell through torch.compile, which takes
+minutes, and the whole step in one graph. ``-nhwc``: channels-last.
 
 Before it is timed, the loss of the first step is held to that of the same network in fp32; one that is off is
 reported, not timed, and makes the exit code 1. ``step_ms`` is the time from the end of a step to the end of
@@ -35,11 +36,14 @@ TOLERANCES = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 3e-2}
 
 
 class Implementation(NamedTuple):
-    """Whose kernels a network of which layout runs on, and whether a step is one CUDA graph."""
+    """Whose kernels a network of which layout runs on, whether a step is one CUDA graph and its cells are
+    compiled.
+    """
 
     tier: str
     captured: bool
     channels_last: bool
+    compiled: bool = False
 
 
 IMPLEMENTATIONS = {
@@ -47,6 +51,7 @@ IMPLEMENTATIONS = {
     "eager-nhwc": Implementation("cuda:torch", captured=False, channels_last=True),
     "eager-graph": Implementation("cuda:torch", captured=True, channels_last=False),
     "eager-nhwc-graph": Implementation("cuda:torch", captured=True, channels_last=True),
+    "compile-nhwc-graph": Implementation("cuda:torch", captured=True, channels_last=True, compiled=True),
     "graph": Implementation("cuda", captured=True, channels_last=False),
     "nhwc-graph": Implementation("cuda", captured=True, channels_last=True),
 }
@@ -100,6 +105,9 @@ class Case:
         )
         if not implementation.captured:
             phase._take_step = phase._step
+        if implementation.compiled:
+            for cell in phase.network.cells:
+                cell.compile()
         phase.network.train()
         return phase
 

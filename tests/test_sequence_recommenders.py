@@ -81,19 +81,20 @@ class AttentionIsAll:
         return found
 
 
-@pytest.mark.parametrize(("refine_until", "attentions"), [(0, 0), (float("inf"), 2)])
-def test_refinement_ends_in_the_best_recommender_within_the_limit(tmp_path, refine_until, attentions):
-    """Two attentions are what SASRec's parameters allow for, and the pool of two has none."""
+@pytest.mark.parametrize(
+    ("seeded", "refine_until", "attentions"), [(False, 0, 0), (False, float("inf"), 2), (True, 0, 1)]
+)
+def test_refinement_ends_in_the_best_recommender_within_the_limit(tmp_path, seeded, refine_until, attentions):
+    """Two attentions are what SASRec's parameters allow for; the pool of two has none but SASRec's own."""
     write_made_up(tmp_path / "made_up.csv")
     dataset, variant, pool = f"seq:{tmp_path / 'made_up.csv'}", Variant(QUICK), AttentionIsAll()
     limit = Limit("SASRec", dataset, variant)
     arguments = {"strategies": ["darts"], "searches": 1, "search_epochs": 1, "candidate_epochs": 1}
     arguments |= {"quick": True, "pool": 2, "jobs": 8, "finalists": 2, "seeds": 3}
     results = Results("sequence_recommenders", tmp_path / "results.jsonl", "abc", "cpu")
-    search_and_train(
-        results, pool, dataset, limit, variant, SimpleNamespace(**arguments, refine_until=refine_until)
-    )
-    assert [training.name for training in pool.trained[-3:]] == ["searched"] * 3
+    arguments |= {"seeded": seeded, "refine_until": refine_until}
+    search_and_train(results, pool, dataset, limit, variant, SimpleNamespace(**arguments))
+    assert [training.name for training in pool.trained[-3:]] == ["searched" + ", seeded" * seeded] * 3
     assert [training.seed for training in pool.trained[-3:]] == [0, 1, 2]
     (chosen,) = {training.genotype for training in pool.trained[-3:]}
     assert chosen.count("attn_ln") == attentions

@@ -100,6 +100,10 @@ class Strategy(nn.Module, ABC):
         """Whether α stays as it is in ``epoch`` of ``epochs``, besides the warm-up that the user wants."""
         return not self.learns_alpha
 
+    def annealing(self, epoch: int, epochs: int) -> tuple[int, int]:
+        """Where the learning rate of w is on its cosine in ``epoch`` of ``epochs``, and how long that is."""
+        return epoch, epochs
+
     def start_epoch(self, supernet: Supernet, epoch: int, epochs: int) -> bool:
         """Set up ``epoch`` of ``epochs``, perhaps one that broke off; whether the network has to change."""
         return False

@@ -78,6 +78,7 @@ def _evaluate(run: OpenRun[EvaluateConfig], *, new: bool) -> RunResult:
     result = {
         "genotype": genotype.to_dict(),
         **_summary(trained[PHASE], curves, figures),
+        **run.test_facts(),
         "controls": {
             kind: {**_summary(trained[kind], curves, figures), "genotypes": _genotypes(trained[kind])}
             for kind in config.control_names
@@ -99,6 +100,8 @@ def _check_task(run: OpenRun[EvaluateConfig]) -> None:
         raise UserError(f"control {RESNET} is for pictures; leave it out for {run.data.kind}")
     if run.config.recipe != "published":
         raise UserError(f"recipe {run.config.recipe} is for pictures; leave it out for {run.data.kind}")
+    if run.config.drop_path:
+        raise UserError(f"networks for {run.data.kind} drop no paths; leave out --drop-path")
 
 
 def _genotype(run: OpenRun[EvaluateConfig], new: bool) -> AnyGenotype:

@@ -87,12 +87,15 @@ class Session:
 
 @dataclass
 class Position:
-    """How far a phase has come: the next step, the sums of the epoch's metrics so far, the time it took."""
+    """How far a phase has come: the next step, the sums of the epoch's metrics so far, the seconds that the
+    phase has taken, over all its invocations, and had taken when the epoch began.
+    """
 
     epoch: int = 0
     step: int = 0
     sums: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    epoch_began: float = 0.0
     finished: bool = False
 
 
@@ -149,8 +152,9 @@ class PhaseRunner:
         rate = steps / max(time.monotonic() - started, 1e-9)
 
         record = self._record(epoch, names)
+        elapsed = self.position.seconds + time.monotonic() - self._clock
         timing = {
-            "seconds": time.monotonic() - started,
+            "seconds": elapsed - self.position.epoch_began,
             "steps_per_second": rate,
             "peak_memory_bytes": peak_memory_bytes(self.phase.device),
         }
@@ -158,12 +162,13 @@ class PhaseRunner:
         self.session.run.append(self.session.run.timing, {"phase": self.phase.name, "epoch": epoch, **timing})
         self.events.epoch(record, timing, self.phase.figures(record))
         self.session.progress.end_epoch(record, timing)
-        elapsed = self.position.seconds + time.monotonic() - self._clock
         reason = self.phase.reason_to_stop(record, elapsed)
         if reason:
             self.session.progress.say(f"{self.phase.name} stops after epoch {epoch + 1}: {reason}")
         is_last = bool(reason) or epoch + 1 == self.phase.epochs
-        self.position = Position(epoch + 1, seconds=self.position.seconds, finished=is_last)
+        self.position = Position(
+            epoch + 1, seconds=self.position.seconds, epoch_began=elapsed, finished=is_last
+        )
         self._save()
 
     def _after_step(self, names: Sequence[str]) -> None:

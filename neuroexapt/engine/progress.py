@@ -56,7 +56,7 @@ class Progress:
         if self.live is None:
             return
         speed = self.live.tasks[0].speed
-        rate = f"  {speed:.1f} steps/s" if speed else ""
+        rate = f"  {_rate(speed)}" if speed else ""
         self.live.update(
             self._task,
             completed=epoch * self._steps + step,
@@ -66,7 +66,11 @@ class Progress:
 
     def end_epoch(self, record: dict[str, Any], timing: dict[str, float]) -> None:
         line = f"{self._name} epoch {record['epoch'] + 1}/{self._epochs}  {_numbers(record)}"
-        self.say(f"{line}  {timing['steps_per_second']:.1f} steps/s")
+        self.say(f"{line}  {_rate(timing['steps_per_second'])}")
+
+
+def _rate(speed: float) -> str:
+    return f"{1 / speed:.1f} s a step" if 0 < speed < 1 else f"{speed:.1f} steps/s"
 
 
 def _numbers(values: dict[str, Any], digits: int = 4) -> str:

@@ -74,6 +74,11 @@ class RunFolder:
             raise UserError(f"{path} holds no run: there is no config.json in it")
         return cls(path)
 
+    @property
+    def command(self) -> str:
+        """What made the run: ``search`` or ``evaluate``."""
+        return "search" if "strategy" in self.read_json("config.json") else "evaluate"
+
     def checkpoint(self, phase: str) -> Path:
         return self.checkpoints / f"{phase}.safetensors"
 

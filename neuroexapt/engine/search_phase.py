@@ -22,7 +22,7 @@ from neuroexapt.engine.device import deterministic_convolutions, get_device_name
 from neuroexapt.engine.execution import choose_execution, set_execution
 from neuroexapt.engine.phase import Phase
 from neuroexapt.engine.resources import MEASURES, Resources
-from neuroexapt.engine.stopping import COLLAPSED, PREFERRED, Stopping, count_skips
+from neuroexapt.engine.stopping import COLLAPSED, PREFERRED, Stopping, count_skips, preference
 from neuroexapt.engine.training import (
     cosine,
     evaluate_figures,
@@ -185,7 +185,8 @@ class SearchPhase(Phase):
         return list(self.supernet.parameters())
 
     def learning_rate(self, epoch: int) -> float:
-        return cosine(epoch, self.epochs, self._config.learning_rate, self._config.learning_rate_min)
+        place, length = self.strategy.annealing(epoch, self.epochs)
+        return cosine(place, length, self._config.learning_rate, self._config.learning_rate_min)
 
     def steps(self, epoch: int, start: int) -> Iterator[Tensor]:
         if self.strategy.start_epoch(self.supernet, epoch, self.epochs):
@@ -228,6 +229,7 @@ class SearchPhase(Phase):
             "arch_learning_rate": self._config.arch_learning_rate,
             "alpha": {cell: w.tolist() for cell, w in weights.items()},
             "alpha_entropy": {cell: entropy(w).tolist() for cell, w in weights.items()},
+            "preference": preference(weights),
             "genotype": genotype.to_dict(),
             **self._skips(weights, genotype),
             **curvature,
@@ -261,8 +263,8 @@ class SearchPhase(Phase):
 
     def reason_to_stop(self, record: dict[str, Any], seconds: float) -> str:
         skips, operations = count_skips(self.genotype())
-        preference = record.get("skip_share", 0.0) * len(self.space.primitives)
-        if skips >= COLLAPSED * operations and preference > PREFERRED and not self._is_warned:
+        preferred = record.get("skip_share", 0.0) * len(self.space.primitives) > PREFERRED
+        if skips >= COLLAPSED * operations and preferred and not self._is_warned:
             self._is_warned = True
             self._say(
                 f"{skips} of the {operations} operations of a normal cell are skip connections now: the "

@@ -19,7 +19,7 @@ from neuroexapt.backend import Backend, get_backend, list_backends, use_backend
 from neuroexapt.core.derived import DerivedNetwork
 from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.core.task import CLASSIFICATION
-from neuroexapt.data import AnyDataset, Loader, load_dataset
+from neuroexapt.data import AnyDataset, ImageDataset, Loader, load_dataset
 from neuroexapt.engine.config import LOADING, OF_PICTURES, RunConfig, make_config
 from neuroexapt.engine.device import Network, get_device_name, place
 from neuroexapt.engine.interrupt import StopRequest
@@ -67,6 +67,10 @@ def open_run(
         out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(config.dataset).name}"
         return dataclasses.replace(config, out=out), RunFolder(out)
     run = RunFolder.open(Path(resume))
+    if run.command != first_phase:
+        raise UserError(
+            f"{resume} holds a run of {run.command}: go on with neuroexapt {run.command} --resume {resume}"
+        )
     fixed = sorted(set(overrides) - PLACEMENT) + (["config"] if config_file else [])
     if fixed:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
@@ -133,13 +137,19 @@ class OpenRun(Generic[Config]):
                 f"{self.config.dataset} holds {self.data.kind}, and --space {self.config.space} is for "
                 f"{self.space.task.unit}; choose --space {' or '.join(fitting)}, or another --dataset"
             )
-        of_pictures = self.config.given(OF_PICTURES)
-        if of_pictures and self.data.kind != CLASSIFICATION.unit:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in of_pictures)
-            raise UserError(f"only pictures have {options}; leave out for {self.data.kind}")
+        self._check_settings_of_other_data()
         self.space.check(
             self.data.input_size, self.config.init_channels, self.config.layers, self.config.batch_size
         )
+
+    def _check_settings_of_other_data(self) -> None:
+        of_pictures, kind = self.config.given(OF_PICTURES), self.data.kind
+        if kind == CLASSIFICATION.unit:
+            if self.config.max_length != RunConfig.max_length:
+                raise UserError(f"only histories have --max-length; leave it out for {kind}")
+        elif of_pictures:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in of_pictures)
+            raise UserError(f"only pictures have {options}; leave out for {kind}")
 
     def derived_network(self, genotype: AnyGenotype, phase: str, auxiliary: bool = False) -> DerivedNetwork:
         """The genotype's network in the size of this run, with the initial weights of ``phase``."""
@@ -179,6 +189,20 @@ class OpenRun(Generic[Config]):
         return {
             "steps_per_second": statistics.median(rates),
             "peak_memory_bytes": max(record["peak_memory_bytes"] for record in timing),
+        }
+
+    def test_facts(self) -> dict[str, Any]:
+        """What the figures of a test are to be judged by, for result.json: how many examples it has and, of
+        pictures, the most frequent class in training and the accuracy of always choosing that.
+        """
+        data = self.data
+        if not isinstance(data, ImageDataset):
+            return {"test_examples": len(data.test)}
+        commonest = int(data.train.labels.bincount().argmax())
+        return {
+            "test_examples": len(data.test),
+            "commonest_class": data.classes[commonest],
+            "commonest_class_accuracy": (data.test.labels == commonest).double().mean().item(),
         }
 
     def environment(self) -> dict[str, Any]:

@@ -4,12 +4,15 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuroexapt.core.genotypes import AnyGenotype
 
 MOST_SKIPS = 2
-"""Skip connections that a normal cell may have (Liang et al., DARTS+, 2019; Chen et al., P-DARTS, 2019)."""
+"""Skip connections that a normal cell may have (Chen et al., P-DARTS, 2019; a search by DARTS+, Liang et al.,
+2019, ends at the second).
+"""
 WINDOW = 5
 """Epochs over which eigenvalues are averaged, and between the two averages that are compared."""
 LEAST_RATIO = 0.75
@@ -19,7 +22,9 @@ Architecture Search", ICLR 2020).
 COLLAPSED = 0.5
 """Share of skip connections among the operations of a cell from which on a search is called collapsed,"""
 PREFERRED = 1.25
-"""if α prefers them so much to the mean operation: before it has learned anything, chance decides."""
+"""if α prefers them so much to the mean operation: before it has learned anything, chance decides. So it does
+where the strongest operations are preferred less than that.
+"""
 
 
 class Stopping:
@@ -73,6 +78,13 @@ class Stopping:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reason, self._eigenvalues = state["reason"], state["eigenvalues"]
         self._history = state["history"]
+
+
+def preference(weights: Mapping[str, Tensor]) -> float:
+    """Weight of an edge's strongest operation over that of its mean one, in the mean of all edges; mixing
+    weights are [E, K] for each type of cell.
+    """
+    return torch.cat([w.amax(dim=1) / w.mean(dim=1) for w in weights.values()]).mean().item()
 
 
 def count_skips(genotype: AnyGenotype) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from matplotlib.path import Path
 from matplotlib.textpath import text_to_path
 
 from neuroexapt.errors import UserError
-from neuroexapt.report.cell_layout import Edge, Slot, Wire, lay_out
+from neuroexapt.report.cell_layout import Edge, Slot, Wire, is_joined, lay_out
 from neuroexapt.report.style import INK, MUTED, PANEL, RC_PARAMS, op_style, state_name
 
 # Inches, which are the data coordinates of the axes as well.
@@ -35,19 +35,22 @@ _FONT_SIZE = 9
 def draw_cell(
     edges: Sequence[Edge], node_names: Sequence[str], concat: Sequence[int], title: str = ""
 ) -> Figure:
-    """Draw a cell: inputs left, output c_k right, a box for every operation before the state it enters.
+    """Draw a cell: inputs left, output right, a box for every operation before the state it enters.
 
     `edges` are (source, target, operation) with source < target, both indices into `node_names`; `concat`
-    are the states that form the output, joined to it in grey. Names may have TeX subscripts. Raises UserError
-    for an edge that does not run forwards between two states and for an output of a state that is not there.
+    are the states that form the output c_k, joined to it in grey; the last state alone is the output itself.
+    Names may have TeX subscripts. Raises UserError for an edge that does not run forwards between two states
+    and for an output of a state that is not there.
     """
     _check(edges, len(node_names), concat)
     layout = lay_out(edges, len(node_names), concat)
-    names = [state_name(name) for name in (*node_names, "c_{k}")]
+    joined = is_joined(concat, len(node_names))
+    names = [state_name(name) for name in (*node_names, *(["c_{k}"] if joined else []))]
     grid = _Grid(
         state_width=max(_MIN_STATE_WIDTH, *map(_box_width, names)),
         op_width=max((_box_width(op) for _, _, op in edges), default=0.0),
-        output_column=len(layout.columns) - 1,
+        last_column=len(layout.columns) - 1,
+        ends_without_operations=joined,
     )
     families = {op_style(op).family: op_style(op).colour for _, _, op in edges}
     slots = [slot for column in layout.columns for slot in column]
@@ -61,15 +64,16 @@ def draw_cell(
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where the columns stand: operations, then the states they enter; the output has no operations."""
+    """Where the columns stand: operations, then the states they enter; no operation enters what is joined."""
 
     state_width: float
     op_width: float
-    output_column: int
+    last_column: int
+    ends_without_operations: bool
 
     @property
     def width(self) -> float:
-        return self.state_left(self.output_column) + self.state_width + _MARGIN
+        return self.state_left(self.last_column) + self.state_width + _MARGIN
 
     def op_left(self, column: int) -> float:
         return self.state_left(column) - _ARROW_SPAN - self.op_width
@@ -77,7 +81,7 @@ class _Grid:
     def state_left(self, column: int) -> float:
         ops = self.op_width + _ARROW_SPAN
         left = _MARGIN + column * (self.state_width + _CURVE_SPAN + ops)
-        return left - ops if column == self.output_column else left
+        return left - ops if self.ends_without_operations and column == self.last_column else left
 
     def state_right(self, column: int) -> float:
         return self.state_left(column) + self.state_width

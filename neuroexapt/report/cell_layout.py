@@ -44,7 +44,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class Layout:
-    """The placed cell; the last of `states` is the output. Lengths are inches, y grows downwards."""
+    """The placed cell; the last of `states` is its output. Lengths are inches, y grows downwards."""
 
     states: list[Slot]
     wires: list[Wire]
@@ -52,29 +52,35 @@ class Layout:
 
 
 def lay_out(edges: Sequence[Edge], state_count: int, concat: Sequence[int]) -> Layout:
-    """Place `state_count` states, the operations of `edges` and the output that `concat` forms."""
-    output = state_count
-    sources: list[list[int]] = [[] for _ in range(state_count)] + [list(concat)]
+    """Place `state_count` states, the operations of `edges` and the output that the states `concat` form,
+    if they do not do so already: none is added to the last state.
+    """
+    sources: list[list[int]] = [[] for _ in range(state_count)]
     for source, target, _ in edges:
         sources[target].append(source)
     depths: list[int] = []
     for state_sources in sources:
         depths.append(1 + max((depths[source] for source in state_sources), default=-1))
-    depths[output] = 1 + max(depths[:output])
-
     heights = [max(_STATE_HEIGHT, OP_PITCH * len(state_sources)) for state_sources in sources]
-    heights[output] = _STATE_HEIGHT
     states = [Slot(depth, height) for depth, height in zip(depths, heights, strict=True)]
     wires = [_wire(states[source], states[target], op) for source, target, op in edges]
-    wires += [_wire(states[source], states[output], None) for source in concat]
+    if is_joined(concat, state_count):
+        output = Slot(1 + max(depths), _STATE_HEIGHT)
+        wires += [_wire(states[source], output, None) for source in concat]
+        states.append(output)
 
-    columns: list[list[Slot]] = [[] for _ in range(depths[output] + 1)]
+    columns: list[list[Slot]] = [[] for _ in range(1 + max(state.column for state in states))]
     for slot in dict.fromkeys(states + [slot for wire in wires for slot in wire.route]):
         columns[slot.column].append(slot)
     _order(columns)
     _straighten(columns)
     _place_ends(wires)
     return Layout(states, wires, columns)
+
+
+def is_joined(concat: Sequence[int], state_count: int) -> bool:
+    """Whether the output is something else than the last state."""
+    return tuple(concat) != (state_count - 1,)
 
 
 def _wire(source: Slot, target: Slot, op: str | None) -> Wire:

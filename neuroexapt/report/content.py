@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 from neuroexapt.core.genotypes import AnyGenotype, ChosenCell, genotype_from_dict
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.report.cell_graph import draw_cell
+from neuroexapt.report.cell_layout import is_joined
 from neuroexapt.report.figures import alpha_heat_map, alpha_history, curves, edge_names, entropy_history
 from neuroexapt.report.style import op_style, themed
+from neuroexapt.report.summary import how_good, how_sure, next_command, worth_of_inheriting
 from neuroexapt.report.svg import inline_svg
 from neuroexapt.report.text import duration, large, memory, percent, rate
 
@@ -82,6 +84,7 @@ class Comparison:
 
     svg: Markup
     rows: list[tuple[int, float, float]]
+    worth: str
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,12 @@ class Report:
     """Every section of the report; one whose records do not exist yet is None or empty."""
 
     def __init__(self, run: RunFolder) -> None:
+        self.path = run.path
         self.name = run.path.resolve().name
         self.config: Record = run.read_json("config.json")
         self.result: Record = _read_if_there(run, "result.json")
-        self.is_search = "strategy" in self.config
+        self.command = run.command
+        self.is_search = self.command == "search"
         self._space: Record = _read_if_there(run, "space.json")
         self._control_epochs: Record = _read_if_there(run, "control_epochs.json")
         self._final_genotype: Record = _read_if_there(run, "genotype.json")
@@ -159,6 +164,21 @@ class Report:
             if values.get(name) is not None
         ]
 
+    @property
+    def summary(self) -> list[tuple[str, str]]:
+        """(question, answer) of what the run comes to, as far as it got."""
+        answers = []
+        if "test_examples" in self.result:
+            answers.append(("How good", how_good(self.result)))
+        searched = self._metrics["search"]
+        if searched and "preference" in searched[-1] and self.config.get("selection") == "argmax":
+            answers.append(("How sure", how_sure(searched[-1]["preference"])))
+        return answers
+
+    @property
+    def next_command(self) -> tuple[str, str] | None:
+        return next_command(self.command, self.config, self.path, finished=bool(self.result))
+
     def _newest_accuracies(self) -> Record:
         newest = {phase: records[-1] if records else {} for phase, records in self._metrics.items()}
         trained = newest["inherit"] or newest["evaluate"]
@@ -182,6 +202,18 @@ class Report:
         return None
 
     @property
+    def notation(self) -> str | None:
+        """The genotype as its paper writes it, where that is not JSON."""
+        text = str(self.genotype)
+        return None if text.startswith("{") else text
+
+    @property
+    def joins_states(self) -> bool:
+        """Whether a cell's output is more than its last state."""
+        cells = self.genotype.cells.values() if self.genotype else ()
+        return any(is_joined(cell.concat, len(cell.state_names)) for cell in cells)
+
+    @property
     def cells(self) -> list[CellGraph]:
         return [self._cell(*cell) for cell in self.genotype.cells.items()] if self.genotype else []
 
@@ -190,8 +222,8 @@ class Report:
         operations = ", ".join(
             f"{op} from {names[source]} to {names[target]}" for source, target, op in chosen.edges
         )
-        output = ", ".join(names[state] for state in chosen.concat)
-        description = f"{title}: {operations}; the output joins {output}"
+        output = " and ".join(names[state] for state in chosen.concat)
+        description = f"{title}: {operations}; the output is {output}"
         return CellGraph(title, self._svg(draw_cell(*chosen), description))
 
     @property
@@ -268,9 +300,11 @@ class Report:
         values = {"inherited weights": inherited, "from scratch": scratch}
         equal = min(len(inherited), len(scratch))
         epochs = sorted({1, *(ceil(equal * quarter / 4) for quarter in range(1, 5))})
+        count = self.result.get("test_examples")
         return Comparison(
             self._svg(curves(values, "test accuracy"), _ends(values, "test accuracy")),
             [(epoch, inherited[epoch - 1], scratch[epoch - 1]) for epoch in epochs],
+            worth_of_inheriting(inherited[equal - 1], scratch[equal - 1], count) if count else "",
         )
 
     @property

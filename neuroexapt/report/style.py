@@ -49,6 +49,9 @@ _FAMILIES = {
     "fusion": ("fusion of windows", "unknown_2"),
     "ffn": ("feed-forward", "avg_pool"),
     "dot_interaction": ("dot interaction", "max_pool"),
+    "mb_k3": ("inverted residual, 3x3", "sep_conv"),
+    "mb_k5": ("inverted residual, 5x5", "dil_conv"),
+    "mb_k7": ("inverted residual, 7x7", "max_pool"),
 }
 
 RC_PARAMS: Any = {
@@ -84,7 +87,9 @@ _SUBSCRIPTS = str.maketrans("0123456789+-k", "₀₁₂₃₄₅₆₇₈₉₊�
 
 @dataclass(frozen=True)
 class OpStyle:
-    """How one operation looks everywhere: the colour says its family, the dashes its kernel size."""
+    """How one operation looks everywhere: the colour says its family, the dashes its kernel size, or how much
+    an inverted residual expands.
+    """
 
     family: str
     colour: str
@@ -93,8 +98,8 @@ class OpStyle:
 
 def op_style(op: str) -> OpStyle:
     """The style of operation `op`; one that no family knows is a family of its own."""
-    kernel_sizes = [int(size) for size in re.findall(r"(\d+)x\d+", op)]
-    line = {1: "dotted", 5: "dashed", 7: "dotted"}.get(max(kernel_sizes, default=3), "solid")
+    sizes = [int(size) for size in re.findall(r"\d+(?=x\d)|(?<=_e)\d+", op)]
+    line = {1: "dotted", 5: "dashed", 6: "dashed", 7: "dotted"}.get(max(sizes, default=3), "solid")
     for stem, (family, colour) in _FAMILIES.items():
         if stem in op:
             return OpStyle(family, THEME[colour][0], line)

@@ -74,7 +74,9 @@ class Space(ABC):
 
     def _check_kind(self, genotype: AnyGenotype, kind: type) -> None:
         if not isinstance(genotype, kind):
-            raise UserError(f"{genotype} is none of {self.name}; name its --space or another --genotype")
+            raise UserError(
+                f"this genotype is none of {self.name}; name its --space or another --genotype: {genotype}"
+            )
 
 
 def check_pictures(image_size: Sequence[int], batch_size: int) -> None:

@@ -3,6 +3,7 @@ ICLR 2023).
 """
 
 from collections import Counter
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ class LambdaDarts(Scheduled):
     ``L − λ · Λ``, where Λ is the mean cosine between the g of two cells, added up over the cell types. With
     ``Δ_l = ∂Λ/∂g_l``, ``∇_w Λ = ∇_w Σ_l Δ_l · g_l`` is a finite difference over mixing weights β:
     ``(∇_w L(β + εΔ) − ∇_w L(β − εΔ)) / 2ε``. λ grows linearly.
+
+    The published code leaves reduction cells alone. Its command for NAS-Bench-201 has λ grow to 0.25; here it
+    grows to the code's default.
     """
 
     paper = (
@@ -32,6 +36,7 @@ class LambdaDarts(Scheduled):
         "Collapse by Harmonizing Operation Selection among Cells, ICLR 2023"
     )
     against_collapse = True
+    defaults_of_space: ClassVar = {"nas-bench-201": {"epochs": 100, "arch_learning_rate": 1e-4}}
     schedule = ("strength", 0.0, 0.125)
     strength: Tensor
 

@@ -17,7 +17,9 @@ SMALLEST_DEPTH = 3
 KEPT = (1.0, 5 / 8, 3 / 8)
 """Share of the candidates that each stage begins with: 8, 5 and 3 of 8."""
 DROP_RATES = (0.0, 0.4, 0.7)
-"""Probability of dropping a skip connection at the start of each stage."""
+"""Probability of dropping a skip connection at the start of each stage, by the paper; the command that comes
+with the published code has 0.1 in the first.
+"""
 HELD = 0.4
 """Share of each stage in which α stays as it is, in whole epochs: 10 of 25."""
 DECAY = 5.0
@@ -26,7 +28,8 @@ DECAY = 5.0
 
 class PDarts(Darts):
     """Three stages, each deeper and with fewer candidates; skip connections are dropped at random, less and
-    less. Each stage starts with new weights and α at 0; ``layers`` is the depth of the last.
+    less. Each stage starts with new weights, α at 0 and the full learning rate of w, which falls within the
+    stage; ``layers`` is the depth of the last.
 
     While α is held, in the first part of a stage, the drop rate falls linearly as if to 0 at the stage's end;
     then it starts anew and falls exponentially.
@@ -92,6 +95,10 @@ class PDarts(Darts):
     def holds_alpha(self, epoch: int, epochs: int) -> bool:
         _, position, length = _stage(epoch, epochs)
         return position < int(HELD * length)
+
+    def annealing(self, epoch: int, epochs: int) -> tuple[int, int]:
+        _, position, length = _stage(epoch, epochs)
+        return position, length
 
     def relax(self, alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {cell: self._dropped(cell, weights) for cell, weights in super().relax(alphas).items()}

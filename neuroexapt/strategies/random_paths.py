@@ -17,7 +17,8 @@ class RandomPaths(Darts):
     """One operation an edge, drawn uniformly for every pass anew. α stays as it is.
 
     What this learns is weights with which single paths can be compared, so the genotype comes from comparing
-    them: from selection by validation.
+    them: from selection by validation. The first paper compares them by an evolutionary search, and the
+    second by their best of many random ones.
     """
 
     paper = "Guo, Zhang, Mu, Heng, Liu, Wei, Sun: Single Path One-Shot Neural Architecture Search, ECCV 2020"

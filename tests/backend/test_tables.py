@@ -45,6 +45,19 @@ def test_a_table_shows_the_last_medians_and_what_they_amount_to(tmp_path):
     assert make_tables.render(rendered, tmp_path) == rendered
 
 
+def test_ratios_of_two_commits_are_marked(tmp_path):
+    figures = [("eager", 4.0, "old"), ("compile", 3.0, "new"), ("ext", 1.0, "new"), ("compile", 5.0, "other")]
+    lines = [
+        json.dumps(FIGURE | {"implementation": name, "median": median, "commit": commit})
+        for name, median, commit in figures
+    ]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    rendered = make_tables.render("<!-- table: sums device_ms -->\n<!-- end -->", tmp_path)
+    assert "| small | float32 | 4,000 | 3,000 | 1,000 | 4.00† | 3.00 |" in rendered
+    assert "commits old, new" in rendered
+    assert "†: of two commits, so not of one run." in rendered
+
+
 def test_a_table_shows_the_cases_that_its_marker_names(tmp_path):
     lines = [
         json.dumps(FIGURE | {"case": case, "implementation": "ext", "median": 1.0})

@@ -42,3 +42,15 @@ def test_quiet_and_non_terminals_have_no_live_line() -> None:
         with progress.phase("search", 1, 1):
             assert progress.live is None
             progress.step(0, 1, VALUES)
+
+
+@pytest.mark.parametrize(("speed", "shown"), [(12.34, "12.3 steps/s"), (0.04, "25.0 s a step")])
+def test_a_line_an_epoch_tells_speed_where_steps_are_slow_too(
+    speed: float, shown: str, capsys: pytest.CaptureFixture
+) -> None:
+    progress = Progress(quiet=False)
+    with progress.phase("search", 5, 390):
+        progress.end_epoch({"epoch": 2, **VALUES}, {"steps_per_second": speed})
+    line = capsys.readouterr().err
+    assert line.startswith("search epoch 3/5  loss 1.6632")
+    assert line.rstrip().endswith(shown)

@@ -15,6 +15,7 @@ from neuroexapt.errors import UserError
 from neuroexapt.spaces.seqrec import SEQREC
 from neuroexapt.strategies import STRATEGIES, get_strategy
 from neuroexapt.strategies.darts import Darts
+from tests.engine.tiny import tiny_settings as tiny_pictures
 from tests.engine.tiny import write_tiny_npz
 
 
@@ -172,3 +173,14 @@ def test_settings_of_pictures_are_refused(tmp_path: Path, settings: dict[str, An
     with pytest.raises(UserError, match=f"^only .* {named}; leave"):
         search(**tiny_settings(tmp_path, **settings))
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_histories_are_refused_for_pictures(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^only histories have --max-length; leave it out for pictures"):
+        search(**tiny_pictures(tmp_path, max_length=20))
+    assert not (tmp_path / "run").exists()
+
+
+def test_recommenders_drop_no_paths(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="drop no paths; leave out --drop-path"):
+        evaluate(**tiny_settings(tmp_path, genotype="HSTU", drop_path=0.1))

@@ -32,15 +32,18 @@ def test_the_candidate_without_which_accuracy_falls_most_is_chosen(monkeypatch: 
 
     def accuracy(weights: dict) -> float:
         """The average pool matters on odd edges, the convolution on others; so does edge 4 of both types."""
+        assert selection.search.supernet.training, "by the statistics of batches"
         columns = [3 if edge % 2 else 2 for edge in range(5)]
         return sum(
             (w[range(5), columns] > 0).sum().item() + (w[4].sum() > 0).item() for w in weights.values()
         )
 
     monkeypatch.setattr(selection, "accuracy_at", accuracy)
+    selection.search.supernet.eval()
     records = [selection.end_epoch(epoch) for epoch in range(selection.epochs)]
-    places = {(record["cell"], record["edge"]) for record in records[:-1]}
-    assert places == set(selection.edges), "each edge once"
+    places = [(record["cell"], record["edge"]) for record in records[:-1]]
+    assert sorted(places) == sorted(selection.edges), "each edge once"
+    assert places != selection.edges, "in random order"
     for cell in ("normal", "reduce"):
         chosen = selection.search.supernet.kept(cell).float().argmax(dim=-1)
         assert chosen.tolist() == [2, 3, 2, 3, 2]
@@ -48,6 +51,13 @@ def test_the_candidate_without_which_accuracy_falls_most_is_chosen(monkeypatch: 
     genotype = selection.genotype()
     assert ("sep_conv_3x3", 2) in genotype.normal, "edge 4, the strongest, enters the second node"
     assert records[-1]["genotype"] == genotype.to_dict()
+
+
+def test_weights_adapt_at_a_tenth_of_the_first_learning_rate() -> None:
+    selection = make_selection("perturbation")
+    next(iter(selection.steps(0, 0)))
+    rate = selection.search.weight_optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx(selection._config.learning_rate / 10)
 
 
 def test_none_is_not_chosen_where_no_genotype_can_hold_it() -> None:
@@ -73,10 +83,11 @@ def test_a_candidates_mean_is_that_of_the_paths_through_it(monkeypatch: pytest.M
     selection = make_selection("shrink", "random")
     assert isinstance(selection, Shrinking)
     selection.keep("reduce", 3, [1, 3])
-    seen = []
+    seen, pictures = [], []
 
     def score(images: torch.Tensor, labels: torch.Tensor, *path: torch.Tensor) -> torch.Tensor:
         seen.append(path)
+        pictures.append(images)
         return torch.stack([torch.zeros(()), len(labels) * sum(p[:, 2].mean() for p in path) / 2])
 
     monkeypatch.setattr(selection, "_score", score)
@@ -84,6 +95,7 @@ def test_a_candidates_mean_is_that_of_the_paths_through_it(monkeypatch: pytest.M
     assert all((p.sum(dim=-1) == 1).all() and not p[:, 0].any() for path in seen for p in path)
     assert all(max(range(4), key=row.__getitem__) == 2 for row in means["normal"])
     assert means["reduce"][3][2] == 0
+    assert torch.equal(pictures[0], next(iter(selection.search.valid_loader.forever(0)))[0])
 
 
 @pytest.mark.parametrize("name", SELECTIONS)

@@ -6,7 +6,7 @@ import torch
 import neuroexapt
 from neuroexapt.core.genotypes import GENOTYPES
 from neuroexapt.engine.config import SearchConfig, make_config
-from neuroexapt.engine.stopping import Stopping, count_skips
+from neuroexapt.engine.stopping import PREFERRED, Stopping, count_skips, preference
 from neuroexapt.errors import UserError
 from neuroexapt.spaces import NAS_BENCH_201
 from tests.engine.tiny import tiny_settings
@@ -94,6 +94,24 @@ def test_chance_is_no_collapse(small_space: None) -> None:
     phase.reason_to_stop(record, 0.0)
     assert record["skips"] == 4
     assert not said
+
+
+def test_preference_is_of_the_strongest_over_the_mean() -> None:
+    even, decided = torch.full((3, 4), 0.25), torch.tensor([[1.0, 0, 0, 0]])
+    assert preference({"normal": even}) == 1
+    assert preference({"normal": even, "reduce": decided}) == (3 * 1 + 1 * 4) / 4
+
+
+@pytest.mark.parametrize(("learning_rate", "is_chance"), [(1e-6, True), (2.0, False)])
+def test_a_genotype_by_chance_is_called_so(
+    learning_rate: float, is_chance: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = tiny_settings(tmp_path, arch_learning_rate=learning_rate, epochs=1, train_epochs=0)
+    found = neuroexapt.search(**{**settings, "quiet": False})
+    assert ("little more than chance" in capsys.readouterr().err) == is_chance
+    assert (found.curves["search"]["preference"][-1] < PREFERRED) == is_chance
+    assert found.result["test_examples"] == 12
+    assert found.result["commonest_class_accuracy"] == 1 / 3
 
 
 def test_a_run_ends_early_and_is_finished_then(tmp_path: Path) -> None:

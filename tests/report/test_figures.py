@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from neuroexapt.core.sequence_operations import HEADS, SEQUENCE_OPS
 from neuroexapt.report.figures import alpha_heat_map, alpha_history, curves, edge_names, entropy_history
 from neuroexapt.report.style import THEME, op_style, state_name
+from neuroexapt.spaces import SPACES
 
 PRIMITIVES = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5"]
 
@@ -100,12 +100,19 @@ def test_edge_names():
     assert state_name("out_1") == "out_1"
 
 
+def primitives_of_every_space():
+    for name, space in SPACES.items():
+        for cell in space.describe(layers=8)["edges"]:
+            yield pytest.param(space.primitives_of(cell), id=f"{name}-{cell}")
+
+
 @pytest.mark.parametrize(
     "ops",
     [
-        [*PRIMITIVES, "dil_conv_3x3", "dil_conv_5x5", "sep_conv_7x7", "conv_7x1_1x7"],
-        list(SEQUENCE_OPS),
-        list(HEADS),
+        pytest.param(
+            [*PRIMITIVES, "dil_conv_3x3", "dil_conv_5x5", "sep_conv_7x7", "conv_7x1_1x7"], id="published"
+        ),
+        *primitives_of_every_space(),
     ],
 )
 def test_styles_tell_operations_apart(ops):

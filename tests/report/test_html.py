@@ -80,6 +80,19 @@ def test_finished_run_has_every_figure(page):
     assert [svg["role"] for svg in page.tags("svg")] == ["img"] * len(labels)
 
 
+def test_summary_says_how_good_how_sure_and_what_next(page, finished_run):
+    assert "98.76 % of 400 test examples are right" in page.text
+    assert "answer “seven” every time would be right for 12.50 %" in page.text
+    assert "strongest operation 1.80 times the weight of its mean one." in page.text
+    command = f"evaluate --genotype {finished_run.path} --dataset digits --recipe fast --seeds 3"
+    assert f"<code>neuroexapt {command}" in page.html.replace("'", "")
+    assert "400 test examples, +7.00 points is more than chance explains" in page.text
+
+
+def test_unfinished_run_says_how_to_go_on(new_run):
+    assert f"neuroexapt search --resume {new_run.path}" in page_of(new_run).text
+
+
 def test_comparison_is_at_equal_epochs(new_run):
     new_run.search(1)
     new_run.train("inherit", [0.9, 0.95, 0.99])

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from neuroexapt.engine.captured import CapturedStep
 from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint
 from neuroexapt.engine.config import SearchConfig, make_config
-from neuroexapt.engine.search_phase import SearchPhase
+from neuroexapt.engine.search_phase import ARCH_BETAS, SearchPhase
 from neuroexapt.errors import UserError
 from neuroexapt.spaces import NAS_BENCH_201
 from neuroexapt.strategies import STRATEGIES, get_strategy
@@ -85,6 +85,27 @@ def test_the_paper_is_named(name: str) -> None:
 def test_published_settings_are_settings(name: str, space: str) -> None:
     config = make_config(SearchConfig, {"dataset": "cifar10", "strategy": name, "space": space})
     assert config.strategy == name
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "published"),
+    [  # epochs, batch, learning rate of w from and to, of α, epochs of warm-up: of the methods' own code
+        ("darts", "darts", (50, 64, 0.025, 0.001, 3e-4, 0)),
+        ("pc-darts", "darts", (50, 256, 0.1, 0.0, 6e-4, 15)),
+        ("p-darts", "darts", (75, 96, 0.025, 0.0, 6e-4, 0)),
+        ("fair-darts", "darts", (50, 128, 0.005, 0.001, 3e-3, 0)),
+        ("drnas-progressive", "darts", (50, 64, 0.1, 0.0, 6e-4, 0)),
+        ("drnas", "nas-bench-201", (100, 64, 0.025, 0.001, 3e-4, 0)),
+        ("beta-darts", "nas-bench-201", (100, 64, 0.025, 0.001, 3e-4, 0)),
+        ("sdarts-rs", "nas-bench-201", (100, 64, 0.025, 0.001, 3e-4, 0)),
+        ("lambda-darts", "nas-bench-201", (100, 64, 0.025, 0.001, 1e-4, 0)),
+    ],
+)
+def test_settings_are_the_published_ones(name: str, space: str, published: tuple[float, ...]) -> None:
+    config = make_config(SearchConfig, {"dataset": "cifar10", "strategy": name, "space": space})
+    rates = (config.learning_rate, config.learning_rate_min, config.arch_learning_rate)
+    assert (config.epochs, config.batch_size, *rates, config.warmup_epochs) == published
+    assert (config.arch_weight_decay, ARCH_BETAS) == (1e-3, (0.5, 0.999))
 
 
 def test_the_user_stands_over_the_preset_over_what_was_published() -> None:

@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from neuroexapt.spaces import NAS_BENCH_201
 from neuroexapt.strategies.drnas import DrNas, ProgressiveDrNas
 from tests.strategies.small import make_step, some_alphas
 
@@ -56,6 +58,20 @@ def test_the_weaker_half_is_ruled_out_after_half_of_the_epochs() -> None:
     ):
         assert gradient.isfinite().all()
         assert torch.equal(gradient != 0, alpha.isfinite())
+
+
+def test_three_of_five_candidates_stay() -> None:
+    supernet = NAS_BENCH_201.supernet(in_channels=2, num_classes=3, channels=2, layers=5)
+    assert ProgressiveDrNas().start_epoch(supernet, 1, 2)
+    assert (supernet.kept("cell").sum(dim=-1) == 3).all()
+
+
+@pytest.mark.parametrize(("epochs", "held"), [(50, 10), (100, 10), (10, 2), (9, 2), (2, 0)])
+def test_alpha_is_held_at_the_start_of_each_half(epochs: int, held: int) -> None:
+    half = (epochs + 1) // 2
+    holds = [ProgressiveDrNas().holds_alpha(epoch, epochs) for epoch in range(epochs)]
+    assert [epoch for epoch in range(epochs) if holds[epoch]] == [*range(held), *range(half, half + held)]
+    assert not any(DrNas().holds_alpha(epoch, epochs) for epoch in range(epochs))
 
 
 def test_what_was_ruled_out_has_no_weight() -> None:

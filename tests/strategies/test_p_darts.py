@@ -73,6 +73,11 @@ def test_drop_rate_falls_within_each_stage() -> None:
     assert rates[60:75] == pytest.approx([0.7 * 0.8187307**epoch for epoch in range(15)])
 
 
+def test_learning_rate_starts_anew_with_the_weights_of_each_stage(small_space: None) -> None:
+    phase = make_phase(strategy="p-darts", epochs=6, learning_rate=0.2, learning_rate_min=0.0)
+    assert [phase.learning_rate(epoch) for epoch in range(6)] == pytest.approx([0.2, 0.1] * 3)
+
+
 def test_a_search_resumes_in_a_deeper_stage(small_space: None) -> None:
     first, resumed = (make_phase(strategy="p-darts", epochs=3, layers=6) for _ in range(2))
     for epoch in range(2):

@@ -2,23 +2,49 @@ import pytest
 import torch
 
 from neuroexapt.strategies.darts import Darts
-from neuroexapt.strategies.sdarts import AdversariallySmoothed, RandomlySmoothed, Smoothed
+from neuroexapt.strategies.sdarts import ATTACK_STEPS, AdversariallySmoothed, RandomlySmoothed, Smoothed
 from tests.strategies.small import make_step
 
 both = pytest.mark.parametrize("strategy", [RandomlySmoothed(), AdversariallySmoothed()])
 
 
+# Four weights of 1/4 that are moved by up to ε and divided by their sum.
+LARGEST, SMALLEST = (lambda eps: (1 / 4 + eps) / (1 - 2 * eps)), (lambda eps: (1 / 4 - eps) / (1 + 2 * eps))
+
+
+@pytest.mark.parametrize(("strategy", "rows"), [(RandomlySmoothed(), 5000), (AdversariallySmoothed(), 5)])
+def test_weights_move_by_the_radius_at_most(strategy: Smoothed, rows: int) -> None:
+    step, train, _ = make_step(strategy)
+    strategy.radius.fill_(0.1)
+    torch.manual_seed(0)
+    perturbed = torch.cat(list(strategy.perturb(step, train, [torch.full((rows, 4), 0.25)] * 2)))
+    torch.testing.assert_close(perturbed.sum(dim=-1), torch.ones(len(perturbed)))
+    assert 0.85 * LARGEST(0.1) < perturbed.max() < LARGEST(0.1) + 1e-6
+    assert 1.15 * SMALLEST(0.1) > perturbed.min() > SMALLEST(0.1) - 1e-6
+
+
 @both
-def test_weights_learn_near_the_softmax_and_alpha_at_it(strategy: Smoothed) -> None:
+def test_weights_learn_at_what_is_perturbed(strategy: Smoothed, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, train, _ = make_step(strategy)
+    perturbed = {name: torch.rand_like(alpha) for name, alpha in step.supernet.alphas.items()}
+    monkeypatch.setattr(strategy, "perturb", lambda *arguments: list(perturbed.values()))
+    found = strategy.weight_gradient(step, train).gradients
+    expected = step.gradients(train, step.weights, perturbed).gradients
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_the_attack_sees_the_network_in_evaluation_mode() -> None:
+    step, train, _ = make_step(AdversariallySmoothed())
+    modes = []
+    step.supernet.register_forward_pre_hook(lambda network, inputs: modes.append(network.training))
+    step(train, None)
+    assert modes == [False] * (ATTACK_STEPS + 2) + [True], "its steps, both losses, then the weights"
+
+
+@both
+def test_alpha_learns_at_the_softmax(strategy: Smoothed) -> None:
     step, train, valid = make_step(strategy)
     strategy.start_epoch(step.supernet, 1, 2)
-    plain = [softmax.detach() for softmax in Darts().relax(dict(step.supernet.alphas)).values()]
-    perturbed = list(strategy.perturb(step, train, plain))
-    for weights, softmax in zip(perturbed, plain, strict=True):
-        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(len(weights)))
-        assert (weights >= 0).all()
-        # Clamping to 0..1 and normalising may add to the radius; by no more than a row's sum is off.
-        assert 0.05 < (weights - softmax).abs().max() < 0.6
     alpha_gradients = strategy.arch_gradient(step, train, valid).gradients
     step.strategy = Darts()
     expected = step.strategy.arch_gradient(step, train, valid).gradients

@@ -1,0 +1,100 @@
+"""What a run comes to, in a few sentences: how good, how sure, what next."""
+
+import shlex
+from collections.abc import Mapping
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from neuroexapt.engine.config import RunConfig
+from neuroexapt.engine.stopping import PREFERRED
+from neuroexapt.report.text import percent, points
+from neuroexapt.spaces import BUILT_IN
+
+Z = 1.96
+"""Standard deviations on both sides of a normal distribution's mean that hold 95 % of it."""
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Where 95 of 100 such tests would have the true share, of which ``count`` examples show ``share``.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+    """
+    shrink = 1 / (1 + Z**2 / count)
+    centre = shrink * (share + Z**2 / (2 * count))
+    half = shrink * Z * sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    return centre - half, centre + half
+
+
+def chance_difference(first: float, second: float, count: int) -> float:
+    """Difference that two shares of ``count`` examples exceed by chance in 5 of 100 tests."""
+    return Z * sqrt((first * (1 - first) + second * (1 - second)) / count)
+
+
+def how_good(result: Mapping[str, Any]) -> str:
+    count, accuracy = result["test_examples"], result["test_accuracy"]
+    low, high = interval(accuracy, count)
+    text = (
+        f"{percent(accuracy)} of {count:,} test examples are right. With a certainty of 95 %, of all such "
+        f"examples {percent(low)} to {percent(high)} would be."
+    )
+    if "commonest_class" not in result:
+        return text
+    baseline = percent(result["commonest_class_accuracy"])
+    return f"{text} To answer “{result['commonest_class']}” every time would be right for {baseline}."
+
+
+def how_sure(preference: float) -> str:
+    """Of a genotype that was chosen by α."""
+    text = f"α gives an edge's strongest operation {preference:.2f} times the weight of its mean one"
+    if preference >= PREFERRED:
+        return f"{text}."
+    return (
+        f"{text}, so the genotype is little more than chance: search for more epochs, or with a larger "
+        "--arch-learning-rate."
+    )
+
+
+def worth_of_inheriting(inherited: float, scratch: float, count: int) -> str:
+    """Whether the difference to a training from scratch, on ``count`` examples, says anything."""
+    least = chance_difference(inherited, scratch, count)
+    verdict = "can be chance" if abs(inherited - scratch) < least else "is more than chance explains"
+    return f"With {count:,} test examples, {points(inherited - scratch)} points {verdict}."
+
+
+def next_command(
+    command: str, config: Mapping[str, Any], run: Path, *, finished: bool
+) -> tuple[str, str] | None:
+    """What to do after ``command`` made ``run``, and the command for that; None where nothing is left to do,
+    or the space is one that only the user's own code knows.
+    """
+    if config.get("space") not in BUILT_IN:
+        return None
+    if not finished:
+        return "Go on from the last checkpoint", _command(command, "--resume", run)
+    if command == "evaluate":
+        return None
+    return "Train the genotype from scratch at full size, next to others", _command(
+        "evaluate", "--genotype", run, *_data_options(config), *_comparison(config)
+    )
+
+
+def _comparison(config: Mapping[str, Any]) -> list[str]:
+    if config["dataset"].startswith("seq:"):
+        return ["--seeds", "3", "--controls", "random"]
+    return ["--recipe", "fast", "--seeds", "3", "--controls", "random,resnet18"]
+
+
+def _data_options(config: Mapping[str, Any]) -> list[str]:
+    """What another run on the same data must be told."""
+    options = ["--dataset", config["dataset"]]
+    for name in ("space", "data_root", "image_size", "max_length"):
+        default = RunConfig.__dataclass_fields__[name].default
+        value = config.get(name, default)
+        if str(value) != str(default):
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    return options
+
+
+def _command(*words: object) -> str:
+    return "neuroexapt " + shlex.join(map(str, words))
