@@ -26,10 +26,13 @@ class Gdas(Scheduled):
     g, the gradient of its node, w_k has the gradient ``⟨g, o_k(x)⟩`` and the weights that are 0 have ``Σ g``.
     Otherwise ``none``, whose own gradient is 0, would rise on most edges: on average more of what the others
     put out raises the loss, since the weights are trained beside ever changing paths.
+
+    In NAS-Bench-201 the published code steps w before α, and w with Nesterov's momentum.
     """
 
     paper = "Dong, Yang: Searching for a Robust Neural Architecture in Four GPU Hours, CVPR 2019"
     defaults: ClassVar = {"epochs": 250}
+    defaults_of_space: ClassVar = {"nas-bench-201": {"weight_decay": 5e-4}}
     single_path = True
     schedule = ("temperature", 10.0, 0.1)
     temperature: Tensor
