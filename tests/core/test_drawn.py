@@ -128,3 +128,10 @@ def test_operations_that_were_not_drawn_are_not_called(fused):
         edge.ops[3] = Recorded()
     run(cell, one_hot(cell, [3, 1, 2]), drawn_only=True, fused=fused)
     assert len(calls) == 2  # of five edges
+
+
+def test_the_constants_of_an_edge_with_hooks_count_once(cell):
+    weights = one_hot(cell, [1, 2, 3])
+    cell.edges[1].register_forward_hook(lambda edge, arguments, y: None)
+    expected = run(drawn_by_hand(cell, weights), weights, drawn_only=False, fused=False)
+    assert_same(run(cell, weights, drawn_only=True, fused=True), expected)
