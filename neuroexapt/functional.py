@@ -391,8 +391,8 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_onl
     Running statistics of the plan's BatchNorms are updated in training mode.
 
     With ``drawn_only`` the candidates whose weight is 0 do not run, as where single paths are sampled: their
-    running statistics stay, the gradients of their weights and of their parameters are 0. Which they are,
-    kernels find out on the device.
+    running statistics stay, the gradients of their parameters are 0, and those of their weights ``Σ g`` of
+    their node, as if each put out the constant 1. Which they are, kernels find out on the device.
 
     Args:
         plan: what ``neuroexapt.core.plan.plan_cell`` made of a search cell.

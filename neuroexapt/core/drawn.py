@@ -1,10 +1,14 @@
-"""Running only the candidates that were drawn, those whose mixing weight is not 0."""
+"""Running only the candidates that were drawn, those whose mixing weight is not 0.
+
+In the place of each of the others stands the constant 1: times a weight of 0 it adds nothing to a node, but
+the gradient of that weight is the sum of the node's gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +31,47 @@ def strongest(weights: Tensor) -> Tensor:
     return torch.zeros_like(weights).scatter_(-1, weights.argmax(dim=-1, keepdim=True), 1.0)
 
 
-def without_gradients_of_zeros(weights: Tensor) -> Tensor:
-    """``weights``; the gradient of those that are 0 is 0."""
-    return weights.where(weights != 0, 0.0)
+def part(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """``weights`` [E, K] of what was drawn, and for each edge the constant [E] that the others add, 0.
+
+    They have their gradients from the two, the weights that are 0 from the constants.
+    """
+    return _Part.apply(weights)
+
+
+def part_by_nodes(plan: CellPlan, weights: Tensor) -> tuple[Tensor, dict[int, list[Tensor]]]:
+    """``part``, and the constants of all edges that enter a node, by its number."""
+    weights, constants = part(weights)
+    of_edges = constants.unbind()
+    return weights, {node.node: [of_edges[row] for row in node.rows] for node in plan.nodes}
+
+
+def add_constants(y: Tensor, constants: Sequence[Tensor]) -> Tensor:
+    """``y``, to which ``constants`` from ``part`` are added; as they are 0, only their gradients tell."""
+    return _AddConstants.apply(y, *constants)
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weights)
+        return weights.view_as(weights), weights.new_zeros(len(weights))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (weights,), (of_drawn, of_constants) = ctx.saved_tensors, gradients
+        return of_drawn.where(weights != 0, of_constants[:, None])
+
+
+class _AddConstants(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *constants: Tensor) -> Tensor:
+        ctx.count, ctx.dtype = len(constants), constants[0].dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+        return g, *[g.sum(dtype=ctx.dtype)] * ctx.count
 
 
 def run_drawn(

@@ -7,7 +7,7 @@ state.
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 from neuroexapt.backend.registry import Support, register_impl
 from neuroexapt.core.batch_norm import normed_sum, sum_chunks
-from neuroexapt.core.drawn import can_be_read, statistics_of_drawn, without_gradients_of_zeros
+from neuroexapt.core.drawn import (
+    add_constants,
+    can_be_read,
+    part_by_nodes,
+    statistics_of_drawn,
+)
 from neuroexapt.core.layouts import Merging, choose_layout
 from neuroexapt.core.operations import FactorizedReduce, convolve_joined, two_grids
 from neuroexapt.core.plan import (
@@ -37,24 +42,31 @@ from neuroexapt.core.plan import (
 def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_only: bool = False) -> Tensor:
     """What ``functional.cell`` defines."""
     if not drawn_only:
-        return _run(plan, states, weights)
-    used = without_gradients_of_zeros(weights)
+        return _run(plan, states, weights, {})
+    weights, constants = part_by_nodes(plan, weights)
     if can_be_read(weights):
-        return _run(plan.drawn(weights), states, used)
+        return _run(plan.drawn(weights), states, weights, constants)
     with statistics_of_drawn(plan, weights):
-        return _run(plan, states, used)
+        return _run(plan, states, weights, constants)
 
 
-def _run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
+def _run(
+    plan: CellPlan, states: Sequence[Tensor], weights: Tensor, constants: Mapping[int, Sequence[Tensor]]
+) -> Tensor:
     states = list(states)
-    entering = {node.node: _start(plan, node, states[0], weights) for node in plan.nodes}
+    entering = {node.node: _start(plan, node, states[0]) for node in plan.nodes}
+
+    def enter(node: int) -> Tensor:
+        y = _sum(entering[node])
+        return add_constants(y, constants[node]) if constants else y
+
     statistics = RunningStatistics()
     for group in plan.states:
         if group.state == len(states):
-            states.append(_sum(entering[group.state]))
+            states.append(enter(group.state))
         for target, share in _leave(group, states[group.state], weights, statistics):
             entering[target].append(share)
-    states.append(_sum(entering[plan.nodes[-1].node]))
+    states.append(enter(plan.nodes[-1].node))
     statistics.update_modules()
     channels_last = states[0].is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -62,12 +74,12 @@ def _run(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Tensor:
     return torch.cat(joined, dim=1)
 
 
-def _start(plan: CellPlan, node: NodeGroup, state: Tensor, weights: Tensor) -> list[Tensor]:
-    """What enters a node besides its terms and edges: zeros if it has none, which depend on the weights."""
+def _start(plan: CellPlan, node: NodeGroup, state: Tensor) -> list[Tensor]:
+    """What enters a node besides its terms and edges: zeros if it has none."""
     if node.terms or node.edges:
         return []
     stride = plan.states[0].stride
-    return [torch.zeros_like(state[:, :, ::stride, ::stride]) * weights.sum()]
+    return [torch.zeros_like(state[:, :, ::stride, ::stride])]
 
 
 def _leave(

@@ -8,7 +8,7 @@ takes ``(channels, stride, affine)`` and returns a module of that shape contract
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuroexapt import functional
-from neuroexapt.core.drawn import run_drawn, without_gradients_of_zeros
+from neuroexapt.core.drawn import add_constants, part, run_drawn
 from neuroexapt.errors import UserError
 
 if TYPE_CHECKING:
@@ -340,13 +340,13 @@ class MixedOp(nn.Module):
     ) -> Tensor:
         """``Σ_k weights[k] · run(op_k)``, or ``zeros()`` where there is nothing to add up."""
         active = {k: op for k, op in enumerate(self.ops) if not isinstance(op, Zero)}
-        if self.drawn_only:
-            outputs = run_drawn(active, weights, run)
-            weights = without_gradients_of_zeros(weights)
-            if not outputs:
-                return zeros() * weights.sum()  # so that the weights always have a gradient
-        else:
-            outputs = {k: run(op) for k, op in active.items()}
+        if not self.drawn_only:
+            return self._add_up({k: run(op) for k, op in active.items()}, weights, zeros)
+        outputs = run_drawn(active, weights, run)
+        (weights,), constant = part(weights[None])
+        return add_constants(self._add_up(outputs, weights, zeros), constant.unbind())
+
+    def _add_up(self, outputs: Mapping[int, Tensor], weights: Tensor, zeros: Callable[[], Tensor]) -> Tensor:
         if not outputs:
             return zeros()
         if len(outputs) < len(self.ops):

@@ -144,9 +144,12 @@ class StateGroup:
 
 @dataclass(frozen=True, eq=False)
 class NodeGroup:
-    """All that enters one node: ``terms`` in the order of edges and columns, and ``edges`` with weight 1."""
+    """All that enters one node, by the edges ``rows``: ``terms`` in the order of edges and columns, and
+    ``edges`` with weight 1.
+    """
 
     node: int
+    rows: tuple[int, ...]
     terms: tuple[Term, ...]
     edges: tuple[WholeEdge, ...]
 
@@ -279,6 +282,7 @@ def _plan(
         tuple(
             NodeGroup(
                 node,
+                tuple(row for row, (_, target, _) in enumerate(places) if target == node),
                 tuple(term for term in terms if term.target == node),
                 tuple(edge for edge in whole_edges if edge.target == node),
             )

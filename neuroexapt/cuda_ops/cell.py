@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.core.buffers import buffers_changed_if
+from neuroexapt.core.drawn import add_constants, part_by_nodes
 from neuroexapt.core.operations import convolve_joined
 from neuroexapt.core.plan import (
     POOL_SIZE,
@@ -140,7 +141,11 @@ def _own_tensors(plan: CellPlan) -> Iterator[Tensor]:
 def run(
     plan: CellPlan, states: Sequence[Tensor], weights: Tensor, kernels: Any, *, drawn_only: bool = False
 ) -> Tensor:
-    """The cell by the functions of ``kernels``: those of ``cell_kernels``, or others that do the same."""
+    """The cell by the functions of ``kernels``: those of ``cell_kernels``, or others that do the same.
+
+    What is not drawn runs all the same if they do not leave it out.
+    """
+    weights, constants = part_by_nodes(plan, weights) if drawn_only else (weights, {})
     weights = weights.contiguous()
     output = _empty_output(plan, states[0])
     exact = cell_kernels.products_are_exact()
@@ -149,7 +154,7 @@ def run(
         exact,
         _is_training(plan),
         weights.detach(),
-        drawn_only,
+        drawn_only and kernels.LEAVES_OUT,
         len(states),
         len(plan.nodes),
         output,
@@ -173,7 +178,7 @@ def run(
     leave(0, states)
     for i, node in enumerate(plan.nodes):
         y = _EnterNode.apply(pass_, i, node, shared_weights[i], *handles.pop(node.node, ()))
-        entered += leave(node.node, [y])
+        entered += leave(node.node, [add_constants(y, constants[node.node]) if constants else y])
     if len(plan.outputs) == len(plan.nodes):
         return _Concatenate.apply(pass_, *entered)
     pass_.output = None

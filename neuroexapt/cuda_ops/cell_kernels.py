@@ -40,6 +40,8 @@ MAX_CONVS, MAX_EDGES, MAX_ADDENDS, MAX_WIDTH = 32, 16, 64, 1024
 """Of one state: convolutions and edges that leave it, parts of its gradient, columns of its pictures."""
 MAX_TERMS, MAX_POOLED_EDGES = 96, 16
 """Of one node: terms, and edges with pools."""
+LEAVES_OUT = True
+"""What was not drawn."""
 KEEPS_POOLS = False
 """For the backward pass, which forms them once more from their state."""
 

@@ -49,6 +49,8 @@ MAX_CHANNELS = 128
 Branch = NoBranch
 KEEPS_POOLS = True
 """Forming them once more in the backward pass takes longer than reading them."""
+LEAVES_OUT = False
+"""What was not drawn: it runs with a weight of 0."""
 _JOBS, _BATCH_NORMS = 8, 16
 """Convolutions and BatchNorms of a launch: filled up to them, since another number is another compilation."""
 _TILE_PIXELS = 128

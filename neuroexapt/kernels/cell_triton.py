@@ -4,12 +4,13 @@ It runs as the one in CUDA C++ does, see ``neuroexapt.cuda_ops.cell``, with any 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
-from neuroexapt.core.drawn import statistics_of_drawn, without_gradients_of_zeros
+from neuroexapt.core.drawn import statistics_of_drawn
 from neuroexapt.core.plan import CellPlan
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.kernels import cell_kernels_triton
@@ -23,11 +24,9 @@ def cell(plan: CellPlan, states: Sequence[Tensor], weights: Tensor, *, drawn_onl
 
     All candidates run in any case.
     """
-    if drawn_only:
-        with statistics_of_drawn(plan, weights):
-            return cell(plan, states, without_gradients_of_zeros(weights))
-    with torch.cuda.device_of(states[0]):
-        return fused.run(plan, states, weights, cell_kernels_triton)
+    keeping = statistics_of_drawn(plan, weights) if drawn_only else nullcontext()
+    with torch.cuda.device_of(states[0]), keeping:
+        return fused.run(plan, states, weights, cell_kernels_triton, drawn_only=drawn_only)
 
 
 def supports(

@@ -188,6 +188,20 @@ def test_runs_only_what_was_drawn_of_one_input(training, width, seed):
 
 
 @pytest.mark.usefixtures("drawn_by_values")
+def test_what_was_not_drawn_weighs_nothing_where_kernels_run_it(monkeypatch):
+    monkeypatch.setattr(torch_kernels, "LEAVES_OUT", False)
+    cell, (x, weights) = make_cell_of_one_input(4, (3, 7, 8))
+    cell.drawn_only = True
+
+    def run(cell: SearchCell, *arguments: Tensor) -> Tensor:
+        with drawn.statistics_of_drawn(plan_cell(cell), arguments[-1]):
+            return run_drawn(cell, *arguments)
+
+    inputs = x, draw(weights, 0)
+    assert_close(results(run, cell, inputs), results(SearchCell.forward, cell, inputs))
+
+
+@pytest.mark.usefixtures("drawn_by_values")
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("column", range(16))
 def test_an_edge_of_one_drawn_operation(sixteen, stride, column):

@@ -23,7 +23,7 @@ from neuroexapt.cuda_ops.cell_kernels import (
 )
 from neuroexapt.kernels import reference
 
-KEEPS_POOLS = False
+KEEPS_POOLS, LEAVES_OUT = False, True
 
 
 class Branch:

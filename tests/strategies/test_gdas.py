@@ -2,20 +2,37 @@ import pytest
 import torch
 from torch import nn
 
+from neuroexapt.core.drawn import strongest
+from neuroexapt.core.operations import MixedOp
 from neuroexapt.strategies.gdas import Gdas
+from neuroexapt.strategies.gumbel import gumbel_softmax
 from tests.strategies.small import make_phase, make_step, some_alphas
 
 
-def test_one_operation_an_edge_has_weight_one_and_it_alone_passes_a_gradient() -> None:
-    torch.manual_seed(1)
+def test_one_operation_an_edge_has_weight_one_and_all_have_the_gradient_of_the_sample() -> None:
     alpha = torch.randn(5, 4, requires_grad=True)
-    weights = Gdas().relax({"cell": alpha})["cell"]
-    assert torch.equal(weights.sort(dim=-1).values, torch.tensor([[0.0, 0, 0, 1]]).expand(5, 4))
-    upstream = torch.randn_like(weights)
-    (of_all,) = torch.autograd.grad(weights, alpha, upstream, retain_graph=True)
-    (of_drawn,) = torch.autograd.grad(weights, alpha, upstream * weights.detach())
-    assert torch.equal(of_all, of_drawn)
-    assert of_all.abs().sum() > 0
+    strategy, upstream = Gdas(), torch.randn(5, 4)
+    torch.manual_seed(1)
+    weights = strategy.relax({"cell": alpha})["cell"]
+    torch.manual_seed(1)
+    sample = gumbel_softmax(alpha, strategy.temperature)
+    assert torch.equal(weights, strongest(sample))
+    (actual,) = torch.autograd.grad(weights, alpha, upstream)
+    (expected,) = torch.autograd.grad(sample, alpha, upstream)
+    assert torch.equal(actual, expected)
+
+
+def test_what_was_not_drawn_counts_as_the_constant_one() -> None:
+    """As in the published search, which adds the weights of the others to what the drawn one puts out."""
+    edge = MixedOp(4, 1, ("none", "skip_connect", "nor_conv_3x3"), norm_pools=False)
+    edge.drawn_only = True
+    x, g = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    for k, op in enumerate(edge.ops):
+        weights = torch.eye(3)[k].requires_grad_()
+        (gradient,) = torch.autograd.grad(edge(x, weights), weights, g)
+        expected = g.sum().repeat(3)
+        expected[k] = (g * op(x)).sum()
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_operations_are_drawn_with_the_probabilities_of_the_softmax() -> None:
