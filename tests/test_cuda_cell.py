@@ -16,7 +16,15 @@ from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.cuda_ops import cell_kernels, preprocess
 from neuroexapt.cuda_ops.build import SOURCES
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Pooling, ReduceGrad, StateGrad, Summand
+from neuroexapt.cuda_ops.cell_operands import (
+    Conv,
+    ConvGrad,
+    PoolGrad,
+    Pooling,
+    ReduceGrad,
+    StateGrad,
+    Summand,
+)
 from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
 from tests.cuda_ops.test_cell import (

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from neuroexapt.cuda_ops.branch import kept
+
 
 def addresses(*tensors: Tensor | None) -> list[int]:
     """0 stands for a tensor that is not there."""
@@ -29,6 +31,20 @@ def dense_pictures(x: Tensor) -> Tensor:
     if x[0].is_contiguous() and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def allocate(like: Tensor, count: int, *shape: int) -> list[Tensor]:
+    """Contiguous tensors in one piece of memory, which the branch keeps whose block this is."""
+    return list(kept(like.new_empty(count, *shape)).unbind())
+
+
+def allocate_fp32(like: Tensor, count: int, *shape: int) -> list[Tensor]:
+    return list(kept(like.new_empty(count, *shape, dtype=torch.float32)).unbind())
+
+
+def allocate_like(x: Tensor, count: int) -> list[Tensor]:
+    """Of x's shape."""
+    return allocate(x, count, *x.shape)
 
 
 def stored_in_bf16(pictures: Tensor) -> bool:

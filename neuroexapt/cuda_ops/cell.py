@@ -38,7 +38,7 @@ from neuroexapt.core.plan import (
 )
 from neuroexapt.cuda_ops import cell_kernels
 from neuroexapt.cuda_ops.arguments import dense, dtype_refusals, shared_bytes
-from neuroexapt.cuda_ops.cell_kernels import (
+from neuroexapt.cuda_ops.cell_operands import (
     ConvGrad,
     DenseGrad,
     PoolGrad,
@@ -46,6 +46,7 @@ from neuroexapt.cuda_ops.cell_kernels import (
     ReduceGrad,
     StateGrad,
     Summand,
+    products_are_exact,
 )
 from neuroexapt.cuda_ops.cell_pass import Entry, Flow, Pass, weight_of
 
@@ -155,7 +156,7 @@ def run(
     """The cell by the functions of ``kernels``: those of ``cell_kernels``, or others that do the same."""
     weights = weights.contiguous()
     output = _empty_output(plan, states[0])
-    exact = cell_kernels.products_are_exact()
+    exact = products_are_exact()
     pass_ = Pass(
         kernels,
         exact,
