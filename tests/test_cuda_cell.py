@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import re
 
 import pytest
@@ -680,3 +681,22 @@ def test_a_kernel_that_is_launched_early_begins_by_waiting(source):
     for kernel in re.findall(r"\blaunch_early\((\w+)", text):
         (first_line,) = re.findall(rf"__global__[^{{]*\b{kernel}\([^{{]*\{{\n *(.*)", text)
         assert first_line == "launching::await_kernel_before();"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "limit"),
+    [
+        ("node.h", "kMaxTerms", cell_kernels.MAX_TERMS),
+        ("node.h", "kMaxEdges", cell_kernels.MAX_EDGES),
+        ("node.h", "kMaxAddends", cell_kernels.MAX_ADDENDS),
+        ("node_sums.cu", "kMaxPooled", cell_kernels.MAX_POOLED_EDGES),
+        ("cell_strided_backward.cu", "kMaxJobs", cell_kernels.MAX_CONVS),
+        ("cell_conv_backward.cu", "kMaxGradJobs", 2 * cell_kernels.MAX_CONVS),  # of two states
+        ("pointwise.h", "kMaxJobs", cell_kernels.MAX_CONVS),
+        ("dense_conv.h", "kMaxJobs", cell_kernels.MAX_CONVS),
+        ("cell_conv_backward.cu", "kMaxSharedBytes", fused.SHARED_BYTES),
+    ],
+)
+def test_refuses_what_launches_do_not_hold(source, name, limit):
+    (value,) = re.findall(rf"\b{name} = ([\d* ]+)", (SOURCES / source).read_text())
+    assert math.prod(map(int, value.split("*"))) == limit

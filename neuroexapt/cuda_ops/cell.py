@@ -52,7 +52,7 @@ from neuroexapt.cuda_ops.cell_pass import Entry, Flow, Pass, weight_of
 
 CHANNELS = (16, 32, 64)
 
-_SHARED_BYTES = 227 * 1024
+SHARED_BYTES = 227 * 1024
 """Of a block: what convolutions take for their backward pass (``csrc/cell_conv_backward.cu``)."""
 
 _FEWEST_ADDED_EARLY = 6
@@ -114,7 +114,7 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
     flows = flows_of(plan)
     yield from refusals(plan, flows, states, weights)
     device, channels, width = states[0].device, states[0].shape[1], states[0].shape[3]
-    if device.type == "cuda" and shared_bytes(device) < _SHARED_BYTES:
+    if device.type == "cuda" and shared_bytes(device) < SHARED_BYTES:
         yield "a block of this GPU has less than 227 KB of shared memory"
     if channels not in CHANNELS:
         yield f"{channels} channels"
