@@ -634,6 +634,23 @@ def test_with_tf32_products():
 
 @gpu
 @pytest.mark.parametrize("reduction", [False, True])
+def test_weights_may_be_views_at_any_offset(reduction):
+    cell, inputs = cell_on_gpu(16, (4, 16, 16), reduction)
+    cell, inputs = cell.float(), exact_to_fp32(inputs)
+    parameters = list(cell.edges.parameters())
+
+    def run() -> list[Tensor]:
+        y = run_fused(cell, *inputs)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), parameters)]
+
+    expected = run()
+    for parameter in parameters:
+        parameter.data = torch.cat([parameter.new_zeros(1), parameter.data.flatten()])[1:].view_as(parameter)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(run(), expected, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("reduction", [False, True])
 def test_twenty_runs_give_the_same_bits(reduction, stored):
     assert_twenty_runs_give_the_same_bits(run_fused, reduction, stored)
 
