@@ -16,7 +16,7 @@ from _harness import Results, device_ms, open_results, results_parser, sets_beyo
 from torch import Tensor
 
 from neuroexapt.cuda_ops import cell_kernels
-from neuroexapt.cuda_ops.cell_kernels import DenseGrad
+from neuroexapt.cuda_ops.cell_operands import DenseGrad
 
 TOLERANCES = {"tf32": 1e-3, "float32": 1e-5}
 KERNEL_SIZES = (3, 1)  # of every edge

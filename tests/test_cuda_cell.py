@@ -2,13 +2,14 @@
 
 import copy
 import itertools
+import math
 import re
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from neuroexapt.backend.dispatch import dispatch_report, explain, reset_dispatch_report
+from neuroexapt.backend.dispatch import explain
 from neuroexapt.backend.registry import use_backend
 from neuroexapt.core.cells import SearchCell
 from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
@@ -16,7 +17,15 @@ from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.cuda_ops import cell_kernels, preprocess
 from neuroexapt.cuda_ops.build import SOURCES
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad, PoolGrad, Pooling, ReduceGrad, StateGrad, Summand
+from neuroexapt.cuda_ops.cell_operands import (
+    Conv,
+    ConvGrad,
+    PoolGrad,
+    Pooling,
+    ReduceGrad,
+    StateGrad,
+    Summand,
+)
 from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
 from tests.cuda_ops.test_cell import (
@@ -27,10 +36,20 @@ from tests.cuda_ops.test_cell import (
     make_edge,
     make_edge_inputs,
     make_inputs,
-    results,
     run_edge_reference,
-    run_reference,
     sixteen_operations,
+)
+from tests.fused_cells import (
+    assert_as_good_as_eager,
+    assert_bf16_is_as_good_as_autocast,
+    assert_products_are_tf32,
+    assert_runs_inside_a_cuda_graph,
+    assert_takes_one_input,
+    assert_twenty_runs_give_the_same_bits,
+    cell_on_gpu,
+    error,
+    exact_to_fp32,
+    run_edge,
 )
 
 gpu = pytest.mark.gpu
@@ -91,11 +110,6 @@ def exact(thing):
     if isinstance(thing, (list, tuple)):
         return type(thing)(map(exact, thing))
     return thing
-
-
-def error(got: Tensor, wanted: Tensor) -> float:
-    assert got.shape == wanted.shape
-    return ((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
 
 
 def assert_close(got: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
@@ -463,44 +477,11 @@ def test_factorized_reductions(shape, wants_weights, stored):
         )
 
 
-def run_fused(cell, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+def run_fused(cell: SearchCell, *inputs: Tensor) -> Tensor:
+    *states, weights = inputs
     plan = plan_cell(cell)
-    assert fused.supports(plan, [s0, s1], weights).ok
-    return fused.cell(plan, [s0, s1], weights)
-
-
-def run_edge(edge, x: Tensor, weights: Tensor) -> Tensor:
-    """An edge in use by itself."""
-    with use_backend("cuda:ext"):
-        reset_dispatch_report()
-        y = edge(x, weights)
-    assert ("cell", "ext") in {(decision.op, decision.impl) for decision in dispatch_report()}
-    return y
-
-
-def cell_on_gpu(channels: int, size: tuple[int, ...], reduction: bool = False):
-    cell = make_cell(reduction, channels)
-    return cell.cuda(), tuple(x.cuda() for x in make_inputs(cell, size, channels))
-
-
-def assert_as_good_as_eager(module, inputs, *wants: bool, reference=run_reference, run=run_fused) -> None:
-    """Against fp64, allowing for what PyTorch's own fp32 shows: signs of activations that flip."""
-    expected = results(reference, module, inputs, *wants)
-    module, inputs = module.float(), exact_to_fp32(inputs)
-    eager = results(reference, module, inputs, *wants)
-    actual = results(run, module, inputs, *wants)
-    assert actual.keys() == expected.keys()
-    for name, wanted in expected.items():
-        assert (actual[name] is None) == (wanted is None), name
-        if wanted is None:
-            continue
-        tolerance = 2e-5 if name == "y" or name.startswith("buffer") else 2e-3
-        wanted = wanted.double()
-        assert error(actual[name], wanted) <= max(tolerance, 5 * error(eager[name], wanted)), name
-
-
-def exact_to_fp32(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.float() for x in inputs)
+    assert fused.supports(plan, states, weights).ok
+    return fused.cell(plan, states, weights)
 
 
 @gpu
@@ -511,7 +492,7 @@ def exact_to_fp32(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 def test_matches_the_modules(channels, reduction, training, wants):
     cell, inputs = cell_on_gpu(channels, (4, 16, 16), reduction)
-    assert_as_good_as_eager(cell.train(training), inputs, *wants)
+    assert_as_good_as_eager(run_fused, cell.train(training), inputs, *wants)
 
 
 @gpu
@@ -520,7 +501,7 @@ def test_matches_the_modules(channels, reduction, training, wants):
 @pytest.mark.parametrize("reduction", [False, True])
 def test_of_odd_sizes(size, reduction):
     cell, inputs = cell_on_gpu(16, size, reduction)
-    assert_as_good_as_eager(cell, inputs)
+    assert_as_good_as_eager(run_fused, cell, inputs)
 
 
 @gpu
@@ -529,16 +510,7 @@ def test_of_odd_sizes(size, reduction):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 def test_of_one_input_and_the_last_node_alone(channels, size, training, wants):
-    cell, inputs = make_cell_of_one_input(channels, size)
-    inputs = tuple(x.cuda() for x in inputs)
-
-    def run(cell: SearchCell, x: Tensor, weights: Tensor) -> Tensor:
-        plan = plan_cell(cell)
-        assert fused.supports(plan, [x], weights).ok
-        return fused.cell(plan, [x], weights)
-
-    cell = cell.cuda().train(training)
-    assert_as_good_as_eager(cell, inputs, *wants, reference=SearchCell.forward, run=run)
+    assert_takes_one_input(run_fused, channels, size, training, wants)
 
 
 @gpu
@@ -550,7 +522,7 @@ def test_of_one_input_and_the_last_node_alone(channels, size, training, wants):
 def test_an_edge_by_itself(monkeypatch, count, stride, training, channels, size):
     edge = make_edge(sixteen_operations(monkeypatch)[:count], stride, channels).cuda().train(training)
     inputs = tuple(x.cuda() for x in make_edge_inputs(edge, size, channels))
-    assert_as_good_as_eager(edge, inputs, reference=run_edge_reference, run=run_edge)
+    assert_as_good_as_eager(run_edge("ext"), edge, inputs, reference=run_edge_reference)
 
 
 @gpu
@@ -562,7 +534,7 @@ def test_runs_only_what_was_drawn(reduction, training, wants):
     """What was not drawn leaves the NaN that ``torch.empty`` holds here."""
     cell, (*states, weights) = cell_on_gpu(32, (4, 16, 16), reduction)
     cell.train(training).drawn_only = True
-    assert_as_good_as_eager(cell, (*states, draw(weights, 0)), *wants, run=run_drawn)
+    assert_as_good_as_eager(run_drawn, cell, (*states, draw(weights, 0)), *wants)
 
 
 @gpu
@@ -574,7 +546,7 @@ def test_runs_only_what_was_drawn(reduction, training, wants):
 def test_runs_only_what_was_drawn_at_any_size(channels, size, reduction, seed):
     cell, (*states, weights) = cell_on_gpu(channels, size, reduction)
     cell.drawn_only = True
-    assert_as_good_as_eager(cell, (*states, draw(weights, seed)), run=run_drawn)
+    assert_as_good_as_eager(run_drawn, cell, (*states, draw(weights, seed)))
 
 
 @gpu
@@ -587,7 +559,7 @@ def test_runs_only_what_was_drawn_of_one_input(channels, size, training, wants, 
     cell, (x, weights) = make_cell_of_one_input(channels, size)
     cell.cuda().train(training).drawn_only = True
     inputs = x.cuda(), draw(weights, seed).cuda()
-    assert_as_good_as_eager(cell, inputs, *wants, reference=SearchCell.forward, run=run_drawn)
+    assert_as_good_as_eager(run_drawn, cell, inputs, *wants, reference=SearchCell.forward)
 
 
 @gpu
@@ -599,7 +571,7 @@ def test_an_edge_of_one_drawn_operation(monkeypatch, stride, column):
     edge.drawn_only = True
     x, weights = make_edge_inputs(edge, (4, 16, 16), 16)
     inputs = x.cuda(), torch.eye(len(weights), dtype=weights.dtype, device="cuda")[column]
-    assert_as_good_as_eager(edge, inputs, reference=run_edge_reference, run=run_edge)
+    assert_as_good_as_eager(run_edge("ext"), edge, inputs, reference=run_edge_reference)
 
 
 def run_drawn(cell: SearchCell, *arguments: Tensor) -> Tensor:
@@ -645,20 +617,6 @@ def test_replays_follow_what_is_drawn(kind):
     torch.cuda.synchronize()
 
 
-def of_kind(kind: str, found: dict[str, Tensor]) -> Tensor:
-    """All that is named so, in a row."""
-    named = (tensor for name, tensor in found.items() if name.startswith(kind) and tensor is not None)
-    return torch.cat([tensor.double().flatten() for tensor in named])
-
-
-def under_autocast(run):
-    def inside(module: nn.Module, *arguments: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            return run(module, *arguments)
-
-    return inside
-
-
 @gpu
 @pytest.mark.parametrize(("channels", "size"), [(16, (8, 32, 32)), (32, (8, 16, 16)), (64, (3, 9, 7))])
 @pytest.mark.parametrize("reduction", [False, True])
@@ -666,56 +624,41 @@ def under_autocast(run):
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 def test_in_bf16_is_as_good_as_autocast(channels, size, reduction, training, wants):
     cell, inputs = cell_on_gpu(channels, size, reduction)
-    expected = results(run_reference, cell.train(training), inputs, *wants)
-    cell, (*states, weights) = cell.float(), inputs
-    inputs = (*(x.bfloat16() for x in states), weights.float())
-    eager = results(under_autocast(run_reference), cell, inputs, *wants)
-    actual = results(under_autocast(run_fused), cell, inputs, *wants)
-    assert actual["y"].dtype == torch.bfloat16
-    for kind in ("y", "grad of input", "grad of ", "buffer"):
-        got, found, wanted = (of_kind(kind, found) for found in (actual, eager, expected))
-        assert error(got, wanted) <= max(5e-3, 1.25 * error(found, wanted)), kind
+    assert_bf16_is_as_good_as_autocast(run_fused, cell.train(training), inputs, wants)
 
 
 @gpu
 def test_with_tf32_products():
-    cell, inputs = cell_on_gpu(32, (8, 16, 16))
-    expected = run_reference(cell, *inputs)
-    y = run_fused(cell.float(), *exact_to_fp32(inputs))
-    assert 1e-6 < error(y, expected) < 2e-3
+    assert_products_are_tf32(run_fused, tolerance=2e-3)
+
+
+@gpu
+@pytest.mark.parametrize("reduction", [False, True])
+def test_weights_may_be_views_at_any_offset(reduction):
+    cell, inputs = cell_on_gpu(16, (4, 16, 16), reduction)
+    cell, inputs = cell.float(), exact_to_fp32(inputs)
+    parameters = list(cell.edges.parameters())
+
+    def run() -> list[Tensor]:
+        y = run_fused(cell, *inputs)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), parameters)]
+
+    expected = run()
+    for parameter in parameters:
+        parameter.data = torch.cat([parameter.new_zeros(1), parameter.data.flatten()])[1:].view_as(parameter)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(run(), expected, strict=True))
 
 
 @gpu
 @pytest.mark.parametrize("reduction", [False, True])
 def test_twenty_runs_give_the_same_bits(reduction, stored):
-    cell, (*states, weights) = cell_on_gpu(16, (64, 32, 32), reduction)
-    cell, inputs = cell.float(), (*(x.to(stored) for x in states), weights.float())
-    first = results(run_fused, cell, inputs)
-    for _ in range(19):
-        again = results(run_fused, cell, inputs)
-        assert all(torch.equal(again[name], wanted) for name, wanted in first.items())
+    assert_twenty_runs_give_the_same_bits(run_fused, reduction, stored)
 
 
 @gpu
 @pytest.mark.parametrize("reduction", [False, True])
 def test_runs_inside_a_cuda_graph(reduction):
-    cell, inputs = cell_on_gpu(16, (8, 16, 16), reduction)
-    cell, leaves = cell.float(), [x.float().requires_grad_() for x in inputs]
-    leaves += list(cell.edges.parameters())
-    torch.use_deterministic_algorithms(False)  # filling memory with NaN would be captured, too
-
-    def run() -> list[Tensor]:
-        y = run_fused(cell, *leaves[:3])
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        expected = run()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            captured = run()
-        graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(got, wanted) for got, wanted in zip(captured, expected, strict=True))
+    assert_runs_inside_a_cuda_graph(run_fused, reduction)
 
 
 @gpu
@@ -755,3 +698,22 @@ def test_a_kernel_that_is_launched_early_begins_by_waiting(source):
     for kernel in re.findall(r"\blaunch_early\((\w+)", text):
         (first_line,) = re.findall(rf"__global__[^{{]*\b{kernel}\([^{{]*\{{\n *(.*)", text)
         assert first_line == "launching::await_kernel_before();"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "limit"),
+    [
+        ("node.h", "kMaxTerms", cell_kernels.MAX_TERMS),
+        ("node.h", "kMaxEdges", cell_kernels.MAX_EDGES),
+        ("node.h", "kMaxAddends", cell_kernels.MAX_ADDENDS),
+        ("node_sums.cu", "kMaxPooled", cell_kernels.MAX_POOLED_EDGES),
+        ("cell_strided_backward.cu", "kMaxJobs", cell_kernels.MAX_CONVS),
+        ("cell_conv_backward.cu", "kMaxGradJobs", 2 * cell_kernels.MAX_CONVS),  # of two states
+        ("pointwise.h", "kMaxJobs", cell_kernels.MAX_CONVS),
+        ("dense_conv.h", "kMaxJobs", cell_kernels.MAX_CONVS),
+        ("cell_conv_backward.cu", "kMaxSharedBytes", fused.SHARED_BYTES),
+    ],
+)
+def test_refuses_what_launches_do_not_hold(source, name, limit):
+    (value,) = re.findall(rf"\b{name} = ([\d* ]+)", (SOURCES / source).read_text())
+    assert math.prod(map(int, value.split("*"))) == limit

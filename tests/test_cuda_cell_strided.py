@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroexapt.cuda_ops import cell_kernels
-from neuroexapt.cuda_ops.cell_kernels import Conv, ConvGrad
+from neuroexapt.cuda_ops.cell_operands import Conv, ConvGrad
 from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
 

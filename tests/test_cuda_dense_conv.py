@@ -12,7 +12,7 @@ from neuroexapt.core.cells import SearchCell
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.cuda_ops import cell_kernels
-from neuroexapt.cuda_ops.cell_kernels import DenseGrad
+from neuroexapt.cuda_ops.cell_operands import DenseGrad
 from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
 from tests.cuda_ops.test_cell import make_cell_of_one_input

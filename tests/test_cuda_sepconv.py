@@ -11,6 +11,7 @@ from neuroexapt.backend.dispatch import explain
 from neuroexapt.backend.registry import use_backend
 from neuroexapt.cuda_ops import sepconv as ext
 from neuroexapt.kernels import reference
+from neuroexapt.kernels.sepconv import Call
 from tests.cuda_compilation import assembler_report, needs_nvcc
 
 TOLERANCE = 2e-5
@@ -180,11 +181,32 @@ def test_takes_no_weights_on_another_device(moved):
     ("height", "blocks_a_row", "rows"), [(32, 64, 8), (8, 64, 2), (32, 1, 1), (7, 512, 7)]
 )
 def test_tiles_divide_the_picture_and_fill_the_gpu(height, blocks_a_row, rows):
-    assert ext._rows(height, blocks_a_row, lambda rows: rows) == rows
+    assert ext._best_rows(height, blocks_a_row, 4 * 32, None, lambda _tiles, rows: rows) == rows
 
 
 def test_tiles_fit_in_shared_memory():
-    assert ext._rows(32, 10**6, lambda rows: rows * ext._SHARED_BYTES // 4 // 5) == 4
+    assert ext._best_rows(32, 10**6, 4 * 5, None, lambda _tiles, rows: rows) == 4
+
+
+def partial_sums(room: int, monkeypatch) -> int:
+    """How many of each weight gradient a launch leaves on a GPU whose blocks have ``room`` bytes."""
+    monkeypatch.setattr(ext, "shared_bytes", lambda device: room)
+    call = Call(*inputs(256, 64, 64, 16, 8, 5, "cpu"), stride=1, dilation=2, relu=True)
+    ((depthwise, pointwise),) = ext.partials([call], torch.empty(256, 64, 16, 8), (True, True))
+    assert len(depthwise) == len(pointwise)
+    return len(depthwise)
+
+
+def test_tiles_are_smaller_where_blocks_have_less_shared_memory(monkeypatch):
+    assert partial_sums(227 * 1024, monkeypatch) == 256
+    assert partial_sums(99 * 1024, monkeypatch) == 256 * 2
+
+
+def test_tiles_of_a_shape_are_chosen_once(monkeypatch):
+    ext._best_rows.cache_clear()
+    for _ in range(3):
+        partial_sums(227 * 1024, monkeypatch)
+    assert ext._best_rows.cache_info().currsize == 1  # else they would fill the memory during a search
 
 
 @needs_nvcc

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from neuroexapt.backend.dispatch import dispatch_report, explain, reset_dispatch_report
+from neuroexapt.backend.dispatch import explain
 from neuroexapt.backend.registry import use_backend
 from neuroexapt.core.cells import SearchCell
 from neuroexapt.core.operations import FactorizedReduce, ReLUConvBN
@@ -18,7 +18,6 @@ from tests.cuda_ops.test_cell import (
     draw,
     drawn_by_values,  # noqa: F401
     make_cell,
-    make_cell_of_one_input,
     make_edge,
     make_edge_inputs,
     make_inputs,
@@ -27,13 +26,17 @@ from tests.cuda_ops.test_cell import (
     run_reference,
     sixteen_operations,
 )
-from tests.test_cuda_cell import (
+from tests.fused_cells import (
     assert_as_good_as_eager,
+    assert_bf16_is_as_good_as_autocast,
+    assert_products_are_tf32,
+    assert_runs_inside_a_cuda_graph,
+    assert_takes_one_input,
+    assert_twenty_runs_give_the_same_bits,
     cell_on_gpu,
     error,
     exact_to_fp32,
-    of_kind,
-    under_autocast,
+    run_edge,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,15 +56,6 @@ def run_fused(cell: SearchCell, *inputs: Tensor) -> Tensor:
     support = cell_triton.supports(plan, states, weights)
     assert support.ok, support.reason
     return cell_triton.cell(plan, states, weights)
-
-
-def run_edge(edge, x: Tensor, weights: Tensor) -> Tensor:
-    """An edge in use by itself."""
-    with use_backend("cuda:triton"):
-        reset_dispatch_report()
-        y = edge(x, weights)
-    assert ("cell", "triton") in {(decision.op, decision.impl) for decision in dispatch_report()}
-    return y
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +139,7 @@ def test_knows_what_was_drawn(reduction):
         *states, weights = inputs
         return cell_triton.cell(plan_cell(cell), states, weights, drawn_only=True)
 
-    assert_as_good_as_eager(cell, (*states, draw(weights, 0)), run=run)
+    assert_as_good_as_eager(run, cell, (*states, draw(weights, 0)))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +169,7 @@ def test_says_which_cells_it_takes(change, reason):
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 def test_matches_the_modules(channels, reduction, training, wants):
     cell, inputs = cell_on_gpu(channels, (4, 16, 16), reduction)
-    assert_as_good_as_eager(cell.train(training), inputs, *wants, run=run_fused)
+    assert_as_good_as_eager(run_fused, cell.train(training), inputs, *wants)
 
 
 @gpu
@@ -184,7 +178,7 @@ def test_matches_the_modules(channels, reduction, training, wants):
 @pytest.mark.parametrize("channels", [2, 16])
 def test_of_odd_sizes(size, reduction, channels):
     cell, inputs = cell_on_gpu(channels, size, reduction)
-    assert_as_good_as_eager(cell, inputs, run=run_fused)
+    assert_as_good_as_eager(run_fused, cell, inputs)
 
 
 @gpu
@@ -192,10 +186,7 @@ def test_of_odd_sizes(size, reduction, channels):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 def test_of_one_input_and_the_last_node_alone(channels, size, training, wants):
-    cell, inputs = make_cell_of_one_input(channels, size)
-    inputs = tuple(x.cuda() for x in inputs)
-    cell = cell.cuda().train(training)
-    assert_as_good_as_eager(cell, inputs, *wants, reference=SearchCell.forward, run=run_fused)
+    assert_takes_one_input(run_fused, channels, size, training, wants)
 
 
 @gpu
@@ -205,7 +196,7 @@ def test_of_one_input_and_the_last_node_alone(channels, size, training, wants):
 def test_an_edge_by_itself(monkeypatch, count, stride, training):
     edge = make_edge(sixteen_operations(monkeypatch)[:count], stride, 16).cuda().train(training)
     inputs = tuple(x.cuda() for x in make_edge_inputs(edge, (3, 9, 7), 16))
-    assert_as_good_as_eager(edge, inputs, reference=run_edge_reference, run=run_edge)
+    assert_as_good_as_eager(run_edge("triton"), edge, inputs, reference=run_edge_reference)
 
 
 @gpu
@@ -214,24 +205,13 @@ def test_an_edge_by_itself(monkeypatch, count, stride, training):
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 def test_in_bf16_is_as_good_as_autocast(channels, size, reduction, wants):
     cell, inputs = cell_on_gpu(channels, size, reduction)
-    expected = results(run_reference, cell, inputs, *wants)
-    cell, (*states, weights) = cell.float(), inputs
-    inputs = (*(x.bfloat16() for x in states), weights.float())
-    eager = results(under_autocast(run_reference), cell, inputs, *wants)
-    actual = results(under_autocast(run_fused), cell, inputs, *wants)
-    assert actual["y"].dtype == torch.bfloat16
-    for kind in ("y", "grad of input", "grad of ", "buffer"):
-        got, found, wanted = (of_kind(kind, found) for found in (actual, eager, expected))
-        assert error(got, wanted) <= max(5e-3, 1.25 * error(found, wanted)), kind
+    assert_bf16_is_as_good_as_autocast(run_fused, cell, inputs, wants)
 
 
 @gpu
 def test_with_tf32_products():
     torch.backends.cudnn.conv.fp32_precision = "tf32"
-    cell, inputs = cell_on_gpu(32, (8, 16, 16))
-    expected = run_reference(cell, *inputs)
-    y = run_fused(cell.float(), *exact_to_fp32(inputs))
-    assert 1e-6 < error(y, expected) < 4e-3
+    assert_products_are_tf32(run_fused, tolerance=4e-3)
 
 
 @pytest.fixture
@@ -244,34 +224,14 @@ def deterministic_convolutions(monkeypatch):
 @pytest.mark.usefixtures("deterministic_convolutions")
 @pytest.mark.parametrize("reduction", [False, True])
 def test_twenty_runs_give_the_same_bits(reduction, stored):
-    cell, (*states, weights) = cell_on_gpu(16, (64, 32, 32), reduction)
-    cell, inputs = cell.float(), (*(x.to(stored) for x in states), weights.float())
-    first = results(run_fused, cell, inputs)
-    for _ in range(19):
-        again = results(run_fused, cell, inputs)
-        assert all(torch.equal(again[name], wanted) for name, wanted in first.items())
+    assert_twenty_runs_give_the_same_bits(run_fused, reduction, stored)
 
 
 @gpu
 @pytest.mark.usefixtures("deterministic_convolutions")
 @pytest.mark.parametrize("reduction", [False, True])
 def test_runs_inside_a_cuda_graph(reduction):
-    cell, inputs = cell_on_gpu(16, (8, 16, 16), reduction)
-    cell, leaves = cell.float(), [x.float().requires_grad_() for x in inputs]
-    leaves += list(cell.edges.parameters())
-
-    def run() -> list[Tensor]:
-        y = run_fused(cell, *leaves[:3])
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        expected = run()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            captured = run()
-        graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(got, wanted) for got, wanted in zip(captured, expected, strict=True))
+    assert_runs_inside_a_cuda_graph(run_fused, reduction)
 
 
 @gpu

@@ -1,9 +1,12 @@
-"""Tensors as the launchers of ``csrc`` take them: addresses and strides; and the stream to launch on."""
+"""Tensors as the launchers of ``csrc`` take them: addresses and strides; and where to launch."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from neuroexapt.cuda_ops.branch import kept
 
 
 def addresses(*tensors: Tensor | None) -> list[int]:
@@ -30,6 +33,20 @@ def dense_pictures(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def allocate(like: Tensor, count: int, *shape: int) -> list[Tensor]:
+    """Contiguous tensors in one piece of memory, which the branch keeps whose block this is."""
+    return list(kept(like.new_empty(count, *shape)).unbind())
+
+
+def allocate_fp32(like: Tensor, count: int, *shape: int) -> list[Tensor]:
+    return list(kept(like.new_empty(count, *shape, dtype=torch.float32)).unbind())
+
+
+def allocate_like(x: Tensor, count: int) -> list[Tensor]:
+    """Of x's shape."""
+    return allocate(x, count, *x.shape)
+
+
 def stored_in_bf16(pictures: Tensor) -> bool:
     return pictures.dtype == torch.bfloat16
 
@@ -44,6 +61,12 @@ def dtype_refusals(pictures: Sequence[Tensor], others: Iterable[Tensor]) -> Iter
         yield "only fp32, or pictures in bf16 beside weights and statistics in fp32"
     if torch.is_autocast_enabled("cuda") and stored != {torch.get_autocast_dtype("cuda")}:
         yield "autocast is on"
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """How much shared memory a block may have: 227 KB on H100 and H200, 163 on A100, 99 on most others."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def current_stream() -> int:

@@ -38,8 +38,8 @@ from neuroexapt.core.plan import (
     WholeEdge,
 )
 from neuroexapt.cuda_ops import cell_kernels
-from neuroexapt.cuda_ops.arguments import dtype_refusals
-from neuroexapt.cuda_ops.cell_kernels import (
+from neuroexapt.cuda_ops.arguments import dense, dtype_refusals, shared_bytes
+from neuroexapt.cuda_ops.cell_operands import (
     ConvGrad,
     DenseGrad,
     PoolGrad,
@@ -47,10 +47,14 @@ from neuroexapt.cuda_ops.cell_kernels import (
     ReduceGrad,
     StateGrad,
     Summand,
+    products_are_exact,
 )
 from neuroexapt.cuda_ops.cell_pass import Entry, Flow, Pass, weight_of
 
 CHANNELS = (16, 32, 64)
+
+SHARED_BYTES = 227 * 1024
+"""Of a block: what convolutions take for their backward pass (``csrc/cell_conv_backward.cu``)."""
 
 _FEWEST_ADDED_EARLY = 6
 """Terms of a node, which otherwise wait for more: the sum so far is written and read once more."""
@@ -75,11 +79,18 @@ def supports(
     return Support(not reason, reason)
 
 
-def refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
-    """What stands in the way of kernels on any tier."""
+def flows_of(plan: CellPlan) -> list[Flow]:
+    """Of each state by itself."""
+    return [Flow([group]) for group in plan.states]
+
+
+def refusals(
+    plan: CellPlan, flows: Sequence[Flow], states: Sequence[Tensor], weights: Tensor
+) -> Iterator[str]:
+    """What stands in the way of kernels on any tier; ``flows``: ``flows_of(plan)``."""
     convs = [term for state in plan.states for term in state.convs]
     pools = [term for state in plan.states for term in state.pools]
-    others = (weights, *_own_tensors(plan))
+    others = (weights, *_own_tensors(plan, flows))
     yield from dtype_refusals(states, others)
     if any(tensor.device != weights.device for tensor in (*states, *others)):
         yield "tensors on several devices"
@@ -101,9 +112,11 @@ def refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Itera
 
 def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
     """What stands in the way of these kernels."""
-    yield from refusals(plan, states, weights)
-    flows = [Flow([group]) for group in plan.states]
-    channels, width = states[0].shape[1], states[0].shape[3]
+    flows = flows_of(plan)
+    yield from refusals(plan, flows, states, weights)
+    device, channels, width = states[0].device, states[0].shape[1], states[0].shape[3]
+    if device.type == "cuda" and shared_bytes(device) < SHARED_BYTES:
+        yield "a block of this GPU has less than 227 KB of shared memory"
     if channels not in CHANNELS:
         yield f"{channels} channels"
     if width > cell_kernels.MAX_WIDTH:
@@ -129,10 +142,10 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         yield f"{len(plan.nodes)} nodes"
 
 
-def _own_tensors(plan: CellPlan) -> Iterator[Tensor]:
+def _own_tensors(plan: CellPlan, flows: Sequence[Flow]) -> Iterator[Tensor]:
     """What the kernels read besides their arguments: weights and running statistics."""
-    for group in plan.states:
-        yield from Flow([group]).weights
+    for flow in flows:
+        yield from flow.weights
     for node in plan.nodes:
         bns = (term.bn for term in node.terms if term.bn is not None)
         yield from (bn.running_mean for bn in bns if bn.running_mean is not None)
@@ -148,7 +161,7 @@ def run(
     weights, constants = part_by_nodes(plan, weights) if drawn_only else (weights, {})
     weights = weights.contiguous()
     output = _empty_output(plan, states[0])
-    exact = cell_kernels.products_are_exact()
+    exact = products_are_exact()
     pass_ = Pass(
         kernels,
         exact,
@@ -353,7 +366,7 @@ class _LeaveStates(torch.autograd.Function):
         inputs = iter(tensors)
         xs = {state: next(inputs) for state in flow.states}
         outside = [next(inputs) for _ in flow.outside]
-        weights = list(inputs)
+        weights = list(map(dense, inputs))  # parameters may be views at any offset
         outputs = _Outputs(pass_)
         _compute_first(outputs, flow, xs, outside, weights)
         z, stats = outputs.z, outputs.stats

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neuroexapt.core.operations import FactorizedReduce, SepConvBlock
 from neuroexapt.core.plan import ModuleTerm, StateGroup, Term, WholeEdge
-from neuroexapt.cuda_ops.cell_kernels import Conv, Summand
+from neuroexapt.cuda_ops.cell_operands import Conv, Summand
 
 DENSE_GEOMETRIES = (((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1)))
 """Kernel size, stride and padding of the dense convolutions that there are kernels for."""

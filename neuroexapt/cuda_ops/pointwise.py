@@ -2,7 +2,7 @@
 
 Legend: x [B, C, H, W], weight [O, C, 1, 1]; z, g [B, O, H', W'], as large as x or half as large: at stride
 2 a convolution reads the pixels (2i + corner, 2j + corner) of x, zeros past its last row. x, z, g and the
-gradient of x are fp32 or bf16, all else is fp32. ``moments`` and ``coef`` as in ``cell_kernels``. Only the
+gradient of x are fp32 or bf16, all else is fp32. ``moments`` and ``coef`` as in ``cell_operands``. Only the
 first dimension of x, z, g and ``moments`` may be strided.
 """
 

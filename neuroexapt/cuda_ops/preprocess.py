@@ -17,7 +17,7 @@ from neuroexapt.core.operations import FactorizedReduce
 from neuroexapt.core.plan import splits_off
 from neuroexapt.cuda_ops import cell_kernels, pointwise
 from neuroexapt.cuda_ops.arguments import dtype_refusals
-from neuroexapt.cuda_ops.cell_kernels import ReduceGrad, Summand
+from neuroexapt.cuda_ops.cell_operands import ReduceGrad, Summand, products_are_exact
 
 
 def relu_conv_bn(x: Tensor, op: nn.Sequential) -> Tensor:
@@ -106,7 +106,7 @@ class _ReLUConvBN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, bn: nn.BatchNorm2d, x: Tensor, weight: Tensor) -> Tensor:
-        exact = cell_kernels.products_are_exact()
+        exact = products_are_exact()
         z, moments = kernels.multiply(x, weight, exact)
         y, stats = _normalise(kernels, bn, z, moments)
         ctx.kernels, ctx.exact = kernels, exact
@@ -128,7 +128,7 @@ class _FactorizedReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, bn: nn.BatchNorm2d, x: Tensor, *weights: Tensor) -> Tensor:
-        exact = cell_kernels.products_are_exact()
+        exact = products_are_exact()
         (z,), (moments,) = kernels.reduce(x, [weights], exact)
         y, stats = _normalise(kernels, bn, z, moments)
         ctx.kernels, ctx.exact = kernels, exact

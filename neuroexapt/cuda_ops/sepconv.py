@@ -8,12 +8,20 @@ import torch
 from torch import Tensor
 
 from neuroexapt.backend import Support, register_impl
-from neuroexapt.cuda_ops.arguments import addresses, current_stream, dense, dense_pictures, strided
+from neuroexapt.cuda_ops.arguments import (
+    addresses,
+    current_stream,
+    dense,
+    dense_pictures,
+    shared_bytes,
+    strided,
+)
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.kernels import sepconv as shared
 
-# Two blocks of this much fit in the 228 KB of a multiprocessor; sm_80 has 164 KB, enough for one.
-_SHARED_BYTES = 113 * 1024
+# Two blocks of the first fit in the 228 KB of a multiprocessor of an H100. Other GPUs have less, but for a
+# block, since sm_80, at least the second.
+_SHARED_BYTES, _LEAST_SHARED_BYTES = 113 * 1024, 99 * 1024
 _BLOCK_CHANNELS = 16  # kChannels in sepconv.cu
 _WANTED_BLOCKS = 256  # about two for each of 132 multiprocessors
 
@@ -68,7 +76,7 @@ def fits(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
     tiles = _tiles(call)
     if tiles.channels % 16 or tiles.out_channels % 16 or tiles.width % (4 * tiles.stride):
         return Support(False, f"{tiles.channels} to {tiles.out_channels} channels at width {tiles.width}")
-    if 4 * max(tiles.forward_floats(1), tiles.backward_floats(1)) > _SHARED_BYTES:
+    if 4 * max(tiles.forward_floats(1), tiles.backward_floats(1)) > _LEAST_SHARED_BYTES:
         return Support(False, "one row with its halo does not fit in shared memory")
     return Support(True)
 
@@ -93,28 +101,30 @@ class Results(NamedTuple):
 
 def launch_forward(calls: Sequence[shared.Call], ys: Sequence[Tensor]) -> None:
     """Fill the results of calls of one shape, together."""
-    kernels, floats = extension(), _tiles(calls[0]).forward_floats
-    rows = _rows(ys[0].shape[2], len(calls) * ys[0].shape[0], floats)
+    kernels, tiles = extension(), _tiles(calls[0])
+    rows = _rows(ys[0], len(calls) * ys[0].shape[0], tiles, _Tiles.forward_floats)
     operands = [tuple(map(dense, call[:3])) for call in calls]
     jobs = [
         kernels.SepConvJob(*addresses(*three, y), y.stride(0)) for three, y in zip(operands, ys, strict=True)
     ]
-    kernels.sepconv_forward(_shape(calls[0], ys[0]), jobs, rows, 4 * floats(rows), current_stream())
+    kernels.sepconv_forward(
+        _shape(calls[0], ys[0]), jobs, rows, 4 * tiles.forward_floats(rows), current_stream()
+    )
 
 
 def launch_backward(
     calls: Sequence[shared.Call], sources: Sequence[Source], results: Sequence[Results]
 ) -> None:
     """Fill the gradients of calls of one shape that want the same ones, together."""
-    kernels, floats = extension(), _tiles(calls[0]).backward_floats
-    rows = _backward_rows(calls, sources[0].g)
+    kernels, rows = extension(), _backward_rows(calls, sources[0].g)
     operands = [tuple(map(dense, call[:3])) for call in calls]
     gs = [dense_pictures(source.g) for source in sources]
     jobs = [
         kernels.SepConvGradJob(*strided(g), *strided(source.z), *addresses(source.coef, *three, *where))
         for g, source, three, where in zip(gs, sources, operands, results, strict=True)
     ]
-    kernels.sepconv_backward(_shape(calls[0], gs[0]), jobs, rows, 4 * floats(rows), current_stream())
+    shared_memory = 4 * _tiles(calls[0]).backward_floats(rows)
+    kernels.sepconv_backward(_shape(calls[0], gs[0]), jobs, rows, shared_memory, current_stream())
 
 
 def partials(
@@ -145,7 +155,7 @@ def _backward(call: shared.Call, dy: Tensor, grads: shared.Grads, needed: list[b
 
 def _backward_rows(calls: Sequence[shared.Call], g: Tensor) -> int:
     blocks_a_row = len(calls) * g.shape[0] * calls[0].x.shape[1] // _BLOCK_CHANNELS
-    return _rows(g.shape[2], blocks_a_row, _tiles(calls[0]).backward_floats)
+    return _rows(g, blocks_a_row, _tiles(calls[0]), _Tiles.backward_floats)
 
 
 def _tiles(call: shared.Call) -> _Tiles:
@@ -159,11 +169,18 @@ def _tiles(call: shared.Call) -> _Tiles:
     )
 
 
+def _rows(y: Tensor, blocks_a_row: int, tiles: _Tiles, floats: Callable[[_Tiles, int], int]) -> int:
+    """Of a tile of y."""
+    return _best_rows(y.shape[2], blocks_a_row, min(_SHARED_BYTES, shared_bytes(y.device)), tiles, floats)
+
+
 @functools.cache
-def _rows(height: int, blocks_a_row: int, floats: Callable[[int], int]) -> int:
-    """Rows of a tile: as many as fit, divide the picture and leave enough blocks for the whole GPU."""
+def _best_rows(
+    height: int, blocks_a_row: int, room: int, tiles: _Tiles, floats: Callable[[_Tiles, int], int]
+) -> int:
+    """As many as fit, divide the picture and leave enough blocks for the whole GPU."""
     fitting = [
-        rows for rows in range(1, height + 1) if height % rows == 0 and 4 * floats(rows) <= _SHARED_BYTES
+        rows for rows in range(1, height + 1) if height % rows == 0 and 4 * floats(tiles, rows) <= room
     ]
     busy = [rows for rows in fitting if blocks_a_row * (height // rows) >= _WANTED_BLOCKS]
     return max(busy, default=fitting[0])

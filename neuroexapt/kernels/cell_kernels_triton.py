@@ -1,7 +1,7 @@
 """Launchers of the Triton kernels of a fused cell.
 
-They take and return what those of ``neuroexapt.cuda_ops.cell_kernels`` do, whose legend holds here, too, but
-for ``Moments``. Factorized reductions and dense convolutions are PyTorch's.
+They take and return what those of ``neuroexapt.cuda_ops.cell_kernels`` do; the legend of ``cell_operands``
+holds here, too, but for ``Moments``. Factorized reductions and dense convolutions are PyTorch's.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from neuroexapt.core.operations import two_grids
 from neuroexapt.core.plan import EPS, MOMENTUM
 from neuroexapt.cuda_ops.branch import NoBranch
-from neuroexapt.cuda_ops.cell_kernels import (
+from neuroexapt.cuda_ops.cell_operands import (
     Conv,
     ConvGrad,
     DenseGrad,

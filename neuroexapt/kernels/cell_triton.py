@@ -38,7 +38,7 @@ def supports(
 
 
 def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iterator[str]:
-    yield from fused.refusals(plan, states, weights)
+    yield from fused.refusals(plan, fused.flows_of(plan), states, weights)
     batch, channels, height, width = states[0].shape
     if channels > cell_kernels_triton.MAX_CHANNELS:
         yield f"{channels} channels"

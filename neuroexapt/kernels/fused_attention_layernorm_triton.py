@@ -31,10 +31,10 @@ from torch import Tensor
 from neuroexapt.backend import Support, register_impl
 from neuroexapt.kernels.causal_attention_triton import causal_attention
 from neuroexapt.kernels.partial_sums_triton import add_up
-from neuroexapt.kernels.ragged_triton import input_precision, place_of
+from neuroexapt.kernels.ragged_triton import input_precision, place_of, sequence_count
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 from neuroexapt.kernels.rows_triton import before_normalised, load_rows, normalised
-from neuroexapt.kernels.sizes import ceil_div
+from neuroexapt.kernels.sizes import MOST_PROGRAMS, ceil_div
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WIDTH = 2048
@@ -321,7 +321,9 @@ def fused_attention_layernorm(
     )
 
 
-def supports(x: Tensor, query: Tensor, *others: Tensor, **options: object) -> Support:
+def supports(
+    x: Tensor, query: Tensor, *others: Tensor, offsets: Tensor | None = None, **options: object
+) -> Support:
     """Whether the kernels take these arguments."""
     tensors = query, *others
     if any(tensor.dtype != x.dtype for tensor in tensors) or x.dtype not in _DTYPES:
@@ -330,6 +332,8 @@ def supports(x: Tensor, query: Tensor, *others: Tensor, **options: object) -> Su
         return Support(False, "operands on several devices")
     if x.shape[-1] > _MAX_WIDTH or query.shape[-1] > _MAX_HEAD:
         return Support(False, f"more than {_MAX_WIDTH} features, or more than {_MAX_HEAD} in a head")
+    if sequence_count(query, offsets) * query.shape[-2] > MOST_PROGRAMS:
+        return Support(False, f"more than {MOST_PROGRAMS} heads in all sequences")
     return Support(True)
 
 

@@ -42,7 +42,7 @@ from neuroexapt.kernels.ragged_triton import (
 )
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
 from neuroexapt.kernels.rows_triton import before_normalised, load_rows, normalised
-from neuroexapt.kernels.sizes import ceil_div
+from neuroexapt.kernels.sizes import MOST_PROGRAMS, ceil_div
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_WINDOW = 129
@@ -510,7 +510,11 @@ def hierarchical_sequence_fusion(
 
 
 def supports(
-    x: Tensor, *weights: Tensor, windows: Sequence[int] = (1, 3, 7, 15), **options: object
+    x: Tensor,
+    *weights: Tensor,
+    windows: Sequence[int] = (1, 3, 7, 15),
+    offsets: Tensor | None = None,
+    **options: object,
 ) -> Support:
     """Whether the kernels take these arguments."""
     if any(weight.dtype != x.dtype for weight in weights) or x.dtype not in _DTYPES:
@@ -521,6 +525,8 @@ def supports(
         return Support(False, f"more than {_MAX_WIDTH} features")
     if len(windows) > _MAX_WINDOWS or max(windows) > _MAX_WINDOW:
         return Support(False, f"more than {_MAX_WINDOWS} windows, or one over {_MAX_WINDOW} positions")
+    if sequence_count(x, offsets) > MOST_PROGRAMS:
+        return Support(False, f"more than {MOST_PROGRAMS} sequences")
     return Support(True)
 
 

@@ -44,7 +44,7 @@ def place_of(
 
 def sequence_count(x: Tensor, offsets: Tensor | None) -> int:
     """How many sequences x holds, [B, N, …] or, with ``offsets``, [T, …]."""
-    return len(x) if offsets is None else len(offsets) - 1
+    return x.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
 def input_precision() -> str:

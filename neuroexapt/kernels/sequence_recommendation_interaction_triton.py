@@ -39,67 +39,36 @@ from neuroexapt.kernels.ragged_triton import (
     sequence_span,
 )
 from neuroexapt.kernels.registration import define, differentiable_once, set_autograd
-from neuroexapt.kernels.sequence_recommendation_interaction import EPSILON, check_arguments
+from neuroexapt.kernels.sequence_interaction_chunks_triton import (
+    CHUNKS,
+    across_chunks,
+    decayed,
+    inverse_norms,
+    items_of,
+    origin_of,
+    products_with,
+    row_of,
+    store_states,
+    times_at,
+    weighted_sum,
+)
+from neuroexapt.kernels.sequence_recommendation_interaction import check_arguments
+from neuroexapt.kernels.sequence_recommendation_interaction_backward_triton import (
+    sequence_recommendation_interaction_after_kernel,
+    sequence_recommendation_interaction_bwd_join_kernel,
+    sequence_recommendation_interaction_bwd_kernel,
+    sequence_recommendation_interaction_bwd_summary_kernel,
+)
 from neuroexapt.kernels.sizes import ceil_div
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK_LENGTH = 64
-_EPSILON = tl.constexpr(EPSILON)
-_CHUNKS = tl.constexpr(16)  # whose sums a program reads at once
-
-
-@triton.jit
-def _times(times_ptr, start, position, is_read):
-    """τ at positions of a sequence, in its own dtype; the positions themselves where there are no times."""
-    return position if times_ptr is None else tl.load(times_ptr + start + position, mask=is_read, other=0)
-
-
-@triton.jit
-def _decayed(decay, age, counts):
-    """e^{−λ · age} where it counts, else 0."""
-    return tl.where(counts, tl.exp(-decay * age.to(tl.float32)), 0.0)
-
-
-@triton.jit
-def _row(ptr, row, column, D: tl.constexpr):
-    """Columns of a row of [rows, D] in fp32: [BLOCK_D]."""
-    return tl.load(ptr + row.to(tl.int64) * D + column, mask=column < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _items(items_ptr, start, position, valid, column, D: tl.constexpr):
-    """Columns of the chunk's items, 0 outside of the sequence: [BLOCK_N, BLOCK_D]."""
-    pointers = items_ptr + (start + position)[:, None] * D + column[None, :]
-    return tl.load(pointers, mask=valid[:, None] & (column < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _inverse_norms(squares):
-    return tl.rsqrt(squares + _EPSILON)
-
-
-@triton.jit
-def _weighted(weights, x):
-    """Σ_t weights_t · x_t: [BLOCK_D]."""
-    return tl.sum(weights[:, None] * x, 0)
-
-
-@triton.jit
-def _products(x, row):
-    """⟨x_t, row⟩ over the columns at hand: [BLOCK_N]."""
-    return tl.sum(x * row[None, :], 1)
-
-
-@triton.jit
-def _origin(times_ptr, start, length, chunk, BLOCK_N: tl.constexpr):
-    """ρ of a chunk; of the first one, and where no item is before, what nobody uses."""
-    return _times(times_ptr, start, chunk * BLOCK_N - 1, (chunk > 0) & (chunk * BLOCK_N <= length))
 
 
 @triton.jit
 def _similarity_within(products, inverse, time, decay, position):
     """Σ_{j<t} e^{−λ(τ_t−τ_j)} ⟨ê_t, ê_j⟩ over the chunk's own items, of products ⟨e_t, e_j⟩: [BLOCK_N]."""
-    weights = _decayed(decay, time[:, None] - time[None, :], position[:, None] > position[None, :])
+    weights = decayed(decay, time[:, None] - time[None, :], position[:, None] > position[None, :])
     return inverse * tl.sum(products * weights * inverse[None, :], 1)
 
 
@@ -145,7 +114,7 @@ def sequence_recommendation_interaction_fwd_kernel(
     start, length = sequence_span(sequence, lengths_ptr, offsets_ptr, max_length)
     position = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = position < length
-    time = _times(times_ptr, start, position, valid)
+    time = times_at(times_ptr, start, position, valid)
     decay = tl.load(decay_ptr).to(tl.float32)
 
     squares = tl.zeros([BLOCK_N], tl.float32)
@@ -153,10 +122,10 @@ def sequence_recommendation_interaction_fwd_kernel(
     products = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
     for first in range(0, D, BLOCK_D):
         column = first + tl.arange(0, BLOCK_D)
-        items = _items(items_ptr, start, position, valid, column, D)
+        items = items_of(items_ptr, start, position, valid, column, D)
         x = items.to(tl.float32)
         squares += tl.sum(x * x, 1)
-        scores += _products(x, _row(target_ptr, sequence, column, D))
+        scores += products_with(x, row_of(target_ptr, sequence, column, D))
         if SINGLE:
             products = tl.dot(items, tl.trans(items), products, input_precision=PRECISION)
 
@@ -164,9 +133,9 @@ def sequence_recommendation_interaction_fwd_kernel(
     largest = tl.max(scores, 0)
     attention_weights = tl.where(valid, tl.exp(scores - largest), 0.0)
     recent_weights = (valid & (position >= length - window)).to(tl.float32)
-    aged_weights = _decayed(decay, _times(times_ptr, start, length - 1, length > 0) - time, valid)
+    aged_weights = decayed(decay, times_at(times_ptr, start, length - 1, length > 0) - time, valid)
     total, aged_total = tl.sum(attention_weights, 0), tl.sum(aged_weights, 0)
-    inverse = _inverse_norms(squares)
+    inverse = inverse_norms(squares)
     row = sequence * tl.num_programs(1) + chunk
     if SINGLE:
         _store_stats(sequence, largest, total, aged_total, stats_ptr)
@@ -178,15 +147,15 @@ def sequence_recommendation_interaction_fwd_kernel(
         tl.store(totals_ptr + row * 3 + 1, total)
         tl.store(totals_ptr + row * 3 + 2, aged_total)
         is_followed = (chunk + 1) * BLOCK_N < length
-        until = _origin(times_ptr, start, length, chunk + 1, BLOCK_N) - time
-        summary_weights = _decayed(decay, until, valid & is_followed) * inverse
+        until = origin_of(times_ptr, start, length, chunk + 1, BLOCK_N) - time
+        summary_weights = decayed(decay, until, valid & is_followed) * inverse
 
     for first in range(0, D, BLOCK_D):
         column = first + tl.arange(0, BLOCK_D)
-        x = _items(items_ptr, start, position, valid, column, D).to(tl.float32)
-        attention = _weighted(attention_weights, x)
-        recent = _weighted(recent_weights, x)
-        aged = _weighted(aged_weights, x)
+        x = items_of(items_ptr, start, position, valid, column, D).to(tl.float32)
+        attention = weighted_sum(attention_weights, x)
+        recent = weighted_sum(recent_weights, x)
+        aged = weighted_sum(aged_weights, x)
         if SINGLE:
             _store_pools(
                 sequence, length, window, attention, recent, aged, total, aged_total,
@@ -197,7 +166,7 @@ def sequence_recommendation_interaction_fwd_kernel(
             tl.store(sums, attention, mask=column < D)
             tl.store(sums + D, recent, mask=column < D)
             tl.store(sums + 2 * D, aged, mask=column < D)
-            tl.store(sums + 3 * D, _weighted(summary_weights, x), mask=column < D)
+            tl.store(sums + 3 * D, weighted_sum(summary_weights, x), mask=column < D)
 
 
 @triton.jit
@@ -206,28 +175,28 @@ def sequence_recommendation_interaction_join_kernel(
     before_ptr, chunks, max_length, window,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What is before each of _CHUNKS chunks, and with the first ones the pools, of some columns.
+    """What is before each of CHUNKS chunks, and with the first ones the pools, of some columns.
 
     Grid: (B, blocks of chunks, blocks of columns). ``before``: [B, chunks, D].
     """
     sequence, block = tl.program_id(0), tl.program_id(1)
     start, length = sequence_span(sequence, lengths_ptr, offsets_ptr, max_length)
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    chunk = block * _CHUNKS + tl.arange(0, _CHUNKS)
+    chunk = block * CHUNKS + tl.arange(0, CHUNKS)
     decay = tl.load(decay_ptr).to(tl.float32)
-    state = _across_chunks(
+    state = across_chunks(
         sums_ptr + 3 * D, sequence * chunks, 4 * D, times_ptr, start, length, decay,
-        chunk, 0, (block + 1) * _CHUNKS, column, False, D, BLOCK_N,
+        chunk, 0, (block + 1) * CHUNKS, column, False, D, BLOCK_N,
     )  # fmt: skip
-    _store_states(before_ptr, state, sequence, chunk, chunks, column, D)
+    store_states(before_ptr, state, sequence, chunk, chunks, column, D)
     if block == 0:
         largest = -float("inf")
         total, aged_total = 0.0, 0.0
         attention = tl.zeros([BLOCK_D], tl.float32)
         recent = tl.zeros([BLOCK_D], tl.float32)
         aged = tl.zeros([BLOCK_D], tl.float32)
-        for first in range(0, chunks, _CHUNKS):
-            other = first + tl.arange(0, _CHUNKS)
+        for first in range(0, chunks, CHUNKS):
+            other = first + tl.arange(0, CHUNKS)
             counts = other < chunks
             row = sequence * chunks + other
             totals = totals_ptr + row * 3
@@ -240,7 +209,7 @@ def sequence_recommendation_interaction_join_kernel(
             aged_total += tl.sum(tl.load(totals + 2, mask=counts, other=0.0), 0)
             sums = sums_ptr + row.to(tl.int64)[:, None] * 4 * D + column[None, :]
             inside = counts[:, None] & (column < D)[None, :]
-            attention = attention * shrink + _weighted(rescale, tl.load(sums, mask=inside, other=0.0))
+            attention = attention * shrink + weighted_sum(rescale, tl.load(sums, mask=inside, other=0.0))
             recent += tl.sum(tl.load(sums + D, mask=inside, other=0.0), 0)
             aged += tl.sum(tl.load(sums + 2 * D, mask=inside, other=0.0), 0)
             largest = larger
@@ -263,44 +232,6 @@ def sequence_recommendation_interaction_join_kernel(
 
 
 @triton.jit
-def _across_chunks(
-    summaries_ptr, first_row, row_stride, times_ptr, start, length, decay, chunk, first, end, column,
-    AFTER: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What is before chunks, or AFTER them, of the summaries of others: [_CHUNKS, BLOCK_D].
-
-    The others are among ``first`` to ``end``. A chunk without items has nothing before it.
-    """
-    state = tl.zeros([_CHUNKS, column.shape[0]], tl.float32)
-    for block in range(first, end, _CHUNKS):
-        other = block + tl.arange(0, _CHUNKS)
-        is_other = other * BLOCK_N < length
-        if AFTER:
-            origin = _origin(times_ptr, start, length, chunk + 1, BLOCK_N)
-            gap = _origin(times_ptr, start, length, other, BLOCK_N)[None, :] - origin[:, None]
-            counts = (other[None, :] > chunk[:, None]) & is_other[None, :]
-        else:
-            origin = _origin(times_ptr, start, length, chunk, BLOCK_N)
-            gap = origin[:, None] - _origin(times_ptr, start, length, other + 1, BLOCK_N)[None, :]
-            counts = (other[None, :] < chunk[:, None]) & (chunk * BLOCK_N < length)[:, None]
-        summaries = tl.load(
-            summaries_ptr + (first_row + other).to(tl.int64)[:, None] * row_stride + column[None, :],
-            mask=is_other[:, None] & (column < D)[None, :],
-            other=0.0,
-        )
-        state = tl.dot(_decayed(decay, gap, counts), summaries, state, input_precision="tf32x3")
-    return state
-
-
-@triton.jit
-def _store_states(states_ptr, state, sequence, chunk, chunks, column, D: tl.constexpr):
-    row = (sequence * chunks + chunk).to(tl.int64)[:, None]
-    tl.store(
-        states_ptr + row * D + column[None, :], state, mask=(chunk < chunks)[:, None] & (column < D)[None, :]
-    )
-
-
-@triton.jit
 def sequence_recommendation_interaction_similarity_kernel(
     items_ptr, decay_ptr, times_ptr, lengths_ptr, offsets_ptr, before_ptr, similarity_ptr, max_length,
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -310,208 +241,24 @@ def sequence_recommendation_interaction_similarity_kernel(
     start, length = sequence_span(sequence, lengths_ptr, offsets_ptr, max_length)
     position = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = position < length
-    time = _times(times_ptr, start, position, valid)
+    time = times_at(times_ptr, start, position, valid)
     decay = tl.load(decay_ptr).to(tl.float32)
     squares = tl.zeros([BLOCK_N], tl.float32)
     to_before = tl.zeros([BLOCK_N], tl.float32)
     products = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
     for first in range(0, D, BLOCK_D):
         column = first + tl.arange(0, BLOCK_D)
-        items = _items(items_ptr, start, position, valid, column, D)
+        items = items_of(items_ptr, start, position, valid, column, D)
         x = items.to(tl.float32)
         squares += tl.sum(x * x, 1)
-        to_before += _products(x, _row(before_ptr, sequence * tl.num_programs(1) + chunk, column, D))
+        to_before += products_with(x, row_of(before_ptr, sequence * tl.num_programs(1) + chunk, column, D))
         products = tl.dot(items, tl.trans(items), products, input_precision=PRECISION)
-    inverse = _inverse_norms(squares)
-    since = time - _origin(times_ptr, start, length, chunk, BLOCK_N)
-    similarity = _decayed(decay, since, valid & (chunk > 0)) * inverse * to_before
+    inverse = inverse_norms(squares)
+    since = time - origin_of(times_ptr, start, length, chunk, BLOCK_N)
+    similarity = decayed(decay, since, valid & (chunk > 0)) * inverse * to_before
     similarity += _similarity_within(products, inverse, time, decay, position)
     written = position < rows_to_write(length, offsets_ptr, max_length)
     tl.store(similarity_ptr + start + position, tl.where(valid, similarity, 0.0), mask=written)
-
-
-@triton.jit
-def sequence_recommendation_interaction_bwd_summary_kernel(
-    items_ptr, decay_ptr, times_ptr, lengths_ptr, offsets_ptr, grad_similarity_ptr, summaries_ptr, max_length,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """``summary'`` [B, chunks, D]. Grid: (B, chunks)."""
-    sequence, chunk = tl.program_id(0), tl.program_id(1)
-    start, length = sequence_span(sequence, lengths_ptr, offsets_ptr, max_length)
-    position = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = position < length
-    squares = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, D, BLOCK_D):
-        column = first + tl.arange(0, BLOCK_D)
-        x = _items(items_ptr, start, position, valid, column, D).to(tl.float32)
-        squares += tl.sum(x * x, 1)
-    since = _times(times_ptr, start, position, valid) - _origin(times_ptr, start, length, chunk, BLOCK_N)
-    passed_back = tl.load(grad_similarity_ptr + start + position, mask=valid, other=0.0).to(tl.float32)
-    weights = _decayed(tl.load(decay_ptr).to(tl.float32), since, valid & (chunk > 0))
-    weights *= passed_back * _inverse_norms(squares)
-    row = (sequence * tl.num_programs(1) + chunk).to(tl.int64)
-    for first in range(0, D, BLOCK_D):
-        column = first + tl.arange(0, BLOCK_D)
-        x = _items(items_ptr, start, position, valid, column, D).to(tl.float32)
-        tl.store(summaries_ptr + row * D + column, _weighted(weights, x), mask=column < D)
-
-
-@triton.jit
-def sequence_recommendation_interaction_after_kernel(
-    decay_ptr, times_ptr, lengths_ptr, offsets_ptr, summaries_ptr, after_ptr, chunks, max_length,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """``after`` [B, chunks, D]. Grid: (B, blocks of chunks, blocks of columns)."""
-    sequence, block = tl.program_id(0), tl.program_id(1)
-    start, length = sequence_span(sequence, lengths_ptr, offsets_ptr, max_length)
-    column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    chunk = block * _CHUNKS + tl.arange(0, _CHUNKS)
-    decay = tl.load(decay_ptr).to(tl.float32)
-    state = _across_chunks(
-        summaries_ptr, sequence * chunks, D, times_ptr, start, length, decay,
-        chunk, block * _CHUNKS, chunks, column, True, D, BLOCK_N,
-    )  # fmt: skip
-    _store_states(after_ptr, state, sequence, chunk, chunks, column, D)
-
-
-@triton.jit
-def sequence_recommendation_interaction_bwd_kernel(
-    grad_pools_ptr, grad_similarity_ptr, items_ptr, target_ptr, decay_ptr, times_ptr, lengths_ptr,
-    offsets_ptr, exact_ptr, stats_ptr, before_ptr, after_ptr, grad_items_ptr, target_partial_ptr,
-    decay_partial_ptr, max_length, window, scale,
-    SINGLE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a chunk's items, and its part of the target's [B, chunks, D] and λ's [B, chunks].
-
-    Grid: (B, chunks). Without ``grad_similarity`` only the pools pass anything back. A first walk over the
-    columns takes all products, a second one writes; what lies between is one number an item or a pair.
-    """
-    SIMILARITY: tl.constexpr = grad_similarity_ptr is not None
-    sequence, chunk = tl.program_id(0), tl.program_id(1)
-    partial = sequence * tl.num_programs(1) + chunk
-    start, length = sequence_span(sequence, lengths_ptr, offsets_ptr, max_length)
-    position = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = position < length
-
-    scores = tl.zeros([BLOCK_N], tl.float32)
-    grad_attention = tl.zeros([BLOCK_N], tl.float32)
-    grad_aged = tl.zeros([BLOCK_N], tl.float32)
-    attention_mean, aged_mean, before_after = 0.0, 0.0, 0.0
-    squares = tl.zeros([BLOCK_N], tl.float32)
-    to_before = tl.zeros([BLOCK_N], tl.float32)
-    to_after = tl.zeros([BLOCK_N], tl.float32)
-    products = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-    for first in range(0, D, BLOCK_D):
-        column = first + tl.arange(0, BLOCK_D)
-        items = _items(items_ptr, start, position, valid, column, D)
-        x = items.to(tl.float32)
-        scores += _products(x, _row(target_ptr, sequence, column, D))
-        passed_back = _row(grad_pools_ptr, sequence * 3, column, D)
-        grad_attention += _products(x, passed_back)
-        attention_mean += tl.sum(passed_back * _row(exact_ptr, sequence * 2, column, D), 0)
-        passed_back = _row(grad_pools_ptr, sequence * 3 + 2, column, D)
-        grad_aged += _products(x, passed_back)
-        aged_mean += tl.sum(passed_back * _row(exact_ptr, sequence * 2 + 1, column, D), 0)
-        if SIMILARITY:
-            squares += tl.sum(x * x, 1)
-            products = tl.dot(items, tl.trans(items), products, input_precision=PRECISION)
-            if not SINGLE:
-                before = _row(before_ptr, partial, column, D)
-                after = _row(after_ptr, partial, column, D)
-                to_before += _products(x, before)
-                to_after += _products(x, after)
-                before_after += tl.sum(before * after, 0)
-
-    time = _times(times_ptr, start, position, valid)
-    decay = tl.load(decay_ptr).to(tl.float32)
-    attention_share = tl.where(valid, tl.exp(scores * scale - tl.load(stats_ptr + sequence * 2)), 0.0)
-    grad_score = attention_share * (grad_attention - attention_mean) * scale
-    recent = valid & (position >= length - window)
-    recent_share = tl.where(recent, 1.0 / tl.minimum(tl.maximum(length, 1), window), 0.0)
-    age = (_times(times_ptr, start, length - 1, length > 0) - time).to(tl.float32)
-    aged_share = _decayed(decay, age, valid) / tl.load(stats_ptr + sequence * 2 + 1)
-    grad_decay = -tl.sum(tl.where(valid, age * aged_share * (grad_aged - aged_mean), 0.0), 0)
-
-    if SIMILARITY:
-        passed_back = tl.load(grad_similarity_ptr + start + position, mask=valid, other=0.0).to(tl.float32)
-        inverse = _inverse_norms(squares)
-        # One number a pair: the later item's gradient passes back to both.
-        is_later = position[:, None] > position[None, :]
-        gap = (time[:, None] - time[None, :]).to(tl.float32)
-        gap = tl.where(is_later, gap, -gap)
-        is_pair = valid[:, None] & valid[None, :] & (position[:, None] != position[None, :])
-        weights = _decayed(decay, gap, is_pair)
-        weights *= tl.where(is_later, passed_back[:, None], passed_back[None, :])
-        cosines = products * inverse[:, None] * inverse[None, :]
-        along = tl.sum(weights * cosines, 1)  # ⟨ê, dê⟩
-        grad_decay -= 0.5 * tl.sum(tl.sum(tl.where(is_pair, gap * weights * cosines, 0.0), 1), 0)
-        if not SINGLE:
-            is_followed = (chunk + 1) * BLOCK_N < length
-            origin = _origin(times_ptr, start, length, chunk, BLOCK_N)
-            next_origin = _origin(times_ptr, start, length, chunk + 1, BLOCK_N)
-            since = (time - origin).to(tl.float32)
-            until = (next_origin - time).to(tl.float32)
-            across = (next_origin - origin).to(tl.float32)
-            from_before = _decayed(decay, since, valid & (chunk > 0)) * passed_back
-            from_after = _decayed(decay, until, valid & is_followed)
-            before_part = from_before * inverse * to_before
-            after_part = from_after * inverse * to_after
-            along += before_part + after_part
-            ways = tl.where(valid & (chunk > 0), since * before_part, 0.0)
-            ways += tl.where(valid & is_followed, until * after_part, 0.0)
-            grad_decay -= tl.sum(ways, 0)
-            grad_decay -= across * _decayed(decay, across, is_followed & (chunk > 0)) * before_after
-
-    tl.store(decay_partial_ptr + partial, grad_decay)
-    written = position < rows_to_write(length, offsets_ptr, max_length)
-    for first in range(0, D, BLOCK_D):
-        column = first + tl.arange(0, BLOCK_D)
-        items = _items(items_ptr, start, position, valid, column, D)
-        x = items.to(tl.float32)
-        part = target_partial_ptr + partial.to(tl.int64) * D + column
-        tl.store(part, _weighted(grad_score, x), mask=column < D)
-        grad_x = attention_share[:, None] * _row(grad_pools_ptr, sequence * 3, column, D)[None, :]
-        grad_x += recent_share[:, None] * _row(grad_pools_ptr, sequence * 3 + 1, column, D)[None, :]
-        grad_x += aged_share[:, None] * _row(grad_pools_ptr, sequence * 3 + 2, column, D)[None, :]
-        grad_x += grad_score[:, None] * _row(target_ptr, sequence, column, D)[None, :]
-        if SIMILARITY:
-            unit = x * inverse[:, None]
-            grad_unit = tl.dot(weights.to(items.dtype), unit.to(items.dtype), input_precision=PRECISION)
-            if not SINGLE:
-                grad_unit += from_before[:, None] * _row(before_ptr, partial, column, D)[None, :]
-                grad_unit += from_after[:, None] * _row(after_ptr, partial, column, D)[None, :]
-            grad_x += inverse[:, None] * (grad_unit - along[:, None] * unit)
-        tl.store(
-            grad_items_ptr + (start + position)[:, None] * D + column[None, :],
-            tl.where(valid[:, None], grad_x, 0.0),
-            mask=written[:, None] & (column < D)[None, :],
-        )
-
-
-@triton.jit
-def sequence_recommendation_interaction_bwd_join_kernel(
-    target_partial_ptr, decay_partial_ptr, grad_target_ptr, grad_decay_ptr, batch, chunks,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Add up what the chunks passed back to their target and, in the last program, to λ. Grid: (B + 1,)."""
-    sequence = tl.program_id(0)
-    if sequence == batch:
-        parts = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, batch * chunks, BLOCK):
-            index = first + tl.arange(0, BLOCK)
-            parts += tl.load(decay_partial_ptr + index, mask=index < batch * chunks, other=0.0)
-        tl.store(grad_decay_ptr, tl.sum(parts, 0))
-    else:
-        for first_column in range(0, D, BLOCK_D):
-            column = first_column + tl.arange(0, BLOCK_D)
-            total = tl.zeros([BLOCK_D], tl.float32)
-            for first in range(0, chunks, _CHUNKS):
-                chunk = first + tl.arange(0, _CHUNKS)
-                parts = target_partial_ptr + (sequence.to(tl.int64) * chunks + chunk)[:, None] * D
-                inside = (chunk < chunks)[:, None] & (column < D)[None, :]
-                total += tl.sum(tl.load(parts + column[None, :], mask=inside, other=0.0), 0)
-            tl.store(grad_target_ptr + sequence.to(tl.int64) * D + column, total, mask=column < D)
 
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -644,7 +391,7 @@ def _blocks(width: int) -> dict[str, int]:
 
 
 def _state_grid(batch: int, chunks: int, blocks: dict[str, int]) -> tuple[int, int, int]:
-    return batch, ceil_div(chunks, _CHUNKS.value), ceil_div(blocks["D"], blocks["BLOCK_D"])
+    return batch, ceil_div(chunks, CHUNKS.value), ceil_div(blocks["D"], blocks["BLOCK_D"])
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

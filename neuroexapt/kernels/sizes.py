@@ -1,5 +1,8 @@
 """Arithmetic of launches in plain Python, where Triton's own takes microseconds outside of kernels."""
 
+MOST_PROGRAMS = 65_535
+"""Along a grid's second or third axis."""
+
 
 def ceil_div(a: int, b: int) -> int:
     """⌈a / b⌉; ``triton.cdiv`` takes 5 µs."""

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neuroexapt.core import drawn
 from neuroexapt.core.cells import CellTopology, OneInput, SearchCell, TwoInputs
@@ -309,6 +310,41 @@ def test_operations_that_do_not_end_in_a_batch_norm(monkeypatch):
     assert_close(results(run_fused, cell, inputs), results(run_reference, cell, inputs))
 
 
+class Aligned:
+    """The kernels, which take no convolution whose weights are not contiguous and 16-byte aligned."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch_kernels, name)
+
+    def convolve(self, convs, exact):
+        assert all(self._takes(conv) for conv in convs)
+        return torch_kernels.convolve(convs, exact)
+
+    def backward_first(self, grads, *options):
+        assert all(self._takes(grad.conv) for of_state in grads for grad in of_state)
+        return torch_kernels.backward_first(grads, *options)
+
+    @staticmethod
+    def _takes(conv) -> bool:
+        weights = conv.depthwise, conv.pointwise
+        return all(weight.is_contiguous() and weight.data_ptr() % 16 == 0 for weight in weights)
+
+
+def test_weights_may_be_views_at_any_offset():
+    cell = make_cell(primitives=("sep_conv_3x3", "dil_conv_5x5"), nodes=2)
+    for parameter in cell.edges.parameters():
+        parameter.data = torch.cat([parameter.data.new_zeros(1), parameter.data.flatten()])[1:].view_as(
+            parameter
+        )
+    *states, weights = make_inputs(cell)
+    parameters = list(cell.edges.parameters())
+    expected = torch.autograd.grad(run_reference(cell, *states, weights).square().sum(), parameters)
+    y = fused.run(plan_cell(cell), states, weights, Aligned())
+    actual = torch.autograd.grad(y.square().sum(), parameters)
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_the_graph_can_be_kept_for_a_second_pass():
     cell = make_cell(reduction=True)
     *states, weights = make_inputs(cell)
@@ -430,6 +466,17 @@ def test_takes_no_tensors_on_several_devices(moved):
         arguments[moved] = arguments[moved].to("meta")
     *states, weights = arguments
     assert "several devices" in fused.supports(plan_cell(cell), states, weights).reason
+
+
+@pytest.mark.parametrize(("room", "takes"), [(227, True), (163, False), (99, False)])
+def test_takes_no_gpu_with_little_shared_memory(room, takes, monkeypatch):
+    monkeypatch.setattr(fused, "shared_bytes", lambda device: room * 1024)
+    monkeypatch.setattr(fused, "refusals", lambda *arguments: iter(()))  # the cell itself is on the CPU
+    with FakeTensorMode():
+        states = [torch.empty(2, 16, 8, 8, device="cuda") for _ in range(2)]
+    support = fused.supports(plan_cell(make_cell(channels=16, nodes=1)), states, torch.empty(0))
+    assert support.ok == takes
+    assert takes or "less than 227 KB" in support.reason
 
 
 def test_takes_no_states_of_several_shapes():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neuroexapt.core.operations import shift_by_one
 from neuroexapt.core.plan import EPS, MOMENTUM
-from neuroexapt.cuda_ops.cell_kernels import (
+from neuroexapt.cuda_ops.cell_operands import (
     Conv,
     ConvGrad,
     DenseGrad,

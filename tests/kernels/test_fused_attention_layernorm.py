@@ -187,3 +187,16 @@ def test_dropout_follows_the_seed_of_torch():
         draws.append(by_kernel(*sequences, *weights, dropout=0.5))
     assert torch.equal(draws[0], draws[1])
     assert relative_error(draws[2], draws[0].double()) > 0.1
+
+
+def test_takes_as_many_heads_as_a_grid_holds():
+    from neuroexapt.kernels.fused_attention_layernorm_triton import supports
+
+    def answer(sequences: int, heads: int, **options):
+        heads_of_all = [torch.zeros(1).expand(sequences, 2, heads, 3)] * 3
+        return supports(torch.zeros(1).expand(sequences, 2, 6), *heads_of_all, *weights, **options)
+
+    _, weights = inputs(1, 1, 6, 3, 3)
+    assert answer(65_535 // 3, heads=3).ok
+    assert "heads in all sequences" in answer(65_535 // 3 + 1, heads=3).reason
+    assert "heads in all sequences" in answer(1, heads=3, offsets=torch.arange(65_537)).reason

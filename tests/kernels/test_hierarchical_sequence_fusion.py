@@ -154,3 +154,15 @@ def test_kernels_ignore_padding(lengths, widest_in_one_kernel, nan_filled_empty,
 @runs_kernels
 def test_kernels_know_no_later_position():
     assert_causal(by_kernel, *inputs(1, 80, 6, (1, 3, 7, 15)), position=66)
+
+
+def test_takes_as_many_sequences_as_a_grid_holds():
+    from neuroexapt.kernels.hierarchical_sequence_fusion_triton import supports
+
+    _, weights = inputs(1, 1, 4, (1, 3))
+    x, most = torch.zeros(1), 65_535
+    assert supports(x.expand(most, 2, 4), *weights, windows=(1, 3)).ok
+    assert "sequences" in supports(x.expand(most + 1, 2, 4), *weights, windows=(1, 3)).reason
+    offsets = torch.arange(most + 2)
+    assert supports(x.expand(most, 4), *weights, windows=(1, 3), offsets=offsets[:-1]).ok
+    assert "sequences" in supports(x.expand(most, 4), *weights, windows=(1, 3), offsets=offsets).reason

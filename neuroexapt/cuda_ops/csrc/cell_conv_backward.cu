@@ -40,11 +40,6 @@ __device__ int slot_channel(int slot) {
   return slot % 8 * (C / 8) + slot / 8;
 }
 
-// The order of the output channels of dz; its own inverse. See contraction_slot in cell_conv_forward.cu.
-__device__ inline int gradient_slot(int channel) {
-  return (channel & ~15) | (channel & 3) << 2 | (channel >> 2 & 3);
-}
-
 template <int C, bool kWeights>
 struct Block {
   static constexpr int kThreads = C == 32 ? 512 : 256;
@@ -133,7 +128,7 @@ struct Strips {
   }
 };
 
-// Forms dz where e will be, and for the weight gradients also by itself. Its channels lie in gradient_slot order.
+// Forms dz where e will be, and for the weight gradients also by itself. Its channels lie in contraction_slot order.
 // A thread takes a strip and every kGroups-th channel, so that all of their addresses differ by constants.
 template <int C, bool kWeights, typename T, bool kExact>
 __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& job, const Strips<C>& strips,
@@ -151,8 +146,8 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
     const int offset = first * plane + y * width;
     const T* g = reinterpret_cast<const T*>(job.g) + at.picture * job.g_batch_stride + offset;
     const T* z = reinterpret_cast<const T*>(job.z) + int64_t(at.picture) * C * plane + offset;
-    float* target = memory.e + gradient_slot(first) * memory.plane + strips.offset(strip, at, memory.pitch);
-    float* copy = memory.dz + gradient_slot(first) * M::kGradientPlane + row * Tile<C>::kWidth + column;
+    float* target = memory.e + contraction_slot(first) * memory.plane + strips.offset(strip, at, memory.pitch);
+    float* copy = memory.dz + contraction_slot(first) * M::kGradientPlane + row * Tile<C>::kWidth + column;
     const bool in_tile = 0 <= row && row < Tile<C>::kRows && 0 <= column && column < Tile<C>::kWidth;
 #pragma unroll
     for (int i = 0; i < C; i += kGroups * kBatch) {
@@ -179,7 +174,7 @@ __device__ void load_gradient(const Memory<C, kWeights>& memory, const GradJob& 
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int slot = gradient_slot(i + j * kGroups);  // bits that `first` has not
+        const int slot = contraction_slot(i + j * kGroups);  // bits that `first` has not
         *reinterpret_cast<float4*>(target + slot * memory.plane) = dz[j];
         if (kWeights && in_tile) *reinterpret_cast<float4*>(copy + slot * M::kGradientPlane) = dz[j];
       }
@@ -438,10 +433,10 @@ __device__ void store_weight_partials(const GradJob& job, const float* partial, 
 
   constexpr int kRows = B::kThreads / C;  // of the pointwise weights that are stored at a time
   const int slot = channel_slot<C>(thread % C);
-  const float* row = partial + slot / 8 * B::kWeightFloats + gradient_slot(thread / C) * 8 + slot % 8;
+  const float* row = partial + slot / 8 * B::kWeightFloats + contraction_slot(thread / C) * 8 + slot % 8;
   float* pointwise = reinterpret_cast<float*>(job.pointwise_partial) + int64_t(blockIdx.x) * C * C + thread;
 #pragma unroll
-  for (int i = 0; i < C; i += kRows) pointwise[i * C] = sum_over_warps(row + gradient_slot(i) * 8);
+  for (int i = 0; i < C; i += kRows) pointwise[i * C] = sum_over_warps(row + contraction_slot(i) * 8);
 
   const int taps = job.kernel_size * job.kernel_size;
   if (lane >= taps) return;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "arithmetic.cuh"
 #include "async_copy.cuh"
 #include "cell_conv.h"
 #include "launch.cuh"
@@ -13,6 +14,7 @@
 namespace cell_conv {
 namespace {
 
+using arithmetic::ceil_div;
 using async_copies::copy4_async;
 using async_copies::copy8_async;
 using async_copies::wait_for_copies;
@@ -37,6 +39,9 @@ struct Tile {
   static constexpr int kRows = C == 32 ? 16 : 8;
   static constexpr int kRunsPerRow = kWidth / 8;
   static constexpr int kRuns = kRows * kRunsPerRow;  // of eight neighbouring pixels
+
+  __host__ __device__ static int across(const Shape& shape) { return ceil_div(shape.width, kWidth); }
+  __host__ __device__ static int down(const Shape& shape) { return ceil_div(shape.height, kRows); }
 };
 
 // Where a block's tile lies, and its rows in shared memory. Rows outside the picture are all one row of
@@ -47,8 +52,7 @@ struct Place {
   int first, rows;  // the tile's rows with halo that lie inside the picture
 
   __device__ Place(const Shape& shape, int pad_) : pad(pad_) {  // rows above and below the tile
-    const int across = (shape.width + Tile<C>::kWidth - 1) / Tile<C>::kWidth;
-    const int down = (shape.height + Tile<C>::kRows - 1) / Tile<C>::kRows;
+    const int across = Tile<C>::across(shape), down = Tile<C>::down(shape);
     picture = blockIdx.x / (across * down);
     const int tile = blockIdx.x % (across * down);
     y0 = tile / across * Tile<C>::kRows;
@@ -71,16 +75,7 @@ __host__ __device__ int stored_rows(const Shape& shape, int pad) {
 
 template <int C>
 int tile_count(const Shape& shape) {
-  const int across = (shape.width + Tile<C>::kWidth - 1) / Tile<C>::kWidth;
-  const int down = (shape.height + Tile<C>::kRows - 1) / Tile<C>::kRows;
-  return shape.batch * across * down;
-}
-
-// threadIdx.x, unknown to the compiler: which would else compute all addresses of a loop's body ahead of the loop.
-__device__ inline int thread_index() {
-  int thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));
-  return thread;
+  return shape.batch * Tile<C>::across(shape) * Tile<C>::down(shape);
 }
 
 // As in PyTorch, NaN passes.
@@ -225,6 +220,12 @@ __device__ void copy_taps(float* taps, const float* depthwise, int kernel_size, 
   taps += kernel_size == 5 ? tap_position(lane, 5) : tap_position(lane, 3);
 #pragma unroll
   for (int n = 0; n < C; n += kWarps) copy4_async(taps + slot(warp + n) * kTapsPitch, depthwise + n * count, true);
+}
+
+// The slot of shared memory of a channel that is contracted: lane q of four takes the channels 16n + 4q + i, so its
+// weights lie side by side, and their slots are 16n + 4i + q, so the four lanes read neighbouring ones. Its own inverse.
+__device__ inline int contraction_slot(int channel) {
+  return (channel & ~15) | (channel & 3) << 2 | (channel >> 2 & 3);
 }
 
 template <int kSize_, int kDilation_>

@@ -35,12 +35,6 @@ struct ForwardLaunch {
   Group groups[kMaxGroups];
 };
 
-// Lane q of four contracts channels 16n + 4q + i: so its weights lie side by side. Their slots are 16n + 4i + q,
-// so that the four lanes read neighbouring slots.
-__device__ inline int contraction_slot(int channel) {
-  return (channel & ~15) | (channel & 3) << 2 | (channel >> 2 & 3);
-}
-
 template <int C>
 struct Unit {  // what a warp computes at a time: eight strips of kStrip pixels, all channels
   static constexpr int kStrip = C == 64 ? 4 : 8;
@@ -59,10 +53,14 @@ struct Unit {  // what a warp computes at a time: eight strips of kStrip pixels,
 template <int C>
 struct Geometry {
   static constexpr int kPitch = C == 32 ? 28 : Tile<C>::kWidth + 2 * kHalo;
-  int plane;  // chosen, as the pitch, so that a warp's 16-byte loads of windows meet no bank twice
+  int plane;
 
-  __host__ __device__ Geometry(const Shape& shape, int pad)
-      : plane(pad_to_bank(stored_rows<C>(shape, pad) * kPitch, C == 16 ? 4 : C == 32 ? 8 : 24)) {}
+  __host__ __device__ Geometry(const Shape& shape, int pad) : plane(plane_of(stored_rows<C>(shape, pad))) {}
+
+  // Chosen, as the pitch, so that a warp's 16-byte loads of windows meet no bank twice.
+  __host__ __device__ static constexpr int plane_of(int rows) {
+    return pad_to_bank(rows * kPitch, C == 16 ? 4 : C == 32 ? 8 : 24);
+  }
 };
 
 template <int C>
@@ -361,6 +359,8 @@ __global__ void __launch_bounds__(kForwardThreads, (blocks_at_a_time<C, kGroupSi
     for (int n = 0; n < N; ++n) store(sums[n], first + n, unit, std::integral_constant<int, C / 16>(), 0);
   };
   if constexpr (kGroupSize * kUnits * 2 == kWarps) {
+    static_assert(kWarps * (C / 32) * Unit<C>::kStrip * 32 * 4 <= C * (Geometry<C>::plane_of(2) + kTapsPitch),
+                  "half of the sums fit where a tile of two rows, the least that there is, and the taps were");
     const Share share{warp / kUnits, 2};
     const int unit = warp % kUnits;
     Sums<C> sums[1];

@@ -74,13 +74,6 @@ struct Place {
   __device__ int to(int halo) const { return min(kHalo + kRows + halo, out_height - y0 + kHalo); }
 };
 
-// threadIdx.x, unknown to the compiler: which would else compute all addresses ahead of the loop over convolutions.
-__device__ int thread_index() {
-  int thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));
-  return thread;
-}
-
 // Rows of e around a tile that its pixels of x are read by.
 __device__ int halo_of(const GradJob& job) { return job.dilation == 2 ? job.kernel_size / 2 : 1; }
 
@@ -131,7 +124,7 @@ __device__ void load_x(float* planes, const Range& state, const Shape& shape, co
   constexpr int kQuads = kWidth<C> / 2, kFirst = -4, kCount = 2 * kRows + 7;
   constexpr int kItems = kChannels * kCount * kQuads, kBatch = 8;
   const T* x = reinterpret_cast<const T*>(state.x) + at.picture * state.x_batch_stride +
-                   int64_t(at.first_channel) * shape.height * shape.width;
+               int64_t(at.first_channel) * shape.height * shape.width;
   for (int first = threadIdx.x; first < kItems; first += kBatch * kThreads) {
     float4 v[kBatch];
 #pragma unroll
@@ -269,10 +262,6 @@ struct Weights {
   }
 };
 
-__device__ float4 read4(const float* shared) { return *reinterpret_cast<const float4*>(shared); }
-
-__device__ float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
 // e = W_pwᵀ · dz on the stored rows [from, to). A warp takes eight quads at a time.
 template <int C, bool kExact>
 __device__ void compute_e(float* e, const float* dz, const float* weight, int from, int to) {
@@ -282,7 +271,7 @@ __device__ void compute_e(float* e, const float* dz, const float* weight, int fr
   for (int first = threadIdx.x / 32 * 8; first < count; first += kWarps * 8) {
     const float* w = weight + q * Shared::kPitchOfWeight + g;
     const float* column = dz + q * Shared::kPitchOfDz + from * kWidth<C> +
-                          4 * min(first + strip_of_column(g), count - 1);
+                          4 * min(first + place_of_column(g), count - 1);
     float sums[4][4] = {};
 #pragma unroll 2
     for (int o = 0; o < C; o += 8) {
@@ -299,7 +288,7 @@ __device__ void compute_e(float* e, const float* dz, const float* weight, int fr
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int quad = first + strip_of_column(2 * q + i);
+      const int quad = first + place_of_column(2 * q + i);
       if (quad >= count) continue;
       float* target = e + (from + quad / kQuads) * Shared::kPitch + quad % kQuads * 4 + 2;
 #pragma unroll
@@ -535,6 +524,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
         reinterpret_cast<float*>(job.pointwise_partial) + int64_t(blockIdx.x) * C * C + at.first_channel, dz,
         shared + Shared::kDepthwise);
   }
+  // Where no convolution ran, nobody waited for the tile of x, but then all gradients are zero.
   store_dx<C>(reinterpret_cast<T*>(state.dx), gradients, shared, shape, at);
 }
 

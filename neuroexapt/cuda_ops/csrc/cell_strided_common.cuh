@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "arithmetic.cuh"
 #include "cell_strided.h"
 #include "launch.cuh"
 #include "tensor_core.cuh"
@@ -13,10 +14,13 @@
 namespace cell_strided {
 namespace {
 
+using arithmetic::ceil_div;
+using arithmetic::relu;
 using launching::launch;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::multiply_strip;
+using tensor_core::place_of_column;
 using tensor_core::sum_over_quad;
 using tensor_core::unbiased;
 using namespace tiles;
@@ -28,8 +32,6 @@ template <int C>
 constexpr int kWidth = C == 64 ? 8 : 16;
 template <int C>
 constexpr int kStripsPerRow = kWidth<C> / kStrip;
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Without a branch, for which the compiler writes out what follows twice.
 __device__ inline void store4_if(bool wanted, float* target, float4 v) {
@@ -48,13 +50,7 @@ __device__ inline void store4_if(bool wanted, storage::bf16* target, float4 v) {
       : "memory");
 }
 
-__device__ inline float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
-
 __device__ inline float4 relu4(float4 v) { return make_float4(relu(v.x), relu(v.y), relu(v.z), relu(v.w)); }
-
-// The strip of eight that column n of a product stands for: so that the even columns, which lanes store together,
-// are neighbours.
-__device__ inline int strip_of_column(int n) { return n / 2 + n % 2 * 4; }
 
 // N floats from a multiple of 16 bytes on.
 template <int N>

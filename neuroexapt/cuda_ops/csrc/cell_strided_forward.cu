@@ -133,13 +133,14 @@ __device__ void load_tile(float* tile, const T* x, const Shape& shape, const Pla
 template <int C>
 using Sums = float[kConvsAtOnce<C>][C / 16][kStrip][4];
 
-// sums = W_pw · (W_dw ⋆ tile) of a unit for kConvsAtOnce convolutions, the last of them repeated where there are fewer.
+// sums = W_pw · (W_dw ⋆ tile) of a unit for kConvsAtOnce convolutions. Where the group has fewer, the last one's pointwise
+// weights and whatever taps are there give sums that nobody stores.
 template <int C, int K, int D, bool kExact>
 __device__ void convolve(Sums<C>& sums, const float* tile, const float* taps, const Group& group, int first,
                          int unit) {
   using Tile = Tile<C, K, D>;
   constexpr int N = kConvsAtOnce<C>;
-  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, strip = unit * 8 + strip_of_column(g);
+  const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4, strip = unit * 8 + place_of_column(g);
   const float* corner = tile + strip / kStripsPerRow<C> * Tile::kScale * Tile::kPitch +
                         strip % kStripsPerRow<C> * kStrip * Tile::kScale;
 #pragma unroll 1
@@ -193,7 +194,7 @@ __device__ void store_unit(const float (&sums)[C / 16][kStrip][4], T* z, float2*
   bool exists[2];
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int strip = unit * 8 + strip_of_column(2 * q + e);
+    const int strip = unit * 8 + place_of_column(2 * q + e);
     exists[e] = at.contains(strip);
     offsets[e] = at.y(strip) * at.out_width + at.x(strip);
   }

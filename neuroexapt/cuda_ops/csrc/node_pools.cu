@@ -222,8 +222,9 @@ __device__ void gather_row(Values<V>& dx, const WindowGradients& windows, int ro
   }
 }
 
-// Grid: (planes / Tile::planes times bands, states). With kDrawnOnly nothing is read for what passes nothing back. Phase one leaves the gradients of windows, W of them a thread,
-// in shared memory; phase two gathers for every pixel of x, V of them a thread, those of the windows that hold it.
+// Grid: (planes / Tile::planes times bands, states). Phase one leaves the gradients of windows, W of them a thread, in
+// shared memory; phase two gathers for every pixel of x, V of them a thread, those of the windows that hold it. With
+// kDrawnOnly nothing is read for what passes nothing back.
 template <typename T, int K, int S, int W, int V, bool kDrawnOnly>
 __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_constant__ StateLaunch launch) {
   launching::let_next_begin();

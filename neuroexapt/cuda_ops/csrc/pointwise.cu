@@ -21,6 +21,7 @@
 #include "launch.cuh"
 #include "storage.cuh"
 #include "tensor_core.cuh"
+#include "tiles.cuh"
 
 namespace pointwise {
 namespace {
@@ -39,17 +40,14 @@ using storage::output;
 using storage::store4;
 using tensor_core::Fragment;
 using tensor_core::multiply;
+using tensor_core::place_of_column;
 using tensor_core::sum_over_quad;
+using tiles::component;
+using tiles::read4;
 
 constexpr int kGroup = 32;           // pixels that a warp multiplies at a time
 constexpr int kChunk = 16;           // channels whose weights a lane loads at a time, four of them
 constexpr int kChunksInFlight = 2;
-
-__device__ float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// The quad of a group of eight that column n of a product stands for: so that the even columns, which lanes store
-// together, are neighbours.
-__device__ int quad_of_column(int n) { return n / 2 + n % 2 * 4; }
 
 __host__ __device__ int pixels_of(const Shape& shape) {  // of a plane of z
   return shape.stride == 1 ? shape.height * shape.width : (shape.height + 1) / 2 * (shape.width / 2);
@@ -251,7 +249,7 @@ __device__ void store_items(const Job& job, const Shape& shape, const Role& role
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       v[e] = sum_of_shares(summands + e * 32, role.shares, kItems * 64);
-      const Quad quad(shape, group * (kGroup / 4) + quad_of_column(2 * q + e));
+      const Quad quad(shape, group * (kGroup / 4) + place_of_column(2 * q + e));
       exists[e] = quad.exists;
       if (exists[e]) store4(z + quad.offset(job.z_batch_stride), v[e]);
     }
@@ -291,7 +289,7 @@ __global__ void __launch_bounds__(Block<M>::kThreads) fwd_kernel(const __grid_co
   float2* moments = reinterpret_cast<float2*>(shared + Block<M>::kWarps * kSummands);
 
   const auto quad_of = [&](int iteration) {
-    return role.group_of_grid(role.group, iteration) * (kGroup / 4) + quad_of_column(lane / 4);
+    return role.group_of_grid(role.group, iteration) * (kGroup / 4) + place_of_column(lane / 4);
   };
   Operands<T, Stride> operands;
   operands.load(job, shape, quad_of(0), role.share, role.shares);
@@ -390,8 +388,6 @@ __device__ void load_dz(float* target, const Source& job, const Shape& shape, co
   }
 }
 
-__device__ float4 read4(const float* shared) { return *reinterpret_cast<const float4*>(shared); }
-
 __device__ float4 masked(float4 v, float4 x) {  // by relu'(x); NaN lets gradients pass, as in PyTorch
   return make_float4(x.x <= 0.f ? 0.f : v.x, x.y <= 0.f ? 0.f : v.y, x.z <= 0.f ? 0.f : v.z, x.w <= 0.f ? 0.f : v.w);
 }
@@ -416,7 +412,7 @@ __device__ void add_input_gradient(InputSums& sums, const float* dz, const float
   const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, pitch = tile.pitch(), weight_pitch = tile.weight_pitch();
   for_tasks(tile, [&](int i, int channel, int pixel) {
     const float* w = weight + q * weight_pitch + channel + g;
-    const float* right_of_lane = dz + q * pitch + pixel + 4 * quad_of_column(g);
+    const float* right_of_lane = dz + q * pitch + pixel + 4 * place_of_column(g);
 #pragma unroll 2
     for (int o = 0; o < shape.O; o += 8) {
       Fragment<4, kExact> left;
@@ -441,7 +437,7 @@ __device__ void store_input_gradient(const TargetOfLaunch& target, const InputSu
   for_tasks(tile, [&](int i, int channel, int pixel) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int column = pixel / 4 + quad_of_column(2 * q + e);
+      const int column = pixel / 4 + place_of_column(2 * q + e);
       const Quad quad(shape, first_quad + column);
       const Pixels<Stride> pixels(shape, quad, int64_t(shape.C) * plane, target.corner);
       if (!pixels.exist) continue;

@@ -18,20 +18,27 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "arithmetic.cuh"
 #include "launch.cuh"
+#include "storage.cuh"
 
 namespace sepconv {
 namespace {
 
+using arithmetic::ceil_div;
+using arithmetic::relu;
 using launching::check;
 using launching::launch;
+using storage::input;
+using storage::load4;
+using storage::output;
 
 constexpr int kThreads = 256;
 constexpr int kChannels = 16;                    // that a block of the backward pass owns
 constexpr int kLanes = kThreads / kChannels;     // threads that share a channel there
 constexpr int kReduceColumns = 32, kReduceSplits = 16;
 
-__host__ __device__ constexpr int round_up_4(int n) { return (n + 3) / 4 * 4; }
+__host__ __device__ constexpr int round_up_4(int n) { return ceil_div(n, 4) * 4; }
 
 template <typename Job>
 struct Launch {
@@ -39,9 +46,6 @@ struct Launch {
   int rows;
   Job jobs[kMaxJobs];
 };
-
-__device__ const float* input(Address address) { return reinterpret_cast<const float*>(address); }
-__device__ float* output(Address address) { return reinterpret_cast<float*>(address); }
 
 template <int K, int S, int D>
 struct Conv {
@@ -91,8 +95,6 @@ struct Walk {
   }
 };
 
-__device__ float4 load4(const float* source) { return __ldg(reinterpret_cast<const float4*>(source)); }
-
 __device__ float4& as_float4(float* p) { return *reinterpret_cast<float4*>(p); }
 
 // Four floats at an address that is Offset past a multiple of four.
@@ -122,8 +124,6 @@ __device__ void load_window(float (&window)[N], const float* source) {
     }
   }
 }
-
-__device__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN passes, as in PyTorch
 
 __device__ void add_scaled(float (&sums)[4], float scale, float4 v) {
   sums[0] = fmaf(scale, v.x, sums[0]), sums[1] = fmaf(scale, v.y, sums[1]);
@@ -545,7 +545,7 @@ void backward(const Shape& shape, const std::vector<GradJob>& jobs, int rows, in
   });
   const int pointwise_size = jobs[0].pointwise_grad ? shape.O * shape.C : 0;
   const int depthwise_size = jobs[0].depthwise_grad ? shape.C * shape.K * shape.K : 0;
-  const int blocks = (pointwise_size + depthwise_size + kReduceColumns - 1) / kReduceColumns;
+  const int blocks = ceil_div(pointwise_size + depthwise_size, kReduceColumns);
   if (blocks == 0) return;
   bwd_reduce_kernel<<<dim3(blocks, jobs.size()), dim3(kReduceColumns, kReduceSplits), 0,
                       reinterpret_cast<cudaStream_t>(stream)>>>(parameters, pointwise_size, depthwise_size, tiles);

@@ -49,6 +49,10 @@ __device__ inline void mma(float (&sums)[4], const uint32_t (&a)[4], const uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Which of eight neighbours column n of a product stands for, where lanes store the even and then the odd columns: so
+// that what they store together is neighbours.
+__device__ inline int place_of_column(int n) { return n / 2 + n % 2 * 4; }
+
 // sums [16, 8] += a [16, 8] · b [8, 8]. With g = lane / 4 and q = lane % 4 a lane holds
 // a: (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4); b: (q, g), (q + 4, g);
 // sums: (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).

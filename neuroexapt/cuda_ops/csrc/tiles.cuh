@@ -8,6 +8,17 @@ namespace tiles {
 using storage::load4;
 using storage::store4;
 
+// threadIdx.x, unknown to the compiler: which would else compute all addresses of a loop's body ahead of the loop.
+__device__ inline int thread_index() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+__device__ inline float4 read4(const float* shared) { return *reinterpret_cast<const float4*>(shared); }
+
+__device__ inline float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
 // The least number from `floats` on that leaves `remainder` when divided by the 32 banks.
 __host__ __device__ constexpr int pad_to_bank(int floats, int remainder) {
   return floats + ((remainder - floats) % 32 + 32) % 32;
