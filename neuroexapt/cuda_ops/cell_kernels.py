@@ -26,6 +26,7 @@ from neuroexapt.cuda_ops.node_kernels import (
 
 __all__ = [
     "KEEPS_POOLS",
+    "LEAVES_OUT",
     "Branch",
     "add_up",
     "affine_gradients",
