@@ -24,6 +24,7 @@ _PUBLIC = {
     "UserError": "neuroexapt.errors",
     "derive": "neuroexapt.engine.search",
     "evaluate": "neuroexapt.engine.evaluate",
+    "export": "neuroexapt.exporting.export",
     "load_genotype": "neuroexapt.core.genotypes",
     "load_table": "neuroexapt.benchmarks",
     "search": "neuroexapt.engine.search",

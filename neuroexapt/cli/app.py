@@ -1,4 +1,4 @@
-"""The command line: ``neuroexapt search | derive | evaluate | report | backend | serve-recommender``."""
+"""The command line: ``neuroexapt search | derive | evaluate | export | report | backend | …``."""
 
 import json
 import os
@@ -71,6 +71,26 @@ def evaluate(settings: dict[str, Any], resume: Resume = None, config: ConfigFile
     from neuroexapt.engine.evaluate import evaluate
 
     evaluate(resume=resume, config=config, **settings)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a search or an evaluation")],
+    format: Annotated[
+        str | None, typer.Option("--format", help="onnx or pt2 (default: by the ending of --out, else onnx)")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="file to write (default: RUN/model.FORMAT)")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file if it exists")] = False,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", help="folder in which the run's data set is now")
+    ] = None,
+) -> None:
+    """Write the trained network of a run to a file that needs no neuroexapt, and compare it with PyTorch."""
+    from neuroexapt.exporting.export import export
+
+    print(export(run, format=format, out=out, overwrite=overwrite, data_root=data_root))
 
 
 @app.command()

@@ -58,6 +58,18 @@ class ImageDataset:
         share = (self.test.labels == commonest).double().mean().item()
         return f"“{self.classes[commonest]}”", share
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """What whoever uses a trained network must know of the data, as JSON."""
+        return {
+            "kind": self.kind,
+            "facts": self.facts,
+            "shape": list(self.train.shape),
+            "classes": list(self.classes),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
     def loader(
         self,
         part: str,

@@ -83,6 +83,16 @@ class SequenceDataset:
             "has_times": self.histories.times is not None,
         }
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """What whoever uses a trained network must know of the data, as JSON; items by their number."""
+        return {
+            "kind": self.kind,
+            "facts": self.facts,
+            "items": ["", *self.histories.items],
+            "item_counts": self.item_counts.tolist(),
+        }
+
     def loader(
         self, part: str, *, training: bool, batch_size: int, device: torch.device, seed: int
     ) -> "SequenceLoader":

@@ -14,8 +14,11 @@ OWN_FILES = frozenset(
         "checkpoints",
         "config.json",
         "control_epochs.json",
+        "data.json",
         "genotype.json",
         "metrics.jsonl",
+        "model.onnx",
+        "model.pt2",
         "report.html",
         "result.json",
         "space.json",
@@ -24,12 +27,12 @@ OWN_FILES = frozenset(
         "timing.jsonl",
     }
 )
-"""What a run writes into its folder."""
+"""What a run, and the export of its network, write into its folder."""
 
 
 class RunFolder:
-    """``config.json, space.json, split.json, metrics.jsonl, timing.jsonl, genotype.json, control_epochs.json,
-    result.json, checkpoints/, tensorboard/, report.html`` under ``path``.
+    """``config.json, data.json, space.json, split.json, metrics.jsonl, timing.jsonl, genotype.json,
+    control_epochs.json, result.json, checkpoints/, tensorboard/, report.html`` under ``path``.
 
     ``metrics.jsonl`` holds only what the seed determines; times and memory are in ``timing.jsonl``.
     """

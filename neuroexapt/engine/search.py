@@ -25,6 +25,9 @@ from neuroexapt.engine.stopping import PREFERRED, preference
 from neuroexapt.engine.training import TrainPhase, evaluate_figures, score
 from neuroexapt.errors import UserError
 
+INHERIT = "inherit"
+"""The phase that trains the derived network with the weights of the search network."""
+
 
 def search(
     *, resume: str | Path | None = None, config: str | Path | None = None, **settings: Any
@@ -86,7 +89,7 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
     run.folder.write_json("genotype.json", genotype.to_dict())
     progress.say(f"found {genotype}")
 
-    network, seconds["inherit"], test = _train_derived(run, "inherit", genotype, phase.supernet)
+    network, seconds[INHERIT], test = _train_derived(run, INHERIT, genotype, phase.supernet)
     scratch: dict[str, float] = {}
     if config.control and config.train_epochs:
         _, seconds["scratch"], scratch = _train_derived(run, "scratch", genotype, None)

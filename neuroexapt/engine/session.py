@@ -7,7 +7,7 @@ import logging
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,14 +154,7 @@ class OpenRun(Generic[Config]):
     def derived_network(self, genotype: AnyGenotype, phase: str, auxiliary: bool = False) -> DerivedNetwork:
         """The genotype's network in the size of this run, with the initial weights of ``phase``."""
         return self.initial_network(
-            lambda: self.space.network(
-                genotype,
-                **self.data.facts,
-                channels=self.config.init_channels,
-                layers=self.config.layers,
-                auxiliary=auxiliary,
-            ),
-            phase,
+            lambda: make_network(self.config, self.data.facts, genotype, auxiliary), phase
         )
 
     def initial_network(self, make: Callable[[], Network], phase: str) -> Network:
@@ -177,6 +170,7 @@ class OpenRun(Generic[Config]):
         """Make the folder of a new run. To be called once everything that may be refused has been checked."""
         RunFolder.create(self.folder.path, overwrite=self.config.overwrite)
         self.folder.write_json("config.json", self.config.to_dict())
+        self.folder.write_json("data.json", self.data.description)
 
     def train(self, phase: Phase) -> float:
         """Carry the phase to its end; seconds it took over all invocations."""
@@ -215,18 +209,33 @@ class OpenRun(Generic[Config]):
         }
 
 
+def load_data(config: RunConfig, **options: Any) -> AnyDataset:
+    """The data set of a run; ``options`` are further ones of ``load_dataset``."""
+    return load_dataset(
+        config.dataset,
+        root=config.data_root,
+        download=config.download,
+        image_size=config.image_size,
+        max_length=config.max_length,
+        quiet=config.quiet,
+        **options,
+    )
+
+
+def make_network(
+    config: RunConfig, facts: Mapping[str, Any], genotype: AnyGenotype, auxiliary: bool
+) -> DerivedNetwork:
+    """The genotype's network in the size of a run, for data of these ``facts``."""
+    return get_space(config.space).network(
+        genotype, **facts, channels=config.init_channels, layers=config.layers, auxiliary=auxiliary
+    )
+
+
 @contextmanager
 def running(config: Config, folder: RunFolder, command: str) -> Iterator[OpenRun[Config]]:
     """Choose the backend, read the data and listen to signals while the block runs."""
     with _warnings(not config.quiet), _chosen_backend(config) as backend, StopRequest().listening() as stop:
-        data = load_dataset(
-            config.dataset,
-            root=config.data_root,
-            download=config.download,
-            image_size=config.image_size,
-            max_length=config.max_length,
-            quiet=config.quiet,
-        )
+        data = load_data(config)
         what = {k: v for k, v in config.to_dict().items() if k not in PLACEMENT}
         session = Session(
             run=folder,

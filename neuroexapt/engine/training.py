@@ -277,6 +277,11 @@ class TrainPhase(Phase):
         state |= {"average": self._average.network.state_dict()} if self._average else {}
         return state | ({"best": self._best.state_dict()} if self._best else {})
 
+    @staticmethod
+    def trained_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+        """Those of ``trained`` in what ``state_dict`` gave."""
+        return state["best"]["network"] if "best" in state else state.get("average", state["network"])
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         load_optimizer(self.optimizer, state["optimizer"])

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import itertools
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from neuroexapt.backend import PersistentKernel, Timing
 from neuroexapt.backend.candidates import without_kernels
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.errors import BackendUnavailableError, UserError
+from neuroexapt.exporting.formats import FORMATS, trace
 from neuroexapt.recommend.config import OPERATORS
 from neuroexapt.recommend.failures import in_one_line
 from neuroexapt.recommend.manager import TritonOperatorManager
@@ -70,25 +70,11 @@ def onnxruntime(scorer: Scorer, samples: Sequence[Inputs]) -> Run:
         raise BackendUnavailableError(
             "ONNX Runtime serves from the CPU here, and the recommender is on a GPU"
         )
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  what torch.onnx exports with
-    except ImportError as error:
-        raise BackendUnavailableError(f"{error}; pip install 'neuroexapt[serve]'") from error
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that wait spinning take the cores from whoever answers the requests.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(_export(scorer, samples[-1]), options)
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(*inputs: Tensor) -> Tensor:
-        given = {name: x.numpy() for name, x in zip(INPUT_NAMES, inputs, strict=False)}
-        (scores,) = session.run(None, {name: given[name] for name in names})
-        return torch.from_numpy(scores)
-
-    return run
+    onnx = FORMATS["onnx"]
+    onnx.require()
+    sample = samples[-1]
+    names = INPUT_NAMES[: len(sample)]
+    return onnx.load(onnx.write(trace(scorer, sample), names, "scores", {}), names)
 
 
 STRATEGIES = {"eager": eager, "compiled": compiled, "captured": captured, "onnxruntime": onnxruntime}
@@ -204,23 +190,6 @@ def _reference(scorer: Scorer) -> Run:
             return scorer(*inputs)
 
     return run
-
-
-def _export(scorer: Scorer, sample: Inputs) -> bytes:
-    """The scorer as a serialised ONNX model of any batch size."""
-    batch = torch.export.Dim("batch", min=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the three inputs share a name for their batch size
-        program = torch.onnx.export(
-            scorer,
-            sample,
-            input_names=INPUT_NAMES[: len(sample)],
-            dynamic_shapes=({0: batch},) * len(sample),
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    return program.model_proto.SerializeToString()
 
 
 def _sample(model: Any, batch_size: int, device: torch.device) -> Inputs:
