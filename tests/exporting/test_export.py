@@ -231,7 +231,7 @@ def test_without_the_data_random_histories_are_compared(recommender: RunResult, 
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     moved = {**config, "dataset": f"seq:{tmp_path / 'moved.txt'}"}
     (tmp_path / "run" / "config.json").write_text(json.dumps(moved))
-    exported = neuroexapt.export(tmp_path / "run", format="pt2")
+    exported = neuroexapt.export(tmp_path / "run", out=tmp_path / "net.pt2")
     assert exported.examples.startswith("256 random histories (")
     assert "moved.txt does not exist" in exported.examples
 
