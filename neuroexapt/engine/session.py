@@ -243,7 +243,7 @@ def running(config: Config, folder: RunFolder, command: str) -> Iterator[OpenRun
             progress=Progress(config.quiet),
             stop=stop,
             checkpoint_seconds=config.checkpoint_seconds,
-            how_to_resume=_how_to_resume(config, folder, command),
+            how_to_resume=how_to_resume(config, folder, command),
         )
         yield OpenRun(config, session, data, backend)
 
@@ -268,7 +268,8 @@ def _chosen_backend(config: RunConfig) -> Iterator[Backend]:
             yield backend
 
 
-def _how_to_resume(config: RunConfig, folder: RunFolder, command: str) -> str:
+def how_to_resume(config: RunConfig, folder: RunFolder, command: str) -> str:
+    """What goes on with the run in ``folder``."""
     if config.space in BUILT_IN:
         return f"neuroexapt {command} --resume {folder.path}"
     return (

@@ -11,7 +11,7 @@ from neuroexapt.engine.checkpoint import load_checkpoint
 from neuroexapt.engine.config import EvaluateConfig, RunConfig, SearchConfig, make_config
 from neuroexapt.engine.result import read_curves
 from neuroexapt.engine.run import RunFolder
-from neuroexapt.engine.session import load_data, make_network
+from neuroexapt.engine.session import how_to_resume, load_data, make_network
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.errors import UserError
 
@@ -38,7 +38,7 @@ def load_trained(run_dir: Path | str) -> TrainedRun:
         UserError: there is no run, or its network is not trained to the end.
     """
     folder = RunFolder.open(Path(run_dir))
-    is_search = "strategy" in folder.read_json("config.json")
+    is_search = folder.command == "search"
     kind: type[RunConfig] = SearchConfig if is_search else EvaluateConfig
     config = make_config(kind, {}, folder.path / "config.json")
     phase = search.INHERIT if is_search else evaluate.PHASE
@@ -63,10 +63,9 @@ def _finished_state(folder: RunFolder, config: RunConfig, phase: str) -> dict[st
     checkpoint = folder.checkpoint(phase)
     state = load_checkpoint(checkpoint) if checkpoint.exists() else None
     if state is None or not state["position"]["finished"]:
-        command = "search" if isinstance(config, SearchConfig) else "evaluate"
         raise UserError(
-            f"the network of {folder.path} is not trained to its end; go on with: neuroexapt {command} "
-            f"--resume {folder.path}"
+            f"the network of {folder.path} is not trained to its end; go on with: "
+            f"{how_to_resume(config, folder, folder.command)}"
         )
     return state["phase"]
 

@@ -136,7 +136,7 @@ def _write(
 ) -> tuple[bytes, Callable[..., Tensor]]:
     """The content of the file, and what runs it."""
     try:
-        program = trace(network, network.made_up(2))
+        program = trace(network, network.made_up(1))
         content = kind.write(program, network.input_names, network.output_name, metadata)
         return content, kind.load(content, network.input_names)
     except Exception as error:  # whatever exporters raise for operations that they do not know

@@ -21,10 +21,11 @@ METADATA_FILE = "metadata.json"
 
 
 def trace(module: nn.Module, inputs: Sequence[Tensor]) -> ExportedProgram:
-    """The graph of ``module`` for batches of any size; ``inputs``: one batch, of two or more."""
-    batch = torch.export.Dim("batch", min=1)
+    """The graph of ``module`` for batches of any size; ``inputs``: one batch."""
+    shapes = ({0: torch.export.Dim("batch", min=1)},) * len(inputs)
+    two = tuple(torch.cat([x, x]) for x in inputs)  # since a size of 1 would be taken for a constant
     with _no_warnings():
-        program = torch.export.export(module, tuple(inputs), dynamic_shapes=({0: batch},) * len(inputs))
+        program = torch.export.export(module, two, dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # with the paths of this machine
     return program
