@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuroexapt.core.operations import Noise
 from neuroexapt.engine.checkpoint import write_atomically
 from neuroexapt.engine.session import load_data
 from neuroexapt.engine.trained import TrainedRun, load_trained
@@ -39,9 +40,12 @@ class Exported:
     usage: str
 
     def __str__(self) -> str:
+        described = {**self.metadata["inputs"], **self.metadata["outputs"]}
+        lines = "\n".join(f"{name}: {text}" for name, text in described.items())
         return (
             f"wrote {self.path}: {self.title}, batches of any size; on {self.examples} it differs from "
-            f"PyTorch by {self.difference:.1e} at most, in outputs up to {self.largest:.3g}\n\n{self.usage}"
+            f"PyTorch by {self.difference:.1e} at most, in outputs up to {self.largest:.3g}\n"
+            f"{lines}\n\n{self.usage}"
         )
 
 
@@ -76,6 +80,10 @@ def export(
     path, kind = _destination(Path(run), format, Path(out) if out else None, overwrite)
     kind.require()
     trained = load_trained(run)
+    if any(isinstance(module, Noise) for module in trained.network.modules()):
+        raise UserError(
+            f"the network of {run} adds noise, another one each time, so no file computes the same"
+        )
     network = KINDS[trained.data["kind"]](trained.network, trained.data).eval()
     metadata = _metadata(trained, network)
     content, computes = _write(kind, network, metadata)
@@ -112,7 +120,8 @@ def _examples(trained: TrainedRun, network: ExportedNetwork, root: Path | str | 
         config = dataclasses.replace(config, data_root=Path(root))
     kind = trained.data["kind"]
     try:
-        inputs = network.examples(load_data(config), EXAMPLES)
+        data = load_data(config, max_resident_bytes=0)  # decodes the chosen pictures of a folder, not all
+        inputs = network.examples(data, EXAMPLES)
     except UserError as error:
         return network.made_up(EXAMPLES), f"{EXAMPLES} random {kind} ({error})"
     return inputs, f"{len(inputs[0])} {kind} of the test"
