@@ -9,7 +9,7 @@ from neuroexapt.errors import UserError
 
 
 def serve_recommender(
-    model: Annotated[Path, typer.Argument(help="file of a trained recommender")],
+    model: Annotated[Path, typer.Argument(help="file of a trained recommender, or folder of a run")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     device: Annotated[str, typer.Option(help="auto or a backend's name, such as cpu")] = "auto",

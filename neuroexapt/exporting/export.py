@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neuroexapt.core.operations import Noise
 from neuroexapt.engine.checkpoint import write_atomically
+from neuroexapt.engine.progress import Progress
 from neuroexapt.engine.session import load_data
 from neuroexapt.engine.trained import TrainedRun, load_trained
 from neuroexapt.errors import UserError
@@ -86,6 +87,7 @@ def export(
         )
     network = KINDS[trained.data["kind"]](trained.network, trained.data).eval()
     metadata = _metadata(trained, network)
+    Progress(trained.config.quiet).say(f"writing {path}; a deep network takes a minute or two")
     content, computes = _write(kind, network, metadata)
     inputs, examples = _examples(trained, network, data_root)
     difference, largest = _compare(_in_two_batches(computes, inputs), _in_two_batches(network, inputs))

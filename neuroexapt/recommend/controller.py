@@ -200,10 +200,10 @@ class IntegratedController:
 def create_integrated_controller(config: Mapping[str, Any]) -> IntegratedController:
     """A controller for a configuration with these sections, all optional.
 
-    ``model``: a file that ``SequenceRecommender.save`` wrote, or a ``SequenceRecommender``; without one the
-    controller has its ``triton_manager`` only. ``device``: a backend's name; default: the one in force.
-    ``serving``: ``{strategies, max_batch_size}``. ``triton_operators``, ``optimizations``, ``hstu``: the
-    manager's.
+    ``model``: a file that ``SequenceRecommender.save`` wrote, the folder of a run that trained one, or a
+    ``SequenceRecommender``; without one the controller has its ``triton_manager`` only. ``device``: a
+    backend's name; default: the one in force. ``serving``: ``{strategies, max_batch_size}``.
+    ``triton_operators``, ``optimizations``, ``hstu``: the manager's.
 
     Raises:
         UserError: a key is unknown, a value makes no sense, or the model cannot be read.

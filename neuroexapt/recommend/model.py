@@ -12,6 +12,7 @@ from neuroexapt.core.genotypes import RecommenderGenotype
 from neuroexapt.core.sequence_network import SequenceNetwork
 from neuroexapt.core.sequence_operations import SequenceSize
 from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint
+from neuroexapt.engine.trained import load_trained
 from neuroexapt.errors import UserError
 
 
@@ -87,7 +88,12 @@ class SequenceRecommender(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str) -> "SequenceRecommender":
-        """Read what ``save`` wrote, in evaluation mode on the CPU."""
+        """Read what ``save`` wrote, or what the run in a folder trained; in evaluation mode on the CPU."""
+        if Path(path).is_dir():
+            trained = load_trained(path)
+            if not isinstance(trained.network, SequenceNetwork):
+                raise UserError(f"{path} holds a network for {trained.data['kind']}, which is no recommender")
+            return cls(trained.network, torch.tensor(trained.data["item_counts"])).eval()
         state = load_checkpoint(Path(path))
         if "recommender" not in state:
             raise UserError(f"{path} holds no recommender; SequenceRecommender.save writes one")

@@ -21,6 +21,7 @@ from neuroexapt.engine.trained import load_trained
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.exporting.formats import FORMATS, trace
 from neuroexapt.exporting.networks import Classifier
+from neuroexapt.recommend.model import SequenceRecommender
 from neuroexapt.spaces import get_space
 from tests.engine.test_search_sequences import tiny_settings as tiny_histories
 
@@ -171,6 +172,16 @@ def test_a_recommender_scores_the_catalogue(recommender: RunResult) -> None:
     trained_on = [name for line in text.splitlines() for name in line.split()[1:-2]]
     shares = [trained_on.count(name) / len(trained_on) for name in names[1:]]
     torch.testing.assert_close(popular[1:], torch.tensor(shares))
+
+
+def test_the_folder_of_a_run_is_a_recommender_to_serve(recommender: RunResult, classifier: RunResult) -> None:
+    loaded = SequenceRecommender.load(recommender.run_dir)
+    items, lengths = torch.tensor([[3, 1, 0, 0, 0, 0, 0, 0]]), torch.tensor([2])
+    trained = SequenceRecommender(recommender.model).eval()  # type: ignore[arg-type]
+    assert torch.equal(loaded(items, lengths), trained(items, lengths))
+    assert loaded.item_counts[0] == 0 < loaded.item_counts.max()
+    with pytest.raises(UserError, match="a network for pictures, which is no recommender"):
+        SequenceRecommender.load(classifier.run_dir)
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
