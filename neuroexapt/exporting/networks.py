@@ -77,9 +77,9 @@ class Classifier(ExportedNetwork):
         colours = {1: ", grey", 3: ", red, green, blue"}.get(channels, "")
         return {
             "inputs": {
-                "images": f"uint8 [batch, {channels}, {height}, {width}], 0 to 255{colours}; in training "
-                "files were turned upright (EXIF), put on white where transparent, scaled to cover "
-                f"{height} x {width} pixels (bilinear, by PIL), and what hung over was cut off evenly"
+                "images": f"uint8 [batch, {channels}, {height}, {width}], 0 to 255{colours}; of files "
+                "as in training: upright (EXIF), on white where transparent, scaled to cover "
+                f"{height} x {width} pixels (bilinear, as by PIL), what hangs over cut off evenly"
             },
             "outputs": {"logits": f"float32 [batch, {len(self.classes)}], a column for each of classes"},
             "classes": list(self.classes),
