@@ -68,15 +68,15 @@ def worth_of_inheriting(inherited: float, scratch: float, count: int) -> str:
 def next_command(
     command: str, config: Mapping[str, Any], result: Mapping[str, Any], run: Path
 ) -> tuple[str, str] | None:
-    """What to do after ``command`` made ``run``, and the command for that; None where nothing is left to do,
-    or the space is one that only the user's own code knows. Without a ``result`` the run is not finished.
+    """What to do after ``command`` made ``run``, and the command for that; None where the space is one that
+    only the user's own code knows. Without a ``result`` the run is not finished.
     """
     if config.get("space") not in BUILT_IN:
         return None
     if not result:
         return "Go on from the last checkpoint", _command(command, "--resume", run)
     if command == "evaluate":
-        return None
+        return "Take the network to where it is used", _command("export", run)
     return "Train the genotype from scratch at full size, next to others", _command(
         "evaluate", "--genotype", run, *_data_options(config), *_comparison(config, result)
     )

@@ -68,7 +68,8 @@ def test_next_command_of_recommenders_leaves_out_what_is_for_pictures(tmp_path):
 def test_next_command_goes_on_with_what_is_unfinished(tmp_path):
     config = {"dataset": "digits", "space": "darts"}
     assert next_command("evaluate", config, {}, tmp_path)[1] == f"neuroexapt evaluate --resume {tmp_path}"
-    assert next_command("evaluate", config, {"parameters": 1}, tmp_path) is None
+    _, command = next_command("evaluate", config, {"parameters": 1}, tmp_path)
+    assert command == f"neuroexapt export {tmp_path}"
 
 
 def test_no_command_knows_a_space_of_the_users_own(tmp_path):
