@@ -120,7 +120,7 @@ class Onnx(Format):
         feed = ", ".join(f'"{name}": {name}' for name in input_names)
         return (
             "import json, onnxruntime\n"
-            f"session = onnxruntime.InferenceSession({path!r})\n"
+            f"session = onnxruntime.InferenceSession({json.dumps(path)})\n"
             f'{names} = json.loads(session.get_modelmeta().custom_metadata_map["{names}"])\n'
             f"({output_name},) = session.run(None, {{{feed}}})\n"
         )
@@ -152,7 +152,8 @@ class Pt2(Format):
     def usage(self, path: str, input_names: Sequence[str], output_name: str, names: str) -> str:
         return (
             "import json, torch\n"
-            f'program = torch.export.load({path!r}, extra_files=(files := {{"{METADATA_FILE}": ""}}))\n'
+            f'files = {{"{METADATA_FILE}": ""}}\n'
+            f"program = torch.export.load({json.dumps(path)}, extra_files=files)\n"
             f'{names} = json.loads(files["{METADATA_FILE}"])["{names}"]\n'
             f"{output_name} = program.module()({', '.join(input_names)})\n"
         )
