@@ -190,6 +190,7 @@ class Results:
             "commit": commit,
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }
+        self.commit = commit
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(

@@ -34,11 +34,29 @@ class Run:
     @property
     def seconds(self) -> float:
         """What its processes took so far, from start to end."""
-        return sum(record["seconds"] for record in read_records(self._times))
+        return sum(record["seconds"] for record in self._processes)
 
     @property
-    def _times(self) -> Path:
-        return self.folder.with_suffix(".times.jsonl")
+    def commits(self) -> list[str]:
+        """Of the code that its processes ran, in order."""
+        return list(dict.fromkeys(record["commit"] for record in self._processes))
+
+    @property
+    def _processes(self) -> list[dict[str, Any]]:
+        return read_records(self._processes_file)
+
+    @property
+    def _processes_file(self) -> Path:
+        return self.folder.with_suffix(".processes.jsonl")
+
+    def check(self) -> None:
+        """End the script if the folder holds a run that was begun with other options."""
+        for record in self._processes[:1]:
+            if tuple(record["options"]) != self.options:
+                raise SystemExit(
+                    f"{self.folder} holds a run with other options, {' '.join(record['options'])}: "
+                    "give these, or another folder of --runs"
+                )
 
     @property
     def was_begun(self) -> bool:
@@ -51,7 +69,7 @@ class Run:
         else:
             yield from (f"--out={self.folder}", "--overwrite", *self.options)
 
-    def carry_out(self, gpu: str | None, deadline: float) -> None:
+    def carry_out(self, gpu: str | None, deadline: float, commit: str) -> None:
         """To its end, or so far as the deadline lets it; ``gpu`` is one of ``visible_gpus``."""
         environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         start, command = time.monotonic(), list(self.command())
@@ -62,8 +80,9 @@ class Run:
             except subprocess.TimeoutExpired:
                 _stop(process)
                 code = 0
-        with open(self._times, "a") as times:
-            times.write(json.dumps({"seconds": time.monotonic() - start}) + "\n")
+        record = {"seconds": time.monotonic() - start, "commit": commit, "options": self.options}
+        with open(self._processes_file, "a") as processes:
+            processes.write(json.dumps(record) + "\n")
         if code:
             raise SystemExit(f"{' '.join(command)} failed:\n{self.folder.with_suffix('.log').read_text()}")
 
@@ -83,13 +102,16 @@ def _stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def carry_out_all(runs: Sequence[Run], jobs: int, deadline: float, describe: Callable[[Run], str]) -> bool:
+def carry_out_all(
+    runs: Sequence[Run], jobs: int, deadline: float, describe: Callable[[Run], str], commit: str
+) -> bool:
     """Whether all runs came to their end; those that had not yet go on, ``jobs`` at a time.
 
-    One that fails is printed, and none is started after it.
+    One that fails is printed, and none is started after it. ``commit``: of the code that runs now.
     """
     waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
     for run in runs:
+        run.check()
         if not run.is_done:
             waiting.put(run)
     failures: list[SystemExit] = []
@@ -100,7 +122,7 @@ def carry_out_all(runs: Sequence[Run], jobs: int, deadline: float, describe: Cal
         while not failures and time.monotonic() < deadline:
             try:
                 run = waiting.get_nowait()
-                run.carry_out(gpu, deadline)
+                run.carry_out(gpu, deadline, commit)
             except queue.Empty:
                 return
             except SystemExit as failure:

@@ -81,16 +81,17 @@ def record(
     results: Results, case: str, searches: Sequence[Run], trainings: Sequence[tuple[str, Run]]
 ) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
+    commits: dict[str, list[list[str]]] = {}
     for name, run in trainings:
         found.setdefault(name, []).append(result_of(run))
+        commits.setdefault(name, []).append(run.commits)
     found[RESNET] = [result["controls"][RESNET] for result in found[trainings[0][0]]]
     for name, of_name in found.items():
         metrics = {"accuracy": "test_accuracy", "parameters": "parameters", "train_s": "training_seconds"}
         for metric, key in metrics.items():
             add(results, case, name, metric, [result[key] for result in of_name])
-        results.record(
-            case, name, "as shipped", "genotypes", values=[result.get("genotype") for result in of_name]
-        )
+        of_runs = {"values": [result.get("genotype") for result in of_name], "commits": commits.get(name)}
+        results.record(case, name, "as shipped", "genotypes", **of_runs)
     for run in searches:
         strategy = json.loads((run.folder / "config.json").read_text())["strategy"]
         add(results, case, strategy, "search_s", [result_of(run)["seconds_by_phase"]["search"]])
@@ -170,14 +171,14 @@ def measure(arguments: argparse.Namespace) -> bool:
     """Whether all runs came to their end and were recorded."""
     arguments.runs.mkdir(parents=True, exist_ok=True)
     gpus, deadline = torch.cuda.device_count(), time.monotonic() + arguments.limit
+    results = open_results("darts_cells", arguments, "cuda" if gpus else "cpu")
     jobs = arguments.jobs or max(1, gpus)
     searches = list(search_runs(arguments))
-    if not carry_out_all(searches, jobs, deadline, describe):
+    if not carry_out_all(searches, jobs, deadline, describe, results.commit):
         return False
     trainings = list(training_runs(arguments))
-    if not carry_out_all([run for _, run in trainings], jobs, deadline, describe):
+    if not carry_out_all([run for _, run in trainings], jobs, deadline, describe, results.commit):
         return False
-    results = open_results("darts_cells", arguments, "cuda" if gpus else "cpu")
     epochs = json.loads((trainings[0][1].folder / "config.json").read_text())["epochs"]
     record(results, f"{Path(arguments.dataset).stem}-{epochs}epochs", searches, trainings)
     return True

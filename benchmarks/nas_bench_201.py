@@ -6,7 +6,8 @@ the GPUs; appends accuracies and seconds to the results; lets random search and 
 same table; and draws all of it. ``--draw`` only draws. What the ``--limit`` cuts short is recorded as such.
 
 ``accuracy`` is the table's test accuracy on CIFAR-10 of the last epoch's genotype, ``wall_s`` its processes
-from start to end, ``search_s`` the epochs of the search, validation included.
+from start to end, ``search_s`` the epochs of the search, validation included. ``commits`` beside the
+genotypes are those of the code that searched: a search that broke off goes on in its folder of ``--runs``.
 """
 
 import argparse
@@ -51,20 +52,15 @@ STRATEGY_COLOURS = {"sep_conv", "contrast", "skip", "accent", "dil_conv", "avg_p
 
 @dataclass(frozen=True)
 class Search:
-    """A search by one strategy with one seed, in a folder of its own."""
+    """A search by one strategy with one seed."""
 
     strategy: str
     seed: int
-    folder: Path
+    run: Run
 
-    def run(self, options: Sequence[str]) -> Run:
-        fixed = (
-            "--space=nas-bench-201",
-            "--train-epochs=0",
-            f"--strategy={self.strategy}",
-            f"--seed={self.seed}",
-        )
-        return Run("search", self.folder, (*fixed, *options))
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
 
     def curve(self) -> tuple[list[float], list[float]]:
         """Seconds at the end of each epoch so far, and the true accuracy of its genotype."""
@@ -83,26 +79,22 @@ class Search:
         return id_of_genotype(CellGenotype.from_dict(json.loads((self.folder / "genotype.json").read_text())))
 
 
-def record_searches(
-    results: Results, seconds: dict[Search, float | None], dataset: str, share: float
-) -> None:
+def record_searches(results: Results, searches: Sequence[Search], dataset: str, share: float) -> None:
     """Of each strategy its finished seeds together, then the others' states; ``share``: searches a GPU."""
-    for strategy in dict.fromkeys(search.strategy for search in seconds):
-        mine = [search for search in seconds if search.strategy == strategy]
-        done = [search for search in mine if seconds[search] is not None]
+    for strategy in dict.fromkeys(search.strategy for search in searches):
+        mine = [search for search in searches if search.strategy == strategy]
+        done = [search for search in mine if search.run.is_done]
         if done:
             config = done[0].config()
             case = f"{Path(dataset).stem}-b{config['batch_size']}-{config['epochs']}epochs"
-            record_strategy(results, case, done, [seconds[search] or 0.0 for search in done], share)
+            record_strategy(results, case, done, share)
         for search in mine:
             if search not in done:
                 status = f"seed {search.seed}: cut short by the limit, {search.describe()}"
                 results.add_status(dataset, strategy, "as shipped", status)
 
 
-def record_strategy(
-    results: Results, case: str, searches: Sequence[Search], wall: list[float], share: float
-) -> None:
+def record_strategy(results: Results, case: str, searches: Sequence[Search], share: float) -> None:
     times, accuracies = zip(*(search.curve() for search in searches), strict=True)
     strategy, shared = searches[0].strategy, {"searches_per_device": share}
 
@@ -114,11 +106,11 @@ def record_strategy(
         print(f"{case:28} {strategy:13} {metric:10} {mean:10.4f} {unit}  {values}", flush=True)
 
     add("accuracy", "share", [curve[-1] for curve in accuracies])
-    add("wall_s", "s", wall)
+    add("wall_s", "s", [search.run.seconds for search in searches])
     add("search_s", "s", [curve[-1] for curve in times])
     genotypes = [search.genotype_id() for search in searches]
-    seeds = [search.seed for search in searches]
-    results.record(case, strategy, "as shipped", "genotypes", values=genotypes, seeds=seeds)
+    made = {"seeds": [search.seed for search in searches], "commits": [s.run.commits for s in searches]}
+    results.record(case, strategy, "as shipped", "genotypes", values=genotypes, **made)
     results.record(case, strategy, "as shipped", "accuracy_curve", values=accuracies, seconds=times, **shared)
 
 
@@ -207,9 +199,14 @@ def _draw_discrete(axes: Any, records: list[dict[str, Any]]) -> None:
 
 def searches_of(arguments: argparse.Namespace, folder: Path) -> Iterator[Search]:
     """Every strategy once before any has its second seed, in case that time runs out."""
+    options = [f"--{option}" for option in arguments.options]
+    for name in ("dataset", "data_root", "table", "epochs", "batch_size"):
+        if getattr(arguments, name) is not None:
+            options.append(f"--{name.replace('_', '-')}={getattr(arguments, name)}")
     for seed in range(arguments.seeds):
         for strategy in arguments.strategies:
-            yield Search(strategy, seed, folder / f"{strategy}-{seed}")
+            own = ("--space=nas-bench-201", "--train-epochs=0", f"--strategy={strategy}", f"--seed={seed}")
+            yield Search(strategy, seed, Run("search", folder / f"{strategy}-{seed}", (*own, *options)))
 
 
 def arguments_from_command_line() -> argparse.Namespace:
@@ -238,17 +235,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     gpus = torch.cuda.device_count()
     results = open_results("nas_bench_201", arguments, "cuda" if gpus else "cpu")
     record_discrete(results, load_table(arguments.table))
-    options = [f"--{option}" for option in arguments.options]
-    for name in ("dataset", "data_root", "table", "epochs", "batch_size"):
-        if getattr(arguments, name) is not None:
-            options.append(f"--{name.replace('_', '-')}={getattr(arguments, name)}")
     jobs = arguments.jobs or max(1, gpus)
     searches = list(searches_of(arguments, folder))
-    of_run = {search.run(options): search for search in searches}
+    of_run = {search.run: search for search in searches}
     deadline = time.monotonic() + arguments.limit
-    carry_out_all(list(of_run), jobs, deadline, lambda run: of_run[run].describe())
-    seconds = {search: run.seconds if run.is_done else None for run, search in of_run.items()}
-    record_searches(results, seconds, arguments.dataset, jobs / max(1, gpus))
+    carry_out_all(list(of_run), jobs, deadline, lambda run: of_run[run].describe(), results.commit)
+    record_searches(results, searches, arguments.dataset, jobs / max(1, gpus))
 
 
 def main() -> int:

@@ -220,7 +220,11 @@ def test_darts_cells_go_on_where_the_limit_stopped_them(tmp_path):
     assert names == {"gdas", "random", "resnet18"}
     (found,) = (line for line in lines if (line["implementation"], line["metric"]) == ("gdas", "genotypes"))
     assert found["values"] == [json.loads((runs / "search-gdas-0/genotype.json").read_text())]
+    assert found["commits"] == [[found["commit"]]]
     assert figure.read_bytes().startswith(b"\x89PNG")
+    refused = run_benchmark(*arguments, "label-smoothing=0.2")
+    assert refused.returncode == 1
+    assert "train-gdas-0 holds a run with other options" in refused.stderr
 
 
 TRAIN_STEPS = ("eager", "eager-nhwc", "eager-graph", "eager-nhwc-graph", "graph", "nhwc-graph")
