@@ -48,7 +48,7 @@ def part_by_nodes(plan: CellPlan, weights: Tensor) -> tuple[Tensor, dict[int, li
 
 def add_constants(y: Tensor, constants: Sequence[Tensor]) -> Tensor:
     """``y``, to which ``constants`` from ``part`` are added; as they are 0, only their gradients tell."""
-    return _AddConstants.apply(y, *constants)
+    return _AddConstants.apply(y, *constants) if constants[0].requires_grad else y
 
 
 class _Part(torch.autograd.Function):

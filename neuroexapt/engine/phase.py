@@ -136,7 +136,8 @@ class PhaseRunner:
             state = load_checkpoint(self.checkpoint)
             check_identity(state["identity"], self.session.identity, self.checkpoint)
             self.phase.load_state_dict(state["phase"])
-            self.position = Position(**state["position"])
+            # Earlier versions did not keep when an epoch began, and counted it from the resumption on.
+            self.position = Position(**{"epoch_began": state["position"]["seconds"], **state["position"]})
             _set_rng_state(state["rng"], self.phase.device)
             run.rewind(name, self.position.epoch)
         else:

@@ -229,7 +229,7 @@ class SearchPhase(Phase):
             "arch_learning_rate": self._config.arch_learning_rate,
             "alpha": {cell: w.tolist() for cell, w in weights.items()},
             "alpha_entropy": {cell: entropy(w).tolist() for cell, w in weights.items()},
-            "preference": preference(weights),
+            "preference": self.preference(),
             "genotype": genotype.to_dict(),
             **self._skips(weights, genotype),
             **curvature,
@@ -291,6 +291,11 @@ class SearchPhase(Phase):
     def genotype(self) -> AnyGenotype:
         """What the search would choose if it stopped now."""
         return self.choose(self.mixing_weights())
+
+    def preference(self) -> float:
+        """How much α prefers the strongest operations to the others that are left, 1 for not at all."""
+        weights = self.mixing_weights()
+        return preference(weights, {cell: self.supernet.kept(cell) for cell in weights})
 
     def choose(self, weights: dict[str, Tensor]) -> AnyGenotype:
         """The genotype that mixing weights stand for, within the budgets."""

@@ -84,11 +84,12 @@ class Stopping:
         self._history = state["history"]
 
 
-def preference(weights: Mapping[str, Tensor]) -> float:
+def preference(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> float:
     """Weight of an edge's strongest operation over that of its mean one, in the mean of all edges; mixing
-    weights are [E, K] for each type of cell.
+    weights are [E, K] for each type of cell, and ``kept`` those that were not ruled out.
     """
-    return torch.cat([w.amax(dim=1) / w.mean(dim=1) for w in weights.values()]).mean().item()
+    means = {cell: w.sum(dim=1) / kept[cell].sum(dim=1) for cell, w in weights.items()}
+    return torch.cat([w.amax(dim=1) / means[cell] for cell, w in weights.items()]).mean().item()
 
 
 def count_skips(genotype: AnyGenotype) -> tuple[int, int]:

@@ -135,3 +135,10 @@ def test_the_constants_of_an_edge_with_hooks_count_once(cell):
     cell.edges[1].register_forward_hook(lambda edge, arguments, y: None)
     expected = run(drawn_by_hand(cell, weights), weights, drawn_only=False, fused=False)
     assert_same(run(cell, weights, drawn_only=True, fused=True), expected)
+
+
+def test_constants_cost_nothing_where_only_the_weights_of_operations_learn():
+    y = torch.ones(2, requires_grad=True)
+    for learns_alpha in (True, False):
+        _, constants = drawn.part(torch.eye(3, requires_grad=learns_alpha))
+        assert (drawn.add_constants(y, constants.unbind()) is y) != learns_alpha

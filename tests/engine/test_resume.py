@@ -49,10 +49,11 @@ def test_resumes_bit_for_bit_from_any_step(
     assert_same_run(finished.run_dir, settings["out"])
 
 
+@pytest.mark.parametrize(("is_kept", "of_epochs"), [(True, [3, 3]), (False, [3, 1])])
 def test_an_epoch_that_was_interrupted_took_all_its_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_kept: bool, of_epochs: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that goes on by a second a step."""
+    """By a clock that goes on by a second a step. Earlier versions did not keep when the epoch had begun."""
     seconds, steps, dies = 0, SearchPhase.steps, True
 
     def timed_steps(self: Any, epoch: int, start: int) -> Iterator[torch.Tensor]:
@@ -68,10 +69,15 @@ def test_an_epoch_that_was_interrupted_took_all_its_seconds(
     settings = tiny_settings(tmp_path, train_epochs=0, checkpoint_seconds=1e-9)
     with pytest.raises(Killed):
         neuroexapt.search(**settings)
+    if not is_kept:
+        checkpoint = settings["out"] / "checkpoints" / "search.safetensors"
+        state = load_checkpoint(checkpoint)
+        del state["position"]["epoch_began"]
+        save_checkpoint(checkpoint, state)
     dies, seconds = False, 1000
     found = neuroexapt.search(resume=settings["out"], quiet=True)
     timing = [json.loads(line) for line in (found.run_dir / "timing.jsonl").read_text().splitlines()]
-    assert [record["seconds"] for record in timing] == [3, 3]
+    assert [record["seconds"] for record in timing] == of_epochs
     assert found.result["seconds_by_phase"]["search"] == 6
 
 

@@ -113,8 +113,17 @@ def test_chance_is_no_collapse(small_space: None) -> None:
 
 def test_preference_is_of_the_strongest_over_the_mean() -> None:
     even, decided = torch.full((3, 4), 0.25), torch.tensor([[1.0, 0, 0, 0]])
-    assert preference({"normal": even}) == 1
-    assert preference({"normal": even, "reduce": decided}) == (3 * 1 + 1 * 4) / 4
+    kept = {"normal": torch.ones(3, 4, dtype=torch.bool), "reduce": torch.ones(1, 4, dtype=torch.bool)}
+    assert preference({"normal": even}, kept) == 1
+    assert preference({"normal": even, "reduce": decided}, kept) == (3 * 1 + 1 * 4) / 4
+
+
+@pytest.mark.parametrize("strategy", ["p-darts", "drnas-progressive"])
+def test_what_was_ruled_out_makes_no_preference(strategy: str, small_space: None) -> None:
+    phase = make_phase(strategy=strategy, arch_learning_rate=1e-9)
+    phase.strategy.start_epoch(phase.supernet, 3, 4)
+    assert not phase.supernet.kept("normal").all()
+    assert phase.preference() == pytest.approx(1, abs=1e-2)
 
 
 @pytest.mark.parametrize(("learning_rate", "is_chance"), [(1e-6, True), (2.0, False)])
