@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neuroexapt.backend.dispatch import explain
 from neuroexapt.backend.registry import use_backend
@@ -169,6 +170,14 @@ def test_says_which_calls_it_takes(change, reason):
     assert reason in support.reason
 
 
+@pytest.mark.parametrize(("room", "takes"), [(227, True), (99, False)])
+def test_takes_what_fits_in_the_shared_memory_of_the_gpu(room, takes, monkeypatch):
+    monkeypatch.setattr(ext, "shared_bytes", lambda device: room * 1024)
+    with FakeTensorMode():
+        tensors = inputs(1, 16, 272, 1, 8, 5, "cuda")  # a row takes 112 KB
+    assert ext.supports(*tensors, dilation=2).ok == takes
+
+
 @pytest.mark.parametrize("moved", [1, 2])
 def test_takes_no_weights_on_another_device(moved):
     tensors = inputs(1, 16, 16, 8, 8, 3, "cpu")
@@ -190,7 +199,7 @@ def test_tiles_fit_in_shared_memory():
 
 def partial_sums(room: int, monkeypatch) -> int:
     """How many of each weight gradient a launch leaves on a GPU whose blocks have ``room`` bytes."""
-    monkeypatch.setattr(ext, "shared_bytes", lambda device: room)
+    monkeypatch.setattr(ext, "_room", lambda device: room)
     call = Call(*inputs(256, 64, 64, 16, 8, 5, "cpu"), stride=1, dilation=2, relu=True)
     ((depthwise, pointwise),) = ext.partials([call], torch.empty(256, 64, 16, 8), (True, True))
     assert len(depthwise) == len(pointwise)
@@ -198,14 +207,14 @@ def partial_sums(room: int, monkeypatch) -> int:
 
 
 def test_tiles_are_smaller_where_blocks_have_less_shared_memory(monkeypatch):
-    assert partial_sums(227 * 1024, monkeypatch) == 256
+    assert partial_sums(113 * 1024, monkeypatch) == 256
     assert partial_sums(99 * 1024, monkeypatch) == 256 * 2
 
 
 def test_tiles_of_a_shape_are_chosen_once(monkeypatch):
     ext._best_rows.cache_clear()
     for _ in range(3):
-        partial_sums(227 * 1024, monkeypatch)
+        partial_sums(113 * 1024, monkeypatch)
     assert ext._best_rows.cache_info().currsize == 1  # else they would fill the memory during a search
 
 

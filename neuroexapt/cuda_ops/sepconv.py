@@ -76,7 +76,7 @@ def fits(call: shared.Call, dtypes: set[torch.dtype]) -> Support:
     tiles = _tiles(call)
     if tiles.channels % 16 or tiles.out_channels % 16 or tiles.width % (4 * tiles.stride):
         return Support(False, f"{tiles.channels} to {tiles.out_channels} channels at width {tiles.width}")
-    if 4 * max(tiles.forward_floats(1), tiles.backward_floats(1)) > _LEAST_SHARED_BYTES:
+    if 4 * max(tiles.forward_floats(1), tiles.backward_floats(1)) > _room(call.x.device):
         return Support(False, "one row with its halo does not fit in shared memory")
     return Support(True)
 
@@ -171,7 +171,14 @@ def _tiles(call: shared.Call) -> _Tiles:
 
 def _rows(y: Tensor, blocks_a_row: int, tiles: _Tiles, floats: Callable[[_Tiles, int], int]) -> int:
     """Of a tile of y."""
-    return _best_rows(y.shape[2], blocks_a_row, min(_SHARED_BYTES, shared_bytes(y.device)), tiles, floats)
+    return _best_rows(y.shape[2], blocks_a_row, _room(y.device), tiles, floats)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory for a block; torch.compile, which cannot trace the question, gets the least."""
+    if torch.compiler.is_compiling() or device.type != "cuda":
+        return _LEAST_SHARED_BYTES
+    return min(_SHARED_BYTES, shared_bytes(device))
 
 
 @functools.cache
