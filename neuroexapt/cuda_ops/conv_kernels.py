@@ -122,15 +122,15 @@ def _convolve_strided(convs: Sequence[Conv], exact: bool) -> tuple[list[Tensor],
         return zs, plane_moments(zs)
     kernels, shape = extension(), _strided_shape(x, exact)
     moments = allocate_fp32(x, len(convs), kernels.cell_strided_forward_parts(shape), channels, 3)
-    operands = [(dense_pictures(conv.x), dense(conv.depthwise), dense(conv.pointwise)) for conv in convs]
+    xs = [dense_pictures(conv.x) for conv in convs]
     jobs = [
         kernels.StridedJob(
             *strided(x),
-            *addresses(depthwise, pointwise, z, m, conv.mixing),
-            depthwise.shape[-1],
+            *addresses(conv.depthwise, conv.pointwise, z, m, conv.mixing),
+            conv.depthwise.shape[-1],
             conv.dilation,
         )
-        for conv, (x, depthwise, pointwise), z, m in zip(convs, operands, zs, moments, strict=True)
+        for conv, x, z, m in zip(convs, xs, zs, moments, strict=True)
     ]
     kernels.cell_strided_forward(shape, jobs, current_stream())
     return zs, moments
@@ -168,7 +168,7 @@ def _backward_strided(
 
 
 def _strided_operands(grad: ConvGrad) -> list[Tensor]:
-    weights = (dense(grad.conv.depthwise), dense(grad.conv.pointwise))
+    weights = grad.conv.depthwise, grad.conv.pointwise
     return [dense_pictures(grad.g), dense(grad.z), dense(grad.coef), *weights]
 
 

@@ -18,7 +18,6 @@ from neuroexapt.cuda_ops.arguments import (
     allocate_fp32,
     allocate_like,
     current_stream,
-    dense,
     dense_pictures,
     stored_in_bf16,
     strided,
@@ -119,7 +118,6 @@ def convolve_dense(
     kernels, (shape, input_, x) = extension(), _dense_shape(x, exact)
     zs = allocate_like(x, len(weights))
     moments = allocate_fp32(x, len(weights), kernels.dense_conv_forward_parts(shape), x.shape[1], 3)
-    weights = list(map(dense, weights))
     jobs = [
         kernels.DenseJob(*addresses(weight, z, m, mixing_weight), weight.shape[-1])
         for weight, z, m, mixing_weight in zip(
@@ -140,12 +138,14 @@ def backward_dense(
     dxs = allocate_like(x, splits)
     partials = [grad.weight.new_empty(parts, grad.weight.numel()) for grad in grads if wants_weights]
     none: list[Tensor | None] = [None] * len(grads)
-    operands = [(dense_pictures(grad.g), dense(grad.weight)) for grad in grads]
+    gs = [dense_pictures(grad.g) for grad in grads]
     jobs = [
         kernels.DenseGradJob(
-            *strided(g), *addresses(grad.z, grad.coef, weight, partial, grad.mixing), weight.shape[-1]
+            *strided(g),
+            *addresses(grad.z, grad.coef, grad.weight, partial, grad.mixing),
+            grad.weight.shape[-1],
         )
-        for grad, (g, weight), partial in zip(grads, operands, partials or none, strict=True)
+        for grad, g, partial in zip(grads, gs, partials or none, strict=True)
     ]
     kernels.dense_conv_input_gradient(shape, input_, jobs, splits, dxs[0].data_ptr(), current_stream())
     if wants_weights:

@@ -330,8 +330,9 @@ class Aligned:
         return all(weight.is_contiguous() and weight.data_ptr() % 16 == 0 for weight in weights)
 
 
-def test_weights_may_be_views_at_any_offset():
-    cell = make_cell(primitives=("sep_conv_3x3", "dil_conv_5x5"), nodes=2)
+@pytest.mark.parametrize("reduction", [False, True])
+def test_weights_may_be_views_at_any_offset(reduction):
+    cell = make_cell(reduction, primitives=("sep_conv_3x3", "dil_conv_5x5"), nodes=2)
     for parameter in cell.edges.parameters():
         parameter.data = torch.cat([parameter.data.new_zeros(1), parameter.data.flatten()])[1:].view_as(
             parameter
