@@ -9,6 +9,7 @@ from neuroexapt.backend.dispatch import dispatch_report, reset_dispatch_report
 from neuroexapt.backend.registry import use_backend
 from neuroexapt.core.cells import SearchCell
 from neuroexapt.core.operations import MixedOp
+from tests.cuda_graphs import assert_replays_the_same_bits
 from tests.cuda_ops.test_cell import make_cell, make_cell_of_one_input, make_inputs, results, run_reference
 
 Run = Callable[..., Tensor]
@@ -112,14 +113,7 @@ def assert_runs_inside_a_cuda_graph(run: Run, reduction: bool) -> None:
         y = run(cell, *leaves[:3])
         return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        expected = step()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            captured = step()
-        graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(got, wanted) for got, wanted in zip(captured, expected, strict=True))
+    assert_replays_the_same_bits(step)
 
 
 def _of_kind(kind: str, found: dict[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from neuroexapt.cuda_ops import sepconv as ext
 from neuroexapt.kernels import reference
 from neuroexapt.kernels.sepconv import Call
 from tests.cuda_compilation import assembler_report, needs_nvcc
+from tests.cuda_graphs import assert_replays_the_same_bits
 
 TOLERANCE = 2e-5
 NAMES = ("y", "dx", "depthwise_grad", "pointwise_grad")
@@ -117,14 +118,7 @@ def test_twenty_runs_give_the_same_bits():
 def test_runs_inside_a_cuda_graph():
     tensors = inputs(8, 16, 16, 16, 16, 5, "cuda")
     dy = torch.randn(8, 16, 16, 16, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        expected = outputs_and_grads(ext.sepconv, tensors, dy)
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            captured = outputs_and_grads(ext.sepconv, tensors, dy)
-        graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(got, wanted) for got, wanted in zip(captured, expected, strict=True))
+    assert_replays_the_same_bits(lambda: outputs_and_grads(ext.sepconv, tensors, dy))
 
 
 @gpu

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from neuroexapt.errors import UserError
 from neuroexapt.kernels import pool_triton, reference, sepconv_triton
+from tests.cuda_graphs import assert_replays_the_same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -426,13 +427,4 @@ def test_runs_inside_a_cuda_graph():
         y = all_operators(*inputs)
         return [y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))]
 
-    graph = torch.cuda.CUDAGraph()
-    # One stream for warm-up and capture: autograd runs a leaf's backward where it first met the leaf.
-    with torch.cuda.stream(torch.cuda.Stream()):
-        expected = step()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            captured = step()
-        graph.replay()
-    torch.cuda.synchronize()
-    for got, wanted in zip(captured, expected, strict=True):
-        assert torch.equal(got, wanted)
+    assert_replays_the_same_bits(step)
