@@ -190,8 +190,11 @@ class Results:
             "commit": commit,
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }
-        self.commit = commit
         path.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def commit(self) -> str:
+        return self.provenance["commit"]
 
     def add(
         self,

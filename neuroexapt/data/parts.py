@@ -31,6 +31,10 @@ class ResidentImages:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The images at `indices`: uint8 [B, C, H, W]."""
+        return self.images[list(indices)]
+
 
 @dataclass(frozen=True, eq=False)
 class StreamedImages:

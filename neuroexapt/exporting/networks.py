@@ -15,7 +15,6 @@ from neuroexapt.core.sequence_network import SequenceNetwork
 from neuroexapt.data import AnyDataset
 from neuroexapt.data.augment import normalise
 from neuroexapt.data.dataset import ImageDataset
-from neuroexapt.data.parts import ResidentImages
 from neuroexapt.data.sequences import SequenceDataset
 from neuroexapt.recommend.model import SequenceRecommender
 from neuroexapt.recommend.strategies import Scorer
@@ -87,9 +86,7 @@ class Classifier(ExportedNetwork):
 
     def examples(self, data: AnyDataset, count: int) -> Inputs:
         assert isinstance(data, ImageDataset)
-        chosen = _spread(len(data.test), count)
-        part = data.test
-        return (part.images[chosen] if isinstance(part, ResidentImages) else part.read(chosen.tolist()),)
+        return (data.test.read(_spread(len(data.test), count).tolist()),)
 
     def made_up(self, count: int) -> Inputs:
         return (torch.randint(256, (count, *self.shape), dtype=torch.uint8, generator=_generator()),)
