@@ -9,6 +9,7 @@ from torch import Tensor
 def assert_replays_the_same_bits(step: Callable[[], Sequence[Tensor]]) -> None:
     """``step`` as it is, then captured in a CUDA graph and replayed."""
     graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()  # the other stream waits for nothing by itself, not even for the step's inputs
     # One stream for warm-up and capture: autograd runs a leaf's backward where it first met the leaf.
     with torch.cuda.stream(torch.cuda.Stream()):
         expected = step()
