@@ -254,17 +254,25 @@ class SearchPhase(Phase):
 
     def _skips(self, weights: Mapping[str, Tensor], genotype: AnyGenotype) -> dict[str, float]:
         """Share of a normal cell's skip connections in all weights, and how many its genotype has."""
-        primitives = self.space.primitives
-        if "skip_connect" not in primitives:
+        if "skip_connect" not in self.space.primitives:
             return {}
-        of_normal_cells = next(iter(weights.values()))
-        share = of_normal_cells[:, primitives.index("skip_connect")].sum() / of_normal_cells.sum()
-        return {"skip_share": share.item(), "skips": count_skips(genotype)[0]}
+        share = self._share_of_skips(next(iter(weights.values())))
+        return {"skip_share": share, "skips": count_skips(genotype)[0]}
+
+    def _share_of_skips(self, candidates: Tensor) -> float:
+        """In the sum of what a normal cell's candidates [E, K] have."""
+        skips = candidates[:, self.space.primitives.index("skip_connect")]
+        return (skips.sum() / candidates.sum()).item()
+
+    def _prefers_skips(self, share: float) -> bool:
+        """Whether a ``share`` of all weights is more than chance gives them among what is left."""
+        left = self.supernet.kept(next(iter(self.supernet.alphas)))
+        return share > PREFERRED * self._share_of_skips(left)
 
     def reason_to_stop(self, record: dict[str, Any], seconds: float) -> str:
         skips, operations = count_skips(self.genotype())
-        preferred = record.get("skip_share", 0.0) * len(self.space.primitives) > PREFERRED
-        if skips >= COLLAPSED * operations and preferred and not self._is_warned:
+        collapsed = skips >= COLLAPSED * operations and self._prefers_skips(record["skip_share"])
+        if collapsed and not self._is_warned:
             self._is_warned = True
             self._say(
                 f"{skips} of the {operations} operations of a normal cell are skip connections now: the "

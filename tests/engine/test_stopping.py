@@ -100,9 +100,11 @@ def test_half_of_a_cell_in_skip_connections_is_a_collapse(
     assert bool(said) == is_collapse
 
 
-def test_chance_is_no_collapse(small_space: None) -> None:
+@pytest.mark.parametrize("kept", [[True, True, True, True], [False, True, True, False]])
+def test_chance_is_no_collapse(kept: list[bool], small_space: None) -> None:
     phase, said = make_phase(), []
     phase.prepare_execution(said.append)
+    phase.supernet.keep("normal", torch.tensor(kept))
     with torch.no_grad():
         phase.supernet.alphas["normal"][:, 1] = 0.01
     record = phase.end_epoch(0)
