@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, and how its records survive a crash and a resumption."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from neuroexapt.engine.checkpoint import cannot_write, write_atomically
 from neuroexapt.errors import UserError
+from neuroexapt.spaces import BUILT_IN
 
 OWN_FILES = frozenset(
     {
@@ -66,8 +68,8 @@ class RunFolder:
             raise UserError(f"{self.path} exists and is no run's folder; choose another with --out")
         if not overwrite:
             raise UserError(
-                f"{self.path} already holds a run: continue it with --resume {self.path}, replace it with "
-                "--overwrite, or choose another folder with --out"
+                f"{self.path} already holds a run: continue it with --resume {shlex.quote(str(self.path))}, "
+                "replace it with --overwrite, or choose another folder with --out"
             )
 
     @classmethod
@@ -123,3 +125,15 @@ class RunFolder:
                 raise UserError(f"{path} lacks records of phase {phase}, epochs 0 to {epoch - 1}; start anew")
             if kept != records:
                 write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def command_line(*words: object) -> str:
+    """``neuroexapt`` with these words, as a shell takes it."""
+    return "neuroexapt " + shlex.join(map(str, words))
+
+
+def how_to_resume(command: str, run: Path, space: str) -> str:
+    """What goes on with the run of ``command``; a shell knows only the spaces that are built in."""
+    if space in BUILT_IN:
+        return command_line(command, "--resume", run)
+    return f"neuroexapt.{command}(resume={str(run)!r}), from Python where {space!r} is registered"

@@ -25,9 +25,9 @@ from neuroexapt.engine.device import Network, get_device_name, place
 from neuroexapt.engine.interrupt import StopRequest
 from neuroexapt.engine.phase import Phase, PhaseRunner, Session
 from neuroexapt.engine.progress import Progress
-from neuroexapt.engine.run import RunFolder
+from neuroexapt.engine.run import RunFolder, how_to_resume
 from neuroexapt.errors import UserError
-from neuroexapt.spaces import BUILT_IN, SPACES, Space, get_space
+from neuroexapt.spaces import SPACES, Space, get_space
 from neuroexapt.version import __version__
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -68,9 +68,8 @@ def open_run(
         return dataclasses.replace(config, out=out), RunFolder(out)
     run = RunFolder.open(Path(resume))
     if run.command != first_phase:
-        raise UserError(
-            f"{resume} holds a run of {run.command}: go on with neuroexapt {run.command} --resume {resume}"
-        )
+        go_on = how_to_resume(run.command, run.path, run.read_json("config.json")["space"])
+        raise UserError(f"{resume} holds a run of {run.command}: go on with {go_on}")
     fixed = sorted(set(overrides) - PLACEMENT) + (["config"] if config_file else [])
     if fixed:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
@@ -243,7 +242,7 @@ def running(config: Config, folder: RunFolder, command: str) -> Iterator[OpenRun
             progress=Progress(config.quiet),
             stop=stop,
             checkpoint_seconds=config.checkpoint_seconds,
-            how_to_resume=how_to_resume(config, folder, command),
+            how_to_resume=how_to_resume(command, folder.path, config.space),
         )
         yield OpenRun(config, session, data, backend)
 
@@ -266,15 +265,6 @@ def _chosen_backend(config: RunConfig) -> Iterator[Backend]:
     else:
         with use_backend(config.backend) as backend:
             yield backend
-
-
-def how_to_resume(config: RunConfig, folder: RunFolder, command: str) -> str:
-    """What goes on with the run in ``folder``."""
-    if config.space in BUILT_IN:
-        return f"neuroexapt {command} --resume {folder.path}"
-    return (
-        f"neuroexapt.{command}(resume={str(folder.path)!r}), from Python where {config.space!r} is registered"
-    )
 
 
 def seed_for(seed: int, purpose: str) -> int:

@@ -10,8 +10,8 @@ from neuroexapt.engine import evaluate, search
 from neuroexapt.engine.checkpoint import load_checkpoint
 from neuroexapt.engine.config import EvaluateConfig, RunConfig, SearchConfig, make_config
 from neuroexapt.engine.result import read_curves
-from neuroexapt.engine.run import RunFolder
-from neuroexapt.engine.session import how_to_resume, load_data, make_network
+from neuroexapt.engine.run import RunFolder, command_line, how_to_resume
+from neuroexapt.engine.session import load_data, make_network
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.errors import UserError
 
@@ -56,16 +56,17 @@ def load_trained(run_dir: Path | str) -> TrainedRun:
 def _finished_state(folder: RunFolder, config: RunConfig, phase: str) -> dict[str, Any]:
     """What the phase's checkpoint holds of it."""
     if getattr(config, "train_epochs", None) == 0:
+        train = command_line("evaluate", "--genotype", folder.path, "--dataset", config.dataset)
         raise UserError(
             f"{folder.path} has trained no network, since it was made with --train-epochs 0; train what it "
-            f"found with: neuroexapt evaluate --genotype {folder.path} --dataset {config.dataset}"
+            f"found with: {train}"
         )
     checkpoint = folder.checkpoint(phase)
     state = load_checkpoint(checkpoint) if checkpoint.exists() else None
     if state is None or not state["position"]["finished"]:
         raise UserError(
             f"the network of {folder.path} is not trained to its end; go on with: "
-            f"{how_to_resume(config, folder, folder.command)}"
+            f"{how_to_resume(folder.command, folder.path, config.space)}"
         )
     return state["phase"]
 

@@ -1,6 +1,5 @@
 """What a run comes to, in a few sentences: how good, how sure, what next."""
 
-import shlex
 from collections.abc import Mapping
 from math import sqrt
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from neuroexapt.core.derived import auxiliary_fits
 from neuroexapt.engine.config import RunConfig
+from neuroexapt.engine.run import command_line, how_to_resume
 from neuroexapt.engine.stopping import PREFERRED
 from neuroexapt.report.text import percent, points
 from neuroexapt.spaces import BUILT_IN
@@ -74,10 +74,10 @@ def next_command(
     if config.get("space") not in BUILT_IN:
         return None
     if not result:
-        return "Go on from the last checkpoint", _command(command, "--resume", run)
+        return "Go on from the last checkpoint", how_to_resume(command, run, config["space"])
     if command == "evaluate":
-        return "Take the network to where it is used", _command("export", run)
-    return "Train the genotype from scratch at full size, next to others", _command(
+        return "Take the network to where it is used", command_line("export", run)
+    return "Train the genotype from scratch at full size, next to others", command_line(
         "evaluate", "--genotype", run, *_data_options(config), *_comparison(config, result)
     )
 
@@ -99,7 +99,3 @@ def _data_options(config: Mapping[str, Any]) -> list[str]:
         if str(value) != str(default):
             options += [f"--{name.replace('_', '-')}", str(value)]
     return options
-
-
-def _command(*words: object) -> str:
-    return "neuroexapt " + shlex.join(map(str, words))

@@ -203,7 +203,7 @@ class TestResumeRefuses:
     def run(self, finished: Any, tmp_path: Path) -> Path:
         import shutil
 
-        return Path(shutil.copytree(finished.run_dir, tmp_path / "copy"))
+        return Path(shutil.copytree(finished.run_dir, tmp_path / "my copy"))
 
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no config\.json"):
@@ -216,7 +216,7 @@ class TestResumeRefuses:
             neuroexapt.search(resume=run)
 
     def test_a_run_of_the_other_kind(self, run: Path) -> None:
-        with pytest.raises(UserError, match="holds a run of search: go on with neuroexapt search --resume"):
+        with pytest.raises(UserError, match=r"go on with neuroexapt search --resume '/.*copy'"):
             neuroexapt.evaluate(resume=run)
 
     def test_a_run_that_lost_its_search_checkpoint(self, run: Path) -> None:

@@ -198,12 +198,12 @@ def test_what_cannot_be_exported_is_said_in_one_line(
     assert "exists; replace it with --overwrite" in refused(capsys, run)
     assert refused(capsys, run, "--format=tflite") == "unknown format 'tflite'; choose onnx or pt2"
     assert "holds no run" in refused(capsys, tmp_path)
-    stopped = tmp_path / "stopped"
+    stopped = tmp_path / "was stopped"
     shutil.copytree(run, stopped)
     checkpoint = stopped / "checkpoints" / "evaluate.safetensors"
     state = load_checkpoint(checkpoint)
     save_checkpoint(checkpoint, {**state, "position": {**state["position"], "finished": False}})
-    go_on = f"neuroexapt evaluate --resume {stopped}"
+    go_on = f"neuroexapt evaluate --resume '{stopped}'"
     assert refused(capsys, stopped, "--out=x.pt2").endswith(go_on)
     checkpoint.unlink()
     assert refused(capsys, stopped, "--out=x.pt2").endswith(go_on)
