@@ -21,7 +21,7 @@ from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.engine.select_phase import SELECTIONS, SelectPhase
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
-from neuroexapt.engine.stopping import PREFERRED
+from neuroexapt.engine.stopping import PREFERRED, how_sure
 from neuroexapt.engine.training import TrainPhase, evaluate_figures, score
 from neuroexapt.errors import UserError
 
@@ -81,11 +81,8 @@ def _search(run: OpenRun[SearchConfig], *, new: bool) -> RunResult:
         selection = SELECTIONS[config.selection](phase, config)
         seconds["select"] = run.train(selection)
         genotype = selection.genotype()
-    elif phase.preference() < PREFERRED:
-        progress.say(
-            "α hardly prefers any operation yet, so this genotype is little more than chance: search for "
-            "more --epochs, or with a larger --arch-learning-rate"
-        )
+    elif (preference := phase.preference()) < PREFERRED:
+        progress.say(how_sure(preference))
     run.folder.write_json("genotype.json", genotype.to_dict())
     progress.say(f"found {genotype}")
 

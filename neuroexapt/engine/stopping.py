@@ -92,6 +92,20 @@ def preference(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> flo
     return torch.cat([w.amax(dim=1) / means[cell] for cell, w in weights.items()]).mean().item()
 
 
+def how_sure(preference: float) -> str:
+    """Of a genotype that was chosen by α."""
+    text = (
+        f"α gives an edge's strongest operation {preference:.2f} times the weight of its mean one, where 1 "
+        "is no preference"
+    )
+    if preference >= PREFERRED:
+        return f"{text}."
+    return (
+        f"{text}: the genotype is little more than chance. Search for more epochs, or with a larger "
+        "--arch-learning-rate."
+    )
+
+
 def count_skips(genotype: AnyGenotype) -> tuple[int, int]:
     """Skip connections and all operations of the genotype's first type of cells, the normal ones."""
     edges = next(iter(genotype.cells.values())).edges

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from neuroexapt.core.genotypes import AnyGenotype, ChosenCell, Genotype, genotype_from_dict
 from neuroexapt.engine.config import LIMITS
 from neuroexapt.engine.run import RunFolder
+from neuroexapt.engine.stopping import how_sure
 from neuroexapt.report.cell_graph import draw_cell
 from neuroexapt.report.cell_layout import is_joined
 from neuroexapt.report.figures import alpha_heat_map, alpha_history, curves, edge_names, entropy_history
 from neuroexapt.report.style import op_style, themed
-from neuroexapt.report.summary import how_good, how_sure, next_command, worth_of_inheriting
+from neuroexapt.report.summary import how_good, next_command, worth_of_inheriting
 from neuroexapt.report.svg import inline_svg
 from neuroexapt.report.text import duration, large, memory, percent, rate
 

@@ -1,4 +1,4 @@
-"""What a run comes to, in a few sentences: how good, how sure, what next."""
+"""What a run comes to, in a few sentences: how good, what it was worth, what next."""
 
 from collections.abc import Mapping
 from math import sqrt
@@ -8,7 +8,6 @@ from typing import Any
 from neuroexapt.core.derived import auxiliary_fits
 from neuroexapt.engine.config import RunConfig
 from neuroexapt.engine.run import command_line, how_to_resume
-from neuroexapt.engine.stopping import PREFERRED
 from neuroexapt.report.text import percent, points
 from neuroexapt.spaces import BUILT_IN
 
@@ -41,20 +40,6 @@ def how_good(result: Mapping[str, Any]) -> str:
         f"{percent(accuracy)} of {count:,} test examples are right{hit}. With a certainty of 95 %, of all "
         f"such examples {percent(low)} to {percent(high)} would be. To answer {result['baseline']} every "
         f"time would be right for {percent(result['baseline_accuracy'])}."
-    )
-
-
-def how_sure(preference: float) -> str:
-    """Of a genotype that was chosen by α."""
-    text = (
-        f"α gives an edge's strongest operation {preference:.2f} times the weight of its mean one, where 1 "
-        "is no preference"
-    )
-    if preference >= PREFERRED:
-        return f"{text}."
-    return (
-        f"{text}: the genotype is little more than chance. Search for more epochs, or with a larger "
-        "--arch-learning-rate."
     )
 
 

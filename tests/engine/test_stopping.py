@@ -6,7 +6,7 @@ import torch
 import neuroexapt
 from neuroexapt.core.genotypes import GENOTYPES
 from neuroexapt.engine.config import SearchConfig, make_config
-from neuroexapt.engine.stopping import PREFERRED, Stopping, count_skips, preference
+from neuroexapt.engine.stopping import PREFERRED, Stopping, count_skips, how_sure, preference
 from neuroexapt.errors import UserError
 from neuroexapt.spaces import NAS_BENCH_201
 from tests.engine.tiny import tiny_settings
@@ -118,6 +118,11 @@ def test_preference_is_of_the_strongest_over_the_mean() -> None:
     kept = {"normal": torch.ones(3, 4, dtype=torch.bool), "reduce": torch.ones(1, 4, dtype=torch.bool)}
     assert preference({"normal": even}, kept) == 1
     assert preference({"normal": even, "reduce": decided}, kept) == (3 * 1 + 1 * 4) / 4
+
+
+def test_an_even_alpha_is_called_chance() -> None:
+    assert "little more than chance" in how_sure(1.01)
+    assert how_sure(2.5).endswith("2.50 times the weight of its mean one, where 1 is no preference.")
 
 
 @pytest.mark.parametrize("strategy", ["p-darts", "drnas-progressive"])

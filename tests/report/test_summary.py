@@ -5,7 +5,6 @@ import pytest
 from neuroexapt.report.summary import (
     chance_difference,
     how_good,
-    how_sure,
     interval,
     next_command,
     worth_of_inheriting,
@@ -37,11 +36,6 @@ def test_chance_is_larger_with_fewer_examples():
     assert chance_difference(0.5, 0.5, 200) == pytest.approx(0.098)
     assert "can be chance" in worth_of_inheriting(0.62, 0.6075, 400)
     assert "more than chance" in worth_of_inheriting(0.62, 0.6075, 400_000)
-
-
-def test_an_even_alpha_is_called_chance():
-    assert "little more than chance" in how_sure(1.01)
-    assert how_sure(2.5).endswith("2.50 times the weight of its mean one, where 1 is no preference.")
 
 
 def test_next_command_names_the_same_data(tmp_path):
