@@ -43,6 +43,12 @@ def small_space(monkeypatch):
     monkeypatch.setitem(SPACES, SPACE.name, SPACE)
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def stored(request: pytest.FixtureRequest) -> torch.dtype:
+    """What a fused cell's pictures are stored in."""
+    return request.param
+
+
 @pytest.fixture
 def exact_products():
     """fp32 products of convolutions and of matrices exact to rounding, unless the test asks for less."""

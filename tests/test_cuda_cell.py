@@ -71,12 +71,6 @@ GRADES = {"fp32": TOLERANCE, "tf32": 2e-3, "bf16": 4e-3}
 """Tolerances of convolutions by what pictures are stored in and the products' grade."""
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def stored(request: pytest.FixtureRequest) -> torch.dtype:
-    """What pictures are stored in."""
-    return request.param
-
-
 def stored_in(grade: str) -> torch.dtype:
     return torch.bfloat16 if grade == "bf16" else torch.float32
 

@@ -44,12 +44,6 @@ gpu = pytest.mark.gpu
 pytestmark = pytest.mark.usefixtures("exact_products")
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def stored(request: pytest.FixtureRequest) -> torch.dtype:
-    """What pictures are stored in."""
-    return request.param
-
-
 def run_fused(cell: SearchCell, *inputs: Tensor) -> Tensor:
     *states, weights = inputs
     plan = plan_cell(cell).for_kernels
