@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from neuroexapt.kernels import reference
+from tests.kernels.held_to_reference import DEVICE, runs_kernels
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 TIERS = [pytest.param("ext", marks=pytest.mark.gpu), "triton"]
 SUMS = ["softmax_sum", "weighted_sum"]
 # The interpreter truncates where the GPU rounds, so bf16 is tested on the GPU only.
@@ -37,7 +36,7 @@ LAYOUTS = {
     "expanded": lambda x: x[:, :, :1, :1].expand_as(x),
 }
 
-pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+pytestmark = [pytest.mark.usefixtures("nan_filled_empty"), runs_kernels]
 
 
 def kernel(op: str, tier: str):
@@ -78,17 +77,6 @@ def assert_matches_reference(op: str, tier: str, xs: list[Tensor], scores: Tenso
         # A sum over all elements: its error grows with their number, not with the result.
         size = xs[0].numel() ** 0.5
         torch.testing.assert_close(results[-1].double(), expected[-1], rtol=1e-5, atol=1e-6 * size)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels_can_run():
-    """Skip where Triton's interpreter is too old for the installed NumPy (3.6 with NumPy 2.4 and later)."""
-    triton = pytest.importorskip("triton")
-    xs, logits = operands((4,), 2)
-    try:
-        gradients(kernel("softmax_sum", "triton"), xs, logits, torch.ones_like(xs[0]))
-    except triton.runtime.errors.InterpreterError as error:
-        pytest.skip(f"this Triton's interpreter cannot run loops: {error}")
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -189,7 +177,7 @@ def test_passes_opcheck(op, tier):
 @pytest.mark.parametrize("op", SUMS)
 def test_is_compiled_without_graph_breaks(op, tier):
     sum_op = kernel(op, tier)
-    backend = "inductor" if GPU else "aot_eager"
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.compile(lambda xs, scores: sum_op(xs, scores).relu(), fullgraph=True, backend=backend)
     xs, scores = operands((2, 3, 8), 4)
     grad_y = torch.randn(2, 3, 8, device=DEVICE)
@@ -278,7 +266,7 @@ def test_both_tiers_agree_with_the_earlier_autograd_function():
         torch.testing.assert_close(kernel("softmax_sum", tier)(xs, logits), earlier)
 
 
-@pytest.mark.skipif(GPU, reason="there is a GPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_the_earlier_autograd_function_works_without_a_gpu():
     from neuroexapt.cuda_ops.softmax_sum import CUDA_AVAILABLE, SoftmaxSumFunction
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import triton
 from torch import Tensor, nn
 
 from neuroexapt.backend.dispatch import explain
@@ -38,8 +37,8 @@ from tests.fused_cells import (
     exact_to_fp32,
     run_edge,
 )
+from tests.kernels.held_to_reference import DEVICE, runs_kernels
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -50,15 +49,6 @@ def run_fused(cell: SearchCell, *inputs: Tensor) -> Tensor:
     support = cell_triton.supports(plan, states, weights)
     assert support.ok, support.reason
     return cell_triton.cell(plan, states, weights)
-
-
-@pytest.fixture(scope="module")
-def _kernels_can_run():
-    """Skip where Triton's interpreter is too old for the installed NumPy."""
-    try:
-        assert_preprocessing_matches((1, 2, 2, 1), "relu_conv_bn", (True, True), torch.float32)
-    except triton.runtime.errors.InterpreterError as problem:
-        pytest.skip(f"this Triton's interpreter cannot run loops: {problem}")
 
 
 def assert_preprocessing_matches(
@@ -92,7 +82,7 @@ def assert_preprocessing_matches(
         assert error(got, wanted.double()) < tolerance
 
 
-@pytest.mark.usefixtures("_kernels_can_run")
+@runs_kernels
 @pytest.mark.parametrize("kind", ["relu_conv_bn", "factorized_reduce"])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 def test_tiny_preprocessing(kind, wants):
@@ -107,7 +97,7 @@ def test_preprocessing(shape, kind, wants, stored):
     assert_preprocessing_matches(shape, kind, wants, stored)
 
 
-@pytest.mark.usefixtures("_kernels_can_run")
+@runs_kernels
 @pytest.mark.parametrize(("reduction", "training"), [(False, True), (True, False)])
 def test_tiny_cells_match_the_modules(reduction, training):
     primitives = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "dil_conv_5x5")

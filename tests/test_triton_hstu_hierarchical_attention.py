@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from neuroexapt import functional
@@ -12,20 +11,12 @@ from neuroexapt.backend import dispatch_report, reset_dispatch_report, use_backe
 from neuroexapt.kernels import hstu_hierarchical_attention_triton as kernels
 from neuroexapt.kernels.hstu_hierarchical_attention import hstu_hierarchical_attention as definition
 from neuroexapt.kernels.hstu_hierarchical_attention import time_bucket_starts
+from tests.kernels.held_to_reference import DEVICE, runs_kernels
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 BUCKETS = 40
 gpu = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels_can_run():
-    """Skip where Triton's interpreter is too old for the installed NumPy (3.6 with NumPy 2.4 and later)."""
-    try:
-        attend(kernels.hstu_hierarchical_attention, make_inputs((1, 1, 1, 1), 1))
-    except triton.runtime.errors.InterpreterError as error:
-        pytest.skip(f"this Triton's interpreter cannot run loops: {error}")
+pytestmark = runs_kernels
 
 
 def random_tensor(*shape: int, seed: int) -> Tensor:

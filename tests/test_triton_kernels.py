@@ -8,8 +8,6 @@ import itertools
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,29 +15,11 @@ from torch import Tensor
 from neuroexapt.errors import UserError
 from neuroexapt.kernels import pool_triton, reference, sepconv_triton
 from tests.cuda_graphs import assert_replays_the_same_bits
+from tests.kernels.held_to_reference import DEVICE, TOLERANCE, runs_kernels
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 WEIGHT_NAMES = ("dx", "depthwise_grad", "pointwise_grad")
-pytestmark = pytest.mark.usefixtures("exact_products")
+pytestmark = [pytest.mark.usefixtures("exact_products"), runs_kernels]
 gpu = pytest.mark.gpu
-
-
-@triton.jit
-def _count_kernel(out_ptr, n):
-    total = 0
-    for _ in range(n):
-        total += 1
-    tl.store(out_ptr, total)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels_can_run():
-    """Skip where Triton's interpreter is too old for the installed NumPy (3.6 with NumPy 2.4 and later)."""
-    try:
-        _count_kernel[1,](torch.zeros(1, dtype=torch.int32, device=DEVICE), 2)
-    except triton.runtime.errors.InterpreterError as error:
-        pytest.skip(f"this Triton's interpreter cannot run loops: {error}")
 
 
 def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
