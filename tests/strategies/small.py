@@ -54,6 +54,16 @@ def make_step(strategy: Strategy, channels: int = 4) -> tuple[BilevelStep, Batch
     return step, train, valid
 
 
+def values_by_epoch(strategy: Strategy, name: str, epochs: int) -> list[float]:
+    """What a strategy's buffer is in each epoch of a search."""
+    step, *_ = make_step(strategy)
+    values = []
+    for epoch in range(epochs):
+        strategy.start_epoch(step.supernet, epoch, epochs)
+        values.append(strategy.get_buffer(name).item())
+    return values
+
+
 def some_alphas(rows: int = 5, columns: int = 4) -> dict[str, torch.Tensor]:
     """Of two cell types, far from uniform."""
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@ import torch
 
 from neuroexapt.strategies.beta_darts import BetaDarts
 from neuroexapt.strategies.darts import Darts
-from tests.strategies.small import make_step, some_alphas
+from tests.strategies.small import make_step, some_alphas, values_by_epoch
 
 
 def test_penalty_lowers_each_alpha_by_its_share() -> None:
@@ -30,10 +30,4 @@ def test_alphas_get_the_gradient_of_loss_and_penalty_and_weights_that_of_the_los
 
 
 def test_strength_grows_linearly_from_none_to_fifty() -> None:
-    strategy = BetaDarts()
-    step, *_ = make_step(strategy)
-    strengths = []
-    for epoch in range(3):
-        strategy.start_epoch(step.supernet, epoch, 3)
-        strengths.append(strategy.strength.item())
-    assert strengths == [0, 25, 50]
+    assert values_by_epoch(BetaDarts(), "strength", 3) == [0, 25, 50]

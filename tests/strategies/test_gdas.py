@@ -6,7 +6,7 @@ from neuroexapt.core.drawn import strongest
 from neuroexapt.core.operations import MixedOp
 from neuroexapt.strategies.gdas import Gdas
 from neuroexapt.strategies.gumbel import gumbel_softmax
-from tests.strategies.small import make_phase, make_step, some_alphas
+from tests.strategies.small import make_phase, make_step, some_alphas, values_by_epoch
 
 
 def test_one_operation_an_edge_has_weight_one_and_all_have_the_gradient_of_the_sample() -> None:
@@ -46,12 +46,7 @@ def test_operations_are_drawn_with_the_probabilities_of_the_softmax() -> None:
 
 
 def test_temperature_falls_linearly_from_ten_to_a_tenth() -> None:
-    strategy = Gdas()
-    step, *_ = make_step(strategy)
-    temperatures = []
-    for epoch in range(3):
-        strategy.start_epoch(step.supernet, epoch, 3)
-        temperatures.append(strategy.temperature.item())
+    temperatures = values_by_epoch(Gdas(), "temperature", 3)
     torch.testing.assert_close(torch.tensor(temperatures), torch.tensor([10, 5.05, 0.1]))
 
 

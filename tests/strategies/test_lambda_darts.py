@@ -6,7 +6,7 @@ import torch
 from neuroexapt.strategies import lambda_darts
 from neuroexapt.strategies.darts import Darts
 from neuroexapt.strategies.lambda_darts import LambdaDarts, harmonizing_direction
-from tests.strategies.small import make_step
+from tests.strategies.small import make_step, values_by_epoch
 
 
 def mean_cosine(gradients: torch.Tensor) -> torch.Tensor:
@@ -61,10 +61,4 @@ def test_without_strength_it_is_darts() -> None:
 
 
 def test_strength_grows_linearly() -> None:
-    strategy = LambdaDarts()
-    step, *_ = make_step(strategy)
-    strengths = []
-    for epoch in range(3):
-        strategy.start_epoch(step.supernet, epoch, 3)
-        strengths.append(strategy.strength.item())
-    assert strengths == [0, 0.0625, 0.125]
+    assert values_by_epoch(LambdaDarts(), "strength", 3) == [0, 0.0625, 0.125]

@@ -5,7 +5,7 @@ from neuroexapt.core.operations import Zero
 from neuroexapt.engine.config import SearchConfig, make_config
 from neuroexapt.spaces import DARTS
 from neuroexapt.strategies.p_darts import PDarts
-from tests.strategies.small import make_phase, make_step, some_alphas
+from tests.strategies.small import make_phase, make_step, some_alphas, values_by_epoch
 
 
 def test_each_stage_has_fewer_candidates_and_starts_with_a_new_alpha() -> None:
@@ -63,12 +63,7 @@ def test_skip_connections_are_dropped_as_a_whole_and_others_never(rate: float) -
 
 
 def test_drop_rate_falls_within_each_stage() -> None:
-    strategy = PDarts()
-    step, *_ = make_step(strategy)
-    rates = []
-    for epoch in range(75):
-        strategy.start_epoch(step.supernet, epoch, 75)
-        rates.append(strategy.drop_rate.item())
+    rates = values_by_epoch(PDarts(), "drop_rate", 75)
     assert rates[:25] == [0] * 25
     assert rates[25:35] == pytest.approx([0.4 * (25 - epoch) / 25 for epoch in range(10)])
     assert rates[60:75] == pytest.approx([0.7 * 0.8187307**epoch for epoch in range(15)])

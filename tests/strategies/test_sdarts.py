@@ -3,7 +3,7 @@ import torch
 
 from neuroexapt.strategies.darts import Darts
 from neuroexapt.strategies.sdarts import ATTACK_STEPS, AdversariallySmoothed, RandomlySmoothed, Smoothed
-from tests.strategies.small import make_step
+from tests.strategies.small import make_step, values_by_epoch
 
 both = pytest.mark.parametrize("strategy", [RandomlySmoothed(), AdversariallySmoothed()])
 
@@ -70,11 +70,7 @@ def test_the_attack_raises_the_loss_more_than_noise() -> None:
 
 @both
 def test_radius_grows_linearly(strategy: Smoothed) -> None:
-    step, *_ = make_step(strategy)
-    radii = []
-    for epoch in range(3):
-        strategy.start_epoch(step.supernet, epoch, 3)
-        radii.append(strategy.radius.item())
+    radii = values_by_epoch(strategy, "radius", 3)
     torch.testing.assert_close(torch.tensor(radii), torch.tensor([0.03, 0.165, 0.3]))
 
 

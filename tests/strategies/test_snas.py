@@ -1,7 +1,7 @@
 import torch
 
 from neuroexapt.strategies.snas import Snas
-from tests.strategies.small import make_step, some_alphas
+from tests.strategies.small import some_alphas, values_by_epoch
 
 
 def test_weights_are_a_sample_that_nears_a_corner_as_the_temperature_falls() -> None:
@@ -26,10 +26,4 @@ def test_every_operation_passes_a_gradient() -> None:
 
 
 def test_temperature_falls_linearly() -> None:
-    strategy = Snas()
-    step, *_ = make_step(strategy)
-    temperatures = []
-    for epoch in range(3):
-        strategy.start_epoch(step.supernet, epoch, 3)
-        temperatures.append(strategy.temperature.item())
-    assert temperatures == [10, 5.5, 1]
+    assert values_by_epoch(Snas(), "temperature", 3) == [10, 5.5, 1]
