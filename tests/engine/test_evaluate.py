@@ -1,6 +1,5 @@
 import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from neuroexapt.core.genotypes import DARTS_V2, Genotype
 from neuroexapt.engine import evaluate
 from neuroexapt.engine.evaluate import resnet18
 from neuroexapt.engine.training import TrainPhase
-from tests.engine.tiny import dataset_of, tiny_settings, weights_of
+from tests.engine.tiny import dataset_of, killed_at, tiny_settings, weights_of
 
 
 def evaluate_settings(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -90,28 +89,12 @@ def test_the_average_is_what_is_tested_and_given_back(compared: Any) -> None:
     )
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("phase_name", ["evaluate", "random-seed4"])
-def test_resumes_bit_for_bit_from_any_training(
-    phase_name: str, compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumes_bit_for_bit_from_any_training(phase_name: str, compared: Any, tmp_path: Path) -> None:
     dataset = dataset_of(compared.run_dir)
     settings = fast_settings(tmp_path, dataset=dataset, checkpoint_seconds=1e-9)
-    steps = TrainPhase.steps
-
-    def dying_steps(self: Any, epoch: int, start: int) -> Iterator[torch.Tensor]:
-        for step, metrics in enumerate(steps(self, epoch, start), start):
-            if (self.name, epoch, step) == (phase_name, 1, 2):
-                raise Killed
-            yield metrics
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainPhase, "steps", dying_steps)
-        with pytest.raises(Killed):
-            neuroexapt.evaluate(**settings)
+    with killed_at(TrainPhase, 1, 2, phase_name):
+        neuroexapt.evaluate(**settings)
     resumed = neuroexapt.evaluate(resume=settings["out"], quiet=True)
     assert (resumed.run_dir / "metrics.jsonl").read_bytes() == (
         compared.run_dir / "metrics.jsonl"

@@ -1,17 +1,15 @@
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import neuroexapt
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.errors import UserError
-from tests.engine.tiny import tiny_settings
+from tests.engine.tiny import killed_at, tiny_settings
 
 
 def events_of(folder: Path) -> EventAccumulator:
@@ -38,19 +36,10 @@ def test_event_files_hold_what_the_run_recorded(tmp_path: Path) -> None:
     assert "epoch/test_accuracy" in events_of(result.run_dir / "tensorboard" / "inherit").Tags()["scalars"]
 
 
-def test_resuming_between_epochs_keeps_all_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_between_epochs_keeps_all_events(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path, epochs=3, train_epochs=0)
-    steps = SearchPhase.steps
-
-    def dying_steps(self: Any, epoch: int, start: int) -> Iterator[torch.Tensor]:
-        if epoch == 2:
-            raise InterruptedError
-        return steps(self, epoch, start)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SearchPhase, "steps", dying_steps)
-        with pytest.raises(InterruptedError):
-            neuroexapt.search(**settings)
+    with killed_at(SearchPhase, 2, 0):
+        neuroexapt.search(**settings)
     for _ in range(2):  # on from epoch 2, then once more when all is done
         neuroexapt.search(resume=settings["out"], quiet=True)
         events = events_of(settings["out"] / "tensorboard" / "search")

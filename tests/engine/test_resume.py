@@ -18,33 +18,19 @@ from neuroexapt.engine.interrupt import Interrupted
 from neuroexapt.engine.search_phase import SearchPhase
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.errors import UserError
-from tests.engine.tiny import assert_same_run, dataset_of, tiny_settings, weights_of
-
-
-class Killed(Exception):
-    pass
+from tests.engine.tiny import assert_same_run, dataset_of, killed_at, tiny_settings, weights_of
 
 
 @pytest.mark.parametrize(
     ("phase", "epoch", "step"), [(SearchPhase, 0, 2), (SearchPhase, 1, 1), (TrainPhase, 0, 3)]
 )
 def test_resumes_bit_for_bit_from_any_step(
-    phase: type, epoch: int, step: int, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phase: type, epoch: int, step: int, finished: Any, tmp_path: Path
 ) -> None:
     """With a checkpoint after every step, dying right before step ``step`` of ``epoch``."""
     settings = tiny_settings(tmp_path, dataset=dataset_of(finished.run_dir), checkpoint_seconds=1e-9)
-    steps = phase.steps
-
-    def dying_steps(self: Any, at_epoch: int, start: int) -> Iterator[torch.Tensor]:
-        for i, metrics in enumerate(steps(self, at_epoch, start), start):
-            if (at_epoch, i) == (epoch, step):
-                raise Killed
-            yield metrics
-
-    with monkeypatch.context() as patch:
-        patch.setattr(phase, "steps", dying_steps)
-        with pytest.raises(Killed):
-            neuroexapt.search(**settings)
+    with killed_at(phase, epoch, step):
+        neuroexapt.search(**settings)
     neuroexapt.search(resume=settings["out"], quiet=True)
     assert_same_run(finished.run_dir, settings["out"])
 
@@ -54,27 +40,25 @@ def test_an_epoch_that_was_interrupted_took_all_its_seconds(
     is_kept: bool, of_epochs: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that goes on by a second a step. Earlier versions did not keep when the epoch had begun."""
-    seconds, steps, dies = 0, SearchPhase.steps, True
+    seconds, steps = 0, SearchPhase.steps
 
     def timed_steps(self: Any, epoch: int, start: int) -> Iterator[torch.Tensor]:
         nonlocal seconds
-        for i, metrics in enumerate(steps(self, epoch, start), start):
-            if dies and (epoch, i) == (1, 2):
-                raise Killed
+        for metrics in steps(self, epoch, start):
             seconds += 1
             yield metrics
 
     monkeypatch.setattr(SearchPhase, "steps", timed_steps)
     monkeypatch.setattr("neuroexapt.engine.phase.time", SimpleNamespace(monotonic=lambda: seconds))
     settings = tiny_settings(tmp_path, train_epochs=0, checkpoint_seconds=1e-9)
-    with pytest.raises(Killed):
+    with killed_at(SearchPhase, 1, 2):
         neuroexapt.search(**settings)
     if not is_kept:
         checkpoint = settings["out"] / "checkpoints" / "search.safetensors"
         state = load_checkpoint(checkpoint)
         del state["position"]["epoch_began"]
         save_checkpoint(checkpoint, state)
-    dies, seconds = False, 1000
+    seconds = 1000
     found = neuroexapt.search(resume=settings["out"], quiet=True)
     timing = [json.loads(line) for line in (found.run_dir / "timing.jsonl").read_text().splitlines()]
     assert [record["seconds"] for record in timing] == of_epochs

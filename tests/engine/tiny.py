@@ -1,10 +1,14 @@
 """Data and settings so small that whole runs fit into a test, and what to compare of two runs."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 
 from neuroexapt.engine.checkpoint import load_checkpoint
@@ -43,6 +47,25 @@ def tiny_settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "quiet": True,
         **changes,
     }
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@contextmanager
+def killed_at(phase: type, epoch: int, step: int, name: str | None = None) -> Iterator[None]:
+    """The first phase of this kind, and of that name, dies right before ``step`` of ``epoch``."""
+    steps = phase.steps
+
+    def dying_steps(self: Any, at_epoch: int, start: int) -> Iterator[torch.Tensor]:
+        for i, metrics in enumerate(steps(self, at_epoch, start), start):
+            if name in (None, self.name) and (at_epoch, i) == (epoch, step):
+                raise Killed
+            yield metrics
+
+    with patch.object(phase, "steps", dying_steps), pytest.raises(Killed):
+        yield
 
 
 def weights_of(run: Path, phase: str) -> dict[str, torch.Tensor]:
