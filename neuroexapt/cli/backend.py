@@ -6,10 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-backend_app = typer.Typer(help="Show, choose, check and tune where the operations run.", no_args_is_help=True)
+backend_app = typer.Typer(help="Show, choose, check and tune where the operations run.")
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON for other programs")]
 BackendName = Annotated[str, typer.Argument(help="auto, cpu, cuda, cuda:torch, cuda:triton, cuda:ext or mps")]
+
+
+@backend_app.callback(invoke_without_command=True)
+def _no_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @backend_app.command()

@@ -126,6 +126,9 @@ def test_every_setting_is_an_option(capsys: pytest.CaptureFixture) -> None:
 def test_help_and_version_without_a_command(capsys: pytest.CaptureFixture) -> None:
     assert "Commands:" in run(capsys)[1]
     assert run(capsys, "--version")[:2] == (0, "0.1.0\n")
+    code, out, err = run(capsys, "backend")
+    assert (code, err) == (0, "")
+    assert "optimize" in out
 
 
 @pytest.mark.parametrize(
@@ -146,9 +149,9 @@ def test_help_and_version_without_a_command(capsys: pytest.CaptureFixture) -> No
         (["search", "--use_first_order", "--strategy", "darts-2nd"], "first order"),
         (["search", "--out", "x", "--save_dir", "y"], "give one of them"),
         (["search", "--dataset", "folder:/does/not/exist"], "/does/not/exist"),
-        (["search", "--dataset", "npz:/does/not/exist.npz"], "/does/not/exist.npz"),
-        (["search", "--config", "/does/not/exist.json"], "/does/not/exist.json"),
-        (["search", "--resume", "/does/not/exist"], "holds no run"),
+        (["search", "--dataset", "npz:/does/not/exist"], "there is no file /does/not/exist; npz:PATH names"),
+        (["search", "--config", "/does/not/exist.json"], "/does/not/exist.json'; give a JSON object"),
+        (["search", "--resume", "/does/not/exist"], "name the folder that a search or an evaluation wrote"),
         (["evaluate", "--genotype", "DARTS_V9"], "no genotype 'DARTS_V9'"),
         (["evaluate", "--auxiliary"], "auxiliary head needs pictures of at least 21 pixels, these have 8"),
         (["evaluate", "--recipe", "slow"], "unknown recipe 'slow'; choose one of published, fast"),
