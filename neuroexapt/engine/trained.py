@@ -56,7 +56,8 @@ def load_trained(run_dir: Path | str) -> TrainedRun:
 def _finished_state(folder: RunFolder, config: RunConfig, phase: str) -> dict[str, Any]:
     """What the phase's checkpoint holds of it."""
     if getattr(config, "train_epochs", None) == 0:
-        train = command_line("evaluate", "--genotype", folder.path, "--dataset", config.dataset)
+        data = "--dataset", config.dataset, "--space", config.space
+        train = command_line("evaluate", "--genotype", folder.path, *data)
         raise UserError(
             f"{folder.path} has trained no network, since it was made with --train-epochs 0; train what it "
             f"found with: {train}"

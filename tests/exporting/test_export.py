@@ -180,7 +180,7 @@ def test_the_folder_of_a_run_is_a_recommender_to_serve(recommender: RunResult, c
     trained = SequenceRecommender(recommender.model).eval()  # type: ignore[arg-type]
     assert torch.equal(loaded(items, lengths), trained(items, lengths))
     assert loaded.item_counts[0] == 0 < loaded.item_counts.max()
-    with pytest.raises(UserError, match="a network for pictures, which is no recommender"):
+    with pytest.raises(UserError, match="a network for pictures, which is no recommender; name a run"):
         SequenceRecommender.load(classifier.run_dir)
 
 
@@ -212,7 +212,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(
 def test_a_search_that_trained_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = {"strategy": "darts", "dataset": "digits", "train_epochs": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert f"evaluate --genotype {tmp_path} --dataset digits" in refused(capsys, tmp_path)
+    assert f"evaluate --genotype {tmp_path} --dataset digits --space darts" in refused(capsys, tmp_path)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
