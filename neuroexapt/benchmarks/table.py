@@ -141,5 +141,5 @@ def load_table(path: str | Path) -> Table:
     """The table at ``path``; see this module for what may be there."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"there is no table {path}")
+        raise UserError(f"there is no table {path}; give a CSV file, or the files of NATS-Bench")
     return CsvTable(path) if path.name.endswith((".csv", ".csv.gz")) else NatsTable(path)

@@ -402,7 +402,10 @@ def load_genotype(name_or_file: str) -> Genotype | CellGenotype | BlockGenotype 
     if path.is_dir():
         path = path / "genotype.json"
     if not path.is_file():
-        raise UserError(f"no genotype {name_or_file!r}: it is neither a file nor one of {', '.join(known)}")
+        raise UserError(
+            f"no genotype {name_or_file!r}: it is neither a file, nor the folder of a run that found one, "
+            f"nor one of {', '.join(known)}"
+        )
     try:
         return genotype_from_text(path.read_text())
     except (UserError, UnicodeDecodeError) as error:

@@ -38,7 +38,7 @@ def read_npz(path: Path) -> Splits[ResidentImages]:
 
 def _load(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise UserError(f"{path} does not exist; npz:PATH names an .npz file with {', '.join(KEYS)}")
+        raise UserError(f"there is no file {path}; npz:PATH names an .npz file with {', '.join(KEYS)}")
     try:
         with np.load(path) as file:
             arrays = {key: file[key] for key in (*KEYS, "classes") if key in file}

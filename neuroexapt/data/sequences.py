@@ -139,7 +139,7 @@ def read_histories(path: Path, *, least_events: int = LEAST_EVENTS) -> Histories
     =====================  =================================================================
     ``*.inter``            RecBole: tabs, a header such as ``user_id:token  item_id:token``
     ``*.dat``              MovieLens-1M: ``user::item::rating::time``
-    ``*.csv``              MovieLens-20M and Amazon: ``user,item,rating,time``, perhaps a header
+    ``*.csv``              MovieLens-20M and Amazon: ``user,item,rating,time``, or a header ``userId,…``
     ``*.json``             Amazon reviews: ``reviewerID``, ``asin``, ``unixReviewTime`` a line
     ``*.data``             MovieLens-100K's ``u.data``: ``user  item  rating  time``
     anything else          ``user item`` a line, or ``user item item …``, in order of time
@@ -273,8 +273,9 @@ def _read_columns(file: TextIO, separator: str | None, names: tuple[str, str, st
             try:
                 yield Event(fields[user], fields[item], _seconds(fields[time]))
             except (IndexError, ValueError) as error:
+                header = f"; a header names {', '.join(names)}" if number == 1 and names else ""
                 raise UserError(
-                    f"line {number} is no `user, item, rating, time`: {line.strip()!r}"
+                    f"line {number} is no `user, item, rating, time`: {line.strip()!r}{header}"
                 ) from error
 
 

@@ -330,7 +330,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config {file}: {error}") from error
+        raise UserError(f"cannot read the config {file}: {error}; give a JSON object of settings") from error
     if not isinstance(fields, dict):
         raise UserError(f"the config {file} is no JSON object of settings")
     return fields

@@ -76,7 +76,10 @@ class RunFolder:
     def open(cls, path: Path) -> "RunFolder":
         """A folder that holds a run."""
         if not (path / "config.json").is_file():
-            raise UserError(f"{path} holds no run: there is no config.json in it")
+            raise UserError(
+                f"{path} holds no run: there is no config.json in it; name the folder that a search or an "
+                "evaluation wrote"
+            )
         return cls(path)
 
     @property

@@ -92,7 +92,10 @@ class SequenceRecommender(nn.Module):
         if Path(path).is_dir():
             trained = load_trained(path)
             if not isinstance(trained.network, SequenceNetwork):
-                raise UserError(f"{path} holds a network for {trained.data['kind']}, which is no recommender")
+                raise UserError(
+                    f"{path} holds a network for {trained.data['kind']}, which is no recommender; name a run "
+                    "on histories, that is with --dataset seq:PATH"
+                )
             return cls(trained.network, torch.tensor(trained.data["item_counts"])).eval()
         state = load_checkpoint(Path(path))
         if "recommender" not in state:

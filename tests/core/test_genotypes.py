@@ -91,7 +91,7 @@ def test_load_by_name_file_and_run_folder(tmp_path: Path) -> None:
     file.write_text(json.dumps(FIELDS))
     assert load_genotype(str(file)) == load_genotype(str(tmp_path)) == DARTS_V2
     assert load_genotype(str(DARTS_V2)) == load_genotype(json.dumps(FIELDS)) == DARTS_V2
-    with pytest.raises(UserError, match="neither a file nor one of NASNet"):
+    with pytest.raises(UserError, match="nor the folder of a run that found one, nor one of NASNet"):
         load_genotype("nonsense")
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"genotype\.json"):

@@ -77,6 +77,7 @@ def test_users_and_items_with_few_events_are_left_out_until_none_is_left(tmp_pat
         ("a.inter", "user\titem\n1\t2\n", "the first line must name the columns"),
         ("a.inter", "user_id:token\titem_id:token\n1\n", "line 2 does not fit the header"),
         ("a.csv", "1,2,5,10\n1,2\n", "line 2 is no `user, item, rating, time`"),
+        ("a.csv", "user,item,time\n", "'user,item,time'; a header names userId, movieId, timestamp"),
         ("a.csv", "1,2,5,nan\n", "line 1 is no `user, item, rating, time`"),
         ("a.json", '{"reviewerID": "u", "asin": "x", "unixReviewTime": Infinity}\n', "line 1 is no review"),
         ("a.dat", "1::2::5::soon\n", "line 1 is no `user, item, rating, time`"),
