@@ -75,12 +75,13 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """A folder that holds a run."""
-        if not (path / "config.json").is_file():
+        run = cls(path)
+        if not (path / "config.json").is_file() or "dataset" not in run.read_json("config.json"):
             raise UserError(
-                f"{path} holds no run: there is no config.json in it; name the folder that a search or an "
-                "evaluation wrote"
+                f"{path} holds no run: there is no config.json of one in it; name the folder that a search "
+                "or an evaluation wrote"
             )
-        return cls(path)
+        return run
 
     @property
     def command(self) -> str:
