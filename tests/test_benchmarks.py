@@ -176,6 +176,7 @@ def write_finished_search(folder: Path, seconds: float, device: str) -> None:
         (folder / name).write_text(json.dumps(content) + "\n")
 
 
+@pytest.mark.slow
 def test_searches_from_elsewhere_are_collected_with_where_they_ran_and_what_ran_beside_them(tmp_path):
     out, figure, document = (tmp_path / name for name in ("results.jsonl", "figure.png", "page.md"))
     document.write_text(f"before\n{nas_bench_201.MARKER}\nold\n<!-- end -->\nafter\n")
