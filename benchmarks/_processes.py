@@ -1,6 +1,7 @@
 """Runs of ``neuroexapt`` side by side, each in a process of its own, shared out over the GPUs."""
 
 import json
+import math
 import os
 import queue
 import signal
@@ -33,8 +34,8 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """What its processes took so far, from start to end."""
-        return sum(record["seconds"] for record in self._processes)
+        """What its processes took so far, from start to end; NaN where somebody else started one."""
+        return sum(record.get("seconds", math.nan) for record in self._processes)
 
     @property
     def commits(self) -> list[str]:
@@ -42,7 +43,15 @@ class Run:
         return list(dict.fromkeys(record["commit"] for record in self._processes))
 
     @property
+    def per_device(self) -> int:
+        """The most runs, itself included, that shared the device of one of its processes."""
+        if not self._processes:
+            raise SystemExit(f"say in {self._processes_file} what ran in {self.folder}; --help tells how")
+        return max(record["per_device"] for record in self._processes)
+
+    @property
     def _processes(self) -> list[dict[str, Any]]:
+        """Of each its commit and ``per_device``, and, where it was started here, seconds and options."""
         return read_records(self._processes_file)
 
     @property
@@ -52,9 +61,10 @@ class Run:
     def check(self) -> None:
         """End the script if the folder holds a run that was begun with other options."""
         for record in self._processes[:1]:
-            if tuple(record["options"]) != self.options:
+            options = tuple(record.get("options", self.options))
+            if options != self.options:
                 raise SystemExit(
-                    f"{self.folder} holds a run with other options, {' '.join(record['options'])}: "
+                    f"{self.folder} holds a run with other options, {' '.join(options)}: "
                     "give these, or another folder of --runs"
                 )
 
@@ -69,8 +79,9 @@ class Run:
         else:
             yield from (f"--out={self.folder}", "--overwrite", *self.options)
 
-    def carry_out(self, gpu: str | None, deadline: float, commit: str) -> None:
-        """To its end, or so far as the deadline lets it; ``gpu`` is one of ``visible_gpus``."""
+    def carry_out(self, gpu: str | None, deadline: float, **facts: Any) -> None:
+        """To its end, or so far as the deadline lets it; ``gpu`` is one of ``visible_gpus``, ``facts`` are
+        kept of the process."""
         environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         start, command = time.monotonic(), list(self.command())
         with open(self.folder.with_suffix(".log"), "a") as log:
@@ -80,7 +91,7 @@ class Run:
             except subprocess.TimeoutExpired:
                 _stop(process)
                 code = 0
-        record = {"seconds": time.monotonic() - start, "commit": commit, "options": self.options}
+        record = {"seconds": time.monotonic() - start, "options": self.options, **facts}
         with open(self._processes_file, "a") as processes:
             processes.write(json.dumps(record) + "\n")
         if code:
@@ -116,13 +127,14 @@ def carry_out_all(
             waiting.put(run)
     failures: list[SystemExit] = []
     gpus = visible_gpus()
+    per_device = math.ceil(min(jobs, waiting.qsize()) / max(1, len(gpus)))
 
     def work(worker: int) -> None:
         gpu = gpus[worker % len(gpus)] if gpus else None
         while not failures and time.monotonic() < deadline:
             try:
                 run = waiting.get_nowait()
-                run.carry_out(gpu, deadline, commit)
+                run.carry_out(gpu, deadline, commit=commit, per_device=per_device)
             except queue.Empty:
                 return
             except SystemExit as failure:

@@ -17,6 +17,7 @@ from tests.engine.tiny import write_tiny_npz
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import _sequences
 import full_search
+import nas_bench_201
 import search_fidelity
 import search_step
 from _harness import Spread, Work
@@ -154,16 +155,68 @@ def test_full_search_times_the_command_line(tmp_path):
     assert 0 < figures["first_epoch_s"]["median"] < figures["wall_s"]["median"]
 
 
+def test_the_page_on_spaces_holds_what_the_results_say():
+    lines = nas_bench_201.read_records(BENCHMARKS / "results" / "nas_bench_201.jsonl")
+    document = nas_bench_201.DOCUMENT.read_text()
+    assert nas_bench_201.write_table(document, lines) == document, "run benchmarks/nas_bench_201.py --draw"
+
+
+def write_finished_search(folder: Path, seconds: float, device: str) -> None:
+    """What a search of 100 epochs leaves that ended with the first cell of nas-bench-201."""
+    folder.mkdir(parents=True)
+    cell, versions = genotype_of_id(0), {"torch": "2.11", "cuda": "13.0"}
+    files = {
+        "config.json": {"dataset": "npz:somewhere/pictures.npz", "batch_size": 64, "epochs": 100},
+        "result.json": {"device": device, "versions": versions},
+        "genotype.json": cell.to_dict(),
+        "timing.jsonl": {"phase": "search", "seconds": seconds},
+        "metrics.jsonl": {nas_bench_201.METRIC: 0.9},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content) + "\n")
+
+
+@pytest.mark.slow
+def test_searches_from_elsewhere_are_collected_with_where_they_ran_and_what_ran_beside_them(tmp_path):
+    out, figure, document = (tmp_path / name for name in ("results.jsonl", "figure.png", "page.md"))
+    document.write_text(f"before\n{nas_bench_201.MARKER}\nold\n<!-- end -->\nafter\n")
+    collect = (
+        "nas_bench_201.py", "--collect", f"--runs={tmp_path}", f"--out={out}", f"--figure={figure}",
+        f"--document={document}", "--strategies", "drnas", "gdas",
+    )  # fmt: skip
+    for seed, seconds, per_device in ((0, 800.0, 2), (1, 450.0, 1)):
+        write_finished_search(tmp_path / f"drnas-{seed}", seconds, "Some GPU")
+        ran = {"commit": f"c{seed}", "per_device": per_device}
+        (tmp_path / f"drnas-{seed}.processes.jsonl").write_text(json.dumps(ran) + "\n")
+    done = run_benchmark(*collect)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["device"] for line in lines} == {"Some GPU"}
+    assert {line["metric"] for line in lines} == {"accuracy", "search_s", "genotypes", "accuracy_curve"}
+    assert [line["searches_per_device"] for line in lines if line["metric"] == "search_s"] == [[2, 1]]
+    row = "| `drnas` | 90.00 % | 90.00, 90.00 | 100 | 800†, 450 | 94.36 % | Some GPU | c0, c1 |"
+    assert row in document.read_text().splitlines()
+    assert "old" not in document.read_text()
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+    write_finished_search(tmp_path / "gdas-0", 700.0, "Some GPU")
+    refused = run_benchmark(*collect)
+    assert refused.returncode == 1
+    assert "gdas-0.processes.jsonl" in refused.stderr
+
+
 @pytest.mark.slow
 def test_nas_bench_201_compares_strategies_by_a_table_and_draws_them(tmp_path):
     table, out, figure = (tmp_path / name for name in ("table.csv", "results.jsonl", "figure.png"))
+    document = tmp_path / "page.md"
+    document.write_text(f"{nas_bench_201.MARKER}\n<!-- end -->\n")
     rows = (f"{genotype_of_id(number)},{number / 200},{number / 200}\n" for number in range(15_625))
     table.write_text("arch,c10_test_200,c10_valid_12\n" + "".join(rows))
     data = write_tiny_npz(tmp_path / "tiny.npz")
     done = run_benchmark(
         "nas_bench_201.py", f"--table={table}", f"--dataset=npz:{data}", f"--out={out}", f"--figure={figure}",
         "--strategies", "darts", "gdas", "--seeds=1", "--epochs=2", "--batch-size=8", "--jobs=2",
-        "--options", "layers=3", "init-channels=2", "backend=cpu",
+        f"--document={document}", "--options", "layers=3", "init-channels=2", "backend=cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -173,6 +226,8 @@ def test_nas_bench_201_compares_strategies_by_a_table_and_draws_them(tmp_path):
         assert accuracy == pytest.approx(number / 20_000)
         assert of_strategy["accuracy_curve"]["values"][0][-1] == accuracy
         assert of_strategy["search_s"]["mean"] < of_strategy["wall_s"]["mean"]
+        assert of_strategy["search_s"]["searches_per_device"] == [2]
+        assert f"| `{strategy}` | {accuracy:.2%}".replace("%", " %") in document.read_text()
     queries = {
         line["implementation"]: line["values"] for line in lines if line["metric"] == "accuracy_by_queries"
     }
@@ -186,10 +241,12 @@ def test_nas_bench_201_records_what_its_limit_cuts_short(tmp_path):
     table, out, figure = (tmp_path / name for name in ("table.csv", "results.jsonl", "figure.png"))
     rows = (f"{genotype_of_id(number)},1,1\n" for number in range(15_625))
     table.write_text("arch,c10_test_200,c10_valid_12\n" + "".join(rows))
+    document = tmp_path / "page.md"
+    document.write_text("no table here\n")
     done = run_benchmark(
         "nas_bench_201.py", f"--table={table}", "--dataset=digits", f"--out={out}", f"--figure={figure}",
         "--strategies", "darts", "gdas", "--seeds=1", "--epochs=1000", "--jobs=1", "--limit=1",
-        "--options", "backend=cpu",
+        f"--document={document}", "--options", "backend=cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     status = {

@@ -219,6 +219,24 @@ def test_backward_of_a_sum(shape, count, training, wants_weights, stored):
 
 
 @gpu
+@pytest.mark.usefixtures("drawn_by_values")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [0, 1, 7, 35])
+def test_backward_of_a_sum_of_what_was_drawn(shape, count, stored):
+    """Weights of what was not drawn, and of what is nothing, have the gradient of a constant."""
+    weights, g, terms = draw(randn(10, 4), 0), strided(*shape, dtype=stored), summands(shape, count, stored)
+    nothing = [(9, k) for k in range(4)]
+    grad, expected_grad = torch.zeros_like(weights), exact(torch.zeros_like(weights))
+    actual = cell_kernels.backward_add_up(terms, weights, g, grad, True, True, nothing)
+    expected = torch_kernels.backward_add_up(
+        exact(terms), exact(weights), exact(g), expected_grad, True, True, nothing
+    )
+    for got, right in zip(actual, expected, strict=True):
+        assert (got.double() - right).norm() <= 1e-4 * right.norm()
+    assert (grad.double() - expected_grad).norm() <= 1e-4 * expected_grad.norm()
+
+
+@gpu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kinds", [("max", "avg"), ("max",), ("avg",)])
 def test_backward_of_a_sum_forms_pools_again(shape, kinds, stored):

@@ -131,7 +131,7 @@ def _refusals(plan: CellPlan, states: Sequence[Tensor], weights: Tensor) -> Iter
         for state in plan.states
     ):
         yield "too many operations leave one state"
-    if any(len(node.terms) + len(node.edges) > cell_kernels.MAX_TERMS for node in plan.nodes):
+    if any(len(node.terms) + len(node.rows) > cell_kernels.MAX_TERMS for node in plan.nodes):
         yield "too many terms enter one node"
     if any(
         len({term.edge for term in node.terms if isinstance(term, PoolTerm)}) > cell_kernels.MAX_POOLED_EDGES
@@ -158,19 +158,20 @@ def run(
 
     What is not drawn runs all the same if they do not leave it out.
     """
-    weights, constants = part_by_nodes(plan, weights) if drawn_only else (weights, {})
+    leaves_out = drawn_only and kernels.LEAVES_OUT  # and then knows of the constants
+    weights, constants = part_by_nodes(plan, weights) if drawn_only and not leaves_out else (weights, {})
     weights = weights.contiguous()
-    output = _empty_output(plan, states[0])
     exact = products_are_exact()
+    output, sums = _empty_sums(plan, states[0])
     pass_ = Pass(
         kernels,
         exact,
         _is_training(plan),
         weights.detach(),
-        drawn_only and kernels.LEAVES_OUT,
+        leaves_out,
         len(states),
-        len(plan.nodes),
         output,
+        sums,
         kernels.Branch(),
     )
     shared_weights = _ShareWeights.apply(pass_, len(plan.nodes), weights)
@@ -192,10 +193,10 @@ def run(
     for i, node in enumerate(plan.nodes):
         y = _EnterNode.apply(pass_, i, node, shared_weights[i], *handles.pop(node.node, ()))
         entered += leave(node.node, [add_constants(y, constants[node.node]) if constants else y])
-    if len(plan.outputs) == len(plan.nodes):
+    if output is not None:
         return _Concatenate.apply(pass_, *entered)
-    pass_.output = None
-    return torch.cat([y for node, y in zip(plan.nodes, entered, strict=True) if node.node in plan.outputs], 1)
+    left = [y for node, y in zip(plan.nodes, entered, strict=True) if node.node in plan.outputs]
+    return left[0] if len(left) == 1 else torch.cat(left, 1)
 
 
 class _Outputs:
@@ -470,6 +471,7 @@ class _EnterNode(torch.autograd.Function):
         pass_.join()
         y = _add_up(pass_, number, entries, weights)
         ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]
+        ctx.nothing = _nothing(node, weights.shape[1])
         ctx.has_stats = [entry.stats is not None for entry in entries]
         stats = (entry.stats for entry in entries if entry.stats is not None)
         ctx.save_for_backward(weights, *(entry.kept for entry in entries), *stats)
@@ -496,7 +498,9 @@ class _EnterNode(torch.autograd.Function):
         pass_.join()
         late = _late(pass_, summands)
         soon = {member: term for member, term in summands.items() if member not in late}
-        _backward_add_up(pass_, soon, weights, g, wants_weights)
+        nothing = ctx.nothing if wants_weights and pass_.drawn_only else []
+        if soon or nothing:
+            _backward_add_up(pass_, soon, weights, g, wants_weights, nothing)
         if late:
             with pass_.branch:
                 pass_.branch.keep(g, *saved)
@@ -508,9 +512,8 @@ class _EnterNode(torch.autograd.Function):
 
 def _add_up(pass_: Pass, number: int, entries: Sequence[Entry], weights: Tensor) -> Tensor:
     """The sum of a node with all ``entries``, where it was begun of the others."""
-    assert pass_.output is not None
     begun = pass_.begun.pop(number, None)
-    y, added = begun or (_slice(pass_.output, number, pass_.nodes), 0)
+    y, added = begun or (pass_.sums.pop(number), 0)
     so_far = [Summand(y, None, None)] if begun else []
     terms = [*so_far, *(entry.summand for entry in entries[added:])]
     pass_.kernels.add_up(terms, weights, y, **pass_.leaving_out)
@@ -522,8 +525,9 @@ def _begin_sums(pass_: Pass, state: int) -> None:
 
     More than that takes longer than the convolutions of the state, beside which it is done.
     """
-    assert pass_.output is not None
-    if not pass_.branch.is_one or pass_.output.dtype == torch.bfloat16:  # a sum would be rounded twice
+    if not pass_.branch.is_one or pass_.drawn_only:
+        return
+    if any(y.dtype == torch.bfloat16 for y in pass_.sums.values()):  # a sum would be rounded twice
         return
     for target in (state + 1, state + 2):
         entries, number = pass_.entries.get(target, []), target - pass_.inputs
@@ -542,15 +546,19 @@ def _late(pass_: Pass, summands: dict[Term, Summand]) -> dict[Term, Summand]:
 
 
 def _backward_add_up(
-    pass_: Pass, summands: dict[Term, Summand], weights: Tensor, g: Tensor, wants_weights: bool
+    pass_: Pass,
+    summands: dict[Term, Summand],
+    weights: Tensor,
+    g: Tensor,
+    wants_weights: bool,
+    nothing: Sequence[tuple[int, int]] = (),
 ) -> None:
     """Make the coefs of all ``summands``."""
-    if not summands:
-        return
+    constants = {"nothing": nothing} if nothing else {}
     grad_weights = pass_.grad_weights if wants_weights else None
     terms = list(summands.values())
     coefs = pass_.kernels.backward_add_up(
-        terms, weights, g, grad_weights, pass_.training, **pass_.leaving_out
+        terms, weights, g, grad_weights, pass_.training, **pass_.leaving_out, **constants
     )
     pass_.coefs.update(zip(summands, coefs, strict=True))
 
@@ -635,11 +643,22 @@ def _pooling_of(member: Term) -> Pooling | None:
     return Pooling(member.pool.kind, member.stride) if isinstance(member, PoolTerm) else None
 
 
-def _empty_output(plan: CellPlan, state: Tensor) -> Tensor:
-    """[B, nodes · C, H, W], which the nodes write their parts of."""
+def _empty_sums(plan: CellPlan, state: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """[B, C, H, W] for every node; where all of them leave the cell, they are parts of one tensor."""
     batch, channels, height, width = state.shape
-    stride = plan.states[0].stride
-    return state.new_empty(batch, len(plan.nodes) * channels, -(-height // stride), -(-width // stride))
+    stride, count = plan.states[0].stride, len(plan.nodes)
+    size = -(-height // stride), -(-width // stride)
+    if len(plan.outputs) < count:
+        return None, {i: state.new_empty(batch, channels, *size) for i in range(count)}
+    output = state.new_empty(batch, count * channels, *size)
+    return output, {i: _slice(output, i, count) for i in range(count)}
+
+
+def _nothing(node: NodeGroup, candidates: int) -> list[tuple[int, int]]:
+    """Edge and column of every ``none`` that enters a node."""
+    known = {(term.edge, term.column) for term in node.terms}
+    rows = set(node.rows) - {edge.edge for edge in node.edges}
+    return [(row, k) for row in sorted(rows) for k in range(candidates) if (row, k) not in known]
 
 
 def _slice(output: Tensor, number: int, count: int) -> Tensor:

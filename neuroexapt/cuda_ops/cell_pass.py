@@ -42,8 +42,8 @@ class Pass:
     weights: Tensor
     drawn_only: bool  # candidates of weight 0 do not run
     inputs: int  # states that leave together
-    nodes: int
-    output: Tensor | None  # until it is complete
+    output: Tensor | None  # all sums in one, until it is complete
+    sums: dict[int, Tensor]  # of nodes that nothing was added to yet
     branch: Any  # beside the convolutions: what only the next node or the one before waits for
     entries: dict[int, list[Entry]] = field(default_factory=lambda: defaultdict(list))
     coefs: dict[Term, Tensor] = field(default_factory=dict)

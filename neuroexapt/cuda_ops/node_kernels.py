@@ -122,8 +122,13 @@ def backward_add_up(
     grad_weights: Tensor | None,
     training: bool,
     drawn_only: bool = False,
+    nothing: Sequence[tuple[int, int]] = (),
 ) -> list[Tensor]:
-    """``coef`` of each summand, and where they are wanted the gradients of the weights that they have."""
+    """``coef`` of each summand, and where they are wanted the gradients of the weights that they have.
+
+    With ``drawn_only`` the weights that are 0 have the gradient Σ g instead, those of the candidates ``none``
+    too, whose entries are ``nothing``.
+    """
     kernels, shape = extension(), _shape(g)
     coefs = allocate_fp32(g, len(summands), g.shape[1], 4)
     (dots,) = allocate_fp32(g, 1, 1 + len(summands), g.shape[1], kernels.node_parts(shape))
@@ -144,6 +149,11 @@ def backward_add_up(
         )
         for term, coef in zip(summands, coefs, strict=True)
     ]
+    if grad_weights is not None:
+        gradients += [
+            kernels.NodeTermGradient(0, _element(weights, entry), _element(grad_weights, entry), 0)
+            for entry in nothing
+        ]
     launch_early(kernels.node_coefficients, shape, training, gradients, drawn_only, dots.data_ptr())
     return coefs
 

@@ -212,14 +212,20 @@ class SearchPhase(Phase):
 
     def _score_batch(self, inputs: Tensor, labels: Tensor) -> Tensor:
         weights = self.mixing_weights()
-        if self.strategy.single_path and self.strategy.learns_alpha:  # no step trained them all mixed
-            weights = {cell: strongest(mixing) for cell, mixing in weights.items()}
-        return score(lambda x: self.supernet(x, weights), self.space.task, inputs, labels)
+        if not self.strategy.single_path:
+            return score(lambda x: self.supernet(x, weights), self.space.task, inputs, labels)
+        # No step trained all candidates mixed, and running statistics are those of ever changing paths.
+        if self.strategy.learns_alpha:
+            path = {cell: strongest(mixing) for cell, mixing in weights.items()}
+        else:  # any is as good
+            path = self.strategy.relax(self.supernet.choices())
+        with buffers_copied(self.supernet):
+            return score(lambda x: self.supernet(x, path), self.space.task, inputs, labels)
 
     @torch.no_grad()
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         curvature = self._curvature(epoch) if self._config.stop == "eigenvalue" else {}
-        self.supernet.eval()
+        self.supernet.train(self.strategy.single_path)  # see _score_batch
         weights = self.mixing_weights()
         genotype = self.choose(weights)
         figures = evaluate_figures(self._score, self.space.task, self.valid_loader)

@@ -235,12 +235,16 @@ def backward_add_up(
     grad_weights: Tensor | None,
     training: bool,
     drawn_only: bool = False,
+    nothing: Sequence[tuple[int, int]] = (),
 ) -> list[Tensor]:
     coefs = []
+    for entry in nothing:
+        if grad_weights is not None and weights[entry] == 0:
+            grad_weights[entry] = Branch.hide(g.sum())
     for term in summands:
         if drawn_only and _weight(weights, term.entry) == 0:
             if grad_weights is not None:
-                grad_weights[term.entry] = 0
+                grad_weights[term.entry] = g.sum()
             coefs.append(g.new_zeros(g.shape[1], 4))
             continue
         if term.pooling is not None:

@@ -81,3 +81,22 @@ def test_validation_and_genotype_see_no_noise() -> None:
     alphas = some_alphas()
     mixed = Gdas().mixing(alphas)
     assert all(torch.equal(mixed[cell], alphas[cell].softmax(dim=-1)) for cell in alphas)
+
+
+@pytest.mark.usefixtures("small_space")
+@pytest.mark.parametrize("strategy", ["gdas", "random"])
+def test_validation_takes_the_statistics_of_its_batches(strategy) -> None:
+    """Running ones are those of ever changing paths: by them accuracy stayed that of chance."""
+    phase = make_phase(strategy=strategy)
+    torch.manual_seed(0)
+    expected = phase.end_epoch(0)
+    for bn in phase.supernet.modules():
+        if type(bn) is nn.BatchNorm2d:
+            torch.nn.init.normal_(bn.running_mean, 5.0)
+    before = [buffer.clone() for buffer in phase.supernet.buffers()]
+    torch.manual_seed(0)
+    actual = phase.end_epoch(0)
+    for name in ("valid_loss", "valid_accuracy"):
+        assert actual[name] == expected[name]
+    for buffer, kept in zip(phase.supernet.buffers(), before, strict=True):
+        assert torch.equal(buffer, kept)

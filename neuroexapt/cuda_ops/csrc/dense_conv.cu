@@ -42,6 +42,7 @@ using storage::store4;
 using tensor_core::Fragment;
 using tensor_core::multiply;
 using tensor_core::sum_over_quad;
+using tensor_core::unbiased;
 using tiles::pad_to_bank;
 
 // A tile in shared memory: rows of `kPitch` floats, whose pixels begin at the fourth. The pixel left of a row comes
@@ -196,9 +197,13 @@ struct Block {
 template <int C>
 using Sums = float[Block<C>::M][Block<C>::N][4];
 
+// How many operands of a product with relu(x) the tensor cores cut digits off.
+template <typename T>
+constexpr int kOperandsCut = std::is_same_v<T, float> ? 2 : 1;
+
 // sums += W · tile at one tap, for the warp's share. `left`: the weight of the lane's first output and input channel,
 // others kOutStep and kInStep from there; `right`: the pixel of that input channel that the tap brings to the first.
-template <int C, int kOutStep, int kInStep, bool kExact>
+template <int C, int kOutStep, int kInStep, bool kExact, int kCut>
 __device__ void add_tap(Sums<C>& sums, const float* left, const float* right) {
   using B = Block<C>;
 #pragma unroll 2
@@ -208,7 +213,8 @@ __device__ void add_tap(Sums<C>& sums, const float* left, const float* right) {
     for (int m = 0; m < B::M; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        weights[m].set(i, left[(m * 16 + i % 2 * 8) * kOutStep + (channel + i / 2 * 4) * kInStep]);
+        const float weight = left[(m * 16 + i % 2 * 8) * kOutStep + (channel + i / 2 * 4) * kInStep];
+        weights[m].set_cut(i, unbiased<kExact, kCut>(weight));
       }
     }
 #pragma unroll
@@ -216,7 +222,7 @@ __device__ void add_tap(Sums<C>& sums, const float* left, const float* right) {
       const float* pixels = right + channel * B::kPlane + n / B::kAcross * Tile<C>::kPitch + B::column(n);
       Fragment<2, kExact> values;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) values.set(i, pixels[i * 4 * B::kPlane]);
+      for (int i = 0; i < 2; ++i) values.set_cut(i, pixels[i * 4 * B::kPlane]);
 #pragma unroll
       for (int m = 0; m < B::M; ++m) multiply<kExact>(sums[m][n], weights[m], values);
     }
@@ -408,7 +414,7 @@ __global__ void __launch_bounds__(Block<C>::kThreads, Forward<C>::kBlocks)
       const float* left = weights + g * kPitch + first_in * kTaps;
       const float* right = tile + first_in * F::kPlane + Tile<C>::place(F::row(0), g);
       for_taps<K, Tile<C>::kPitch>([&](int tap, int offset) {
-        add_tap<C, kPitch, kTaps, kExact>(sums, left + tap, right + offset);
+        add_tap<C, kPitch, kTaps, kExact, kOperandsCut<T>>(sums, left + tap, right + offset);
       });
     });
     add_shares<C>(sums, weights);
@@ -470,7 +476,7 @@ __global__ void __launch_bounds__(Block<C>::kThreads, 4 / Block<C>::kShares)
       const float* left = weights + first_out * kPitch + g * kTaps;
       const float* right = tile + first_out * G::kPlane + Tile<C>::place(G::row(0), g);
       for_taps<K, Tile<C>::kPitch>([&](int tap, int offset) {
-        add_tap<C, kTaps, kPitch, kExact>(sums, left + tap, right - offset);
+        add_tap<C, kTaps, kPitch, kExact, 2>(sums, left + tap, right - offset);
       });
     });
   }
@@ -510,7 +516,7 @@ struct WeightGradient {
 };
 
 // sums += dz · relu(x)ᵀ at one row of taps.
-template <int C, int K, bool kExact>
+template <int C, int K, bool kExact, int kCut>
 __device__ void add_tile(float (&sums)[C / 16][K][4], const float* dz, const float* x) {
   using G = WeightGradient<C>;
   constexpr int kAcross = Tile<C>::kColumns / 8;
@@ -523,13 +529,15 @@ __device__ void add_tile(float (&sums)[C / 16][K][4], const float* dz, const flo
 #pragma unroll
       for (int kx = 0; kx < K; ++kx) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) right[kx].set(i, x[offset + kx - K / 2 + 4 * i]);
+        for (int i = 0; i < 2; ++i) right[kx].set_cut(i, x[offset + kx - K / 2 + 4 * i]);
       }
 #pragma unroll
       for (int m = 0; m < C / 16; ++m) {
         Fragment<4, kExact> left;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) left.set(i, dz[(m * 16 + i % 2 * 8) * G::kPlane + offset + i / 2 * 4]);
+        for (int i = 0; i < 4; ++i) {
+          left.set_cut(i, unbiased<kExact, kCut>(dz[(m * 16 + i % 2 * 8) * G::kPlane + offset + i / 2 * 4]));
+        }
 #pragma unroll
         for (int kx = 0; kx < K; ++kx) multiply<kExact>(sums[m][kx], left, right[kx]);
       }
@@ -569,7 +577,7 @@ __global__ void __launch_bounds__(WeightGradient<C>::kThreads, 3)
       x.activate();
       __syncthreads();
       if (ky >= K) continue;
-      add_tile<C, K, kExact>(sums, dz_tile + g * G::kPlane + Tile<C>::place(0, q),
+      add_tile<C, K, kExact, kOperandsCut<T>>(sums, dz_tile + g * G::kPlane + Tile<C>::place(0, q),
                              x_tile + (channel + g) * G::kPlane + Tile<C>::place(ky - K / 2, q));
     }
     __syncthreads();  // the last tiles have been read

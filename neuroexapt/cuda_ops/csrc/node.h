@@ -90,7 +90,10 @@ void dots(const Shape& shape, int width, const std::vector<DotTerm>& terms, cons
           Address mixing, Tensor g, Address dots, Address stream);
 
 // From dots the gradient of every weight and coef (float4 {A, B, D, 0} [C]) with dz = A · g + B · z + D; in
-// evaluation mode the statistics are constants. Zeros for terms that are not read.
+// evaluation mode the statistics are constants. With `drawn_only` in the place of a term of weight 0, which is not read,
+// stands the constant 1: the gradient of its weight is Σ g and coef is 0. The terms are in the order of their rows;
+// after them may come some without coef, that are 0 where they are drawn: their weights' gradients are left as they
+// were then.
 struct TermGradient {
   Address stats, weight, grad_weight, coef;
 };

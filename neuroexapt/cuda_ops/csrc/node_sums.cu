@@ -229,20 +229,15 @@ __global__ void __launch_bounds__(kCoefficientThreads)
   const TermGradient& term = launch.terms[blockIdx.x];
   const int lanes = launch.lanes, lane = threadIdx.x % lanes;
   const float weight = weight_of(term.weight);
-  if (launch.drawn_only && weight == 0.f) {
-    for (int channel = threadIdx.x; term.coef != 0 && channel < launch.channels; channel += kCoefficientThreads) {
-      pointer<float4>(term.coef)[channel] = make_float4(0.f, 0.f, 0.f, 0.f);
-    }
-    if (term.grad_weight != 0 && threadIdx.x == 0) *pointer<float>(term.grad_weight) = 0.f;
-    return;
-  }
+  const bool is_constant = launch.drawn_only && weight == 0.f;
+  if (term.coef == 0 && !is_constant) return;  // a term that is 0
   float grad_weight = 0.f;
   // All threads of a warp stay in the loop as long as one of them has a channel, since they exchange sums.
   for (int first = 0; first < launch.channels; first += kCoefficientThreads / lanes) {
     const int channel = first + threadIdx.x / lanes, known = min(channel, launch.channels - 1);
-    const float2 stats = stats_of(term.stats, known);
+    const float2 stats = stats_of(is_constant ? 0 : term.stats, known);
     const float* g = launch.dots + int64_t(known) * launch.parts;
-    const float* gz = g + int64_t(1 + blockIdx.x) * launch.channels * launch.parts;
+    const float* gz = is_constant ? g : g + int64_t(1 + blockIdx.x) * launch.channels * launch.parts;
     float sum = 0.f, dot = 0.f;
 #pragma unroll 4
     for (int part = lane; part < launch.parts; part += lanes) sum += __ldg(g + part), dot += __ldg(gz + part);

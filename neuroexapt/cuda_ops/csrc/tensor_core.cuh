@@ -28,12 +28,13 @@ struct Fragment {
 };
 
 // Of values whose mantissas are spread log-uniformly, as those of products and sums are, 2^-11 / (2 ln 2) is cut off on
-// average. One factor of every product, or the sum of products, that is passed through here makes up for both operands:
-// their errors are without bias and 6 % larger (root mean square) than if they had been rounded.
-template <bool kExact>
+// average. One factor of every product, or the sum of products, that is passed through here makes up for both operands,
+// or for one where the other has no more digits than TF32: their errors are without bias and 6 % larger (root mean
+// square) than if they had been rounded.
+template <bool kExact, int kOperandsCut = 2>
 __device__ float unbiased(float v) {
   constexpr float kCutOff = 0.7213475f / 2048;
-  return kExact ? v : v * (1.f + 2.f * kCutOff);
+  return kExact ? v : v * (1.f + kOperandsCut * kCutOff);
 }
 
 template <bool kExact>
