@@ -113,7 +113,12 @@ class Loader(ABC):
 
     @abstractmethod
     def evaluation(self) -> Iterator[Batch]:
-        """Everything once, in order, not augmented; the last batch may be smaller."""
+        """Everything once, not augmented, in the same order every time; the last batch may be smaller.
+
+        Pictures come in a random order: they often lie class by class, and where a network goes by the
+        statistics of a batch, such as when a selection compares paths, a batch of one class loses what makes
+        the class.
+        """
 
     @abstractmethod
     def _training_batches(self, steps: range) -> Iterator[Batch]:
@@ -141,7 +146,7 @@ class ImageLoader(Loader):
         self._generator = torch.Generator(device)
 
     def evaluation(self) -> Iterator[Batch]:
-        for images, labels in self._read_in_order():
+        for images, labels in self._read_once():
             yield normalise(images, self._mean, self._std), labels
 
     def _training_batches(self, steps: range) -> Iterator[Batch]:
@@ -157,7 +162,7 @@ class ImageLoader(Loader):
         """Images uint8 [B, C, H, W] and labels on the device, for these steps."""
 
     @abstractmethod
-    def _read_in_order(self) -> Iterator[Batch]:
+    def _read_once(self) -> Iterator[Batch]:
         """Images uint8 [B, C, H, W] and labels on the device, for the evaluation pass."""
 
 
@@ -174,11 +179,11 @@ class ResidentLoader(ImageLoader):
             positions = self._order.positions(step, self.device)
             yield self._images[positions], self._labels[positions]
 
-    def _read_in_order(self) -> Iterator[Batch]:
+    def _read_once(self) -> Iterator[Batch]:
         """Twice as many at a time as in training, which keeps at least what a forward pass of so many takes:
         small networks wait for launches more than for the GPU's arithmetic."""
-        size = 2 * self.batch_size
-        return zip(self._images.split(size), self._labels.split(size), strict=True)
+        for positions in self._order.of_evaluation(self.device).split(2 * self.batch_size):
+            yield self._images[positions], self._labels[positions]
 
 
 class StreamingLoader(ImageLoader):
@@ -201,8 +206,9 @@ class StreamingLoader(ImageLoader):
         chosen = (indices[order.positions(step, "cpu")] for step in steps)
         return self._transfer(self._training_stream.read(chosen))
 
-    def _read_in_order(self) -> Iterator[Batch]:
-        return self._transfer(self._evaluation_stream.read(self._indices.split(self.batch_size)))
+    def _read_once(self) -> Iterator[Batch]:
+        indices = self._indices[self._order.of_evaluation("cpu")]
+        return self._transfer(self._evaluation_stream.read(indices.split(self.batch_size)))
 
     def _transfer(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for images, labels in batches:
@@ -275,11 +281,15 @@ class _Order:
         first = step_in_epoch * self.batch_size
         return _permutation(self.count, self.seed, epoch, device)[first : first + self.batch_size]
 
+    def of_evaluation(self, device: torch.device | str) -> Tensor:
+        """int64 [count]."""
+        return _permutation(self.count, self.seed, "evaluation", device)
+
 
 @functools.lru_cache(maxsize=8)
-def _permutation(count: int, seed: int, epoch: int, device: torch.device | str) -> Tensor:
-    """The order of an epoch; drawn on the CPU, so that it is the same on every device."""
-    generator = torch.Generator().manual_seed(_derive_seed(seed, "order", epoch))
+def _permutation(count: int, seed: int, of: int | str, device: torch.device | str) -> Tensor:
+    """The order of an epoch or of an evaluation; drawn on the CPU, so that it is the same on every device."""
+    generator = torch.Generator().manual_seed(_derive_seed(seed, "order", of))
     return torch.randperm(count, generator=generator).to(device)
 
 
