@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 from neuroexapt.backend import use_backend
 from neuroexapt.core.genotypes import load_genotype
@@ -16,6 +17,7 @@ from tests.engine.tiny import write_tiny_npz
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import _sequences
+import darts_cells
 import full_search
 import nas_bench_201
 import search_fidelity
@@ -278,10 +280,24 @@ def test_darts_cells_go_on_where_the_limit_stopped_them(tmp_path):
     (found,) = (line for line in lines if (line["implementation"], line["metric"]) == ("gdas", "genotypes"))
     assert found["values"] == [json.loads((runs / "search-gdas-0/genotype.json").read_text())]
     assert found["commits"] == [[found["commit"]]]
+    assert found["training_options"] == ["no-auxiliary", *small]
+    assert found["case"] == "-".join(["tiny-l3-c2-1epochs", *(f"search-{option}" for option in small)])
     assert figure.read_bytes().startswith(b"\x89PNG")
     refused = run_benchmark(*arguments, "label-smoothing=0.2")
     assert refused.returncode == 1
     assert "train-gdas-0 holds a run with other options" in refused.stderr
+
+
+def test_cells_trained_by_two_protocols_are_drawn_apart(tmp_path):
+    line = {"metric": "accuracy", "implementation": "darts", "values": [0.9, 0.92], "mean": 0.91}
+    heights = []
+    for count in (1, 2):
+        out, figure = tmp_path / f"{count}.jsonl", tmp_path / f"{count}.png"
+        lines = (json.dumps(line | {"case": f"cifar10-l8-c24-{epochs}epochs"}) for epochs in range(count))
+        out.write_text("\n".join(lines))
+        darts_cells.draw(out, figure)
+        heights.append(imread(figure).shape[0])
+    assert heights[1] == 2 * heights[0]
 
 
 TRAIN_STEPS = ("eager", "eager-nhwc", "eager-graph", "eager-nhwc-graph", "graph", "nhwc-graph")
