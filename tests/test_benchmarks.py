@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from neuroexapt.spaces.nas_bench_201 import genotype_of_id
 from tests.engine.tiny import write_tiny_npz
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import _processes
 import _sequences
 import darts_cells
 import full_search
@@ -257,6 +259,18 @@ def test_nas_bench_201_records_what_its_limit_cuts_short(tmp_path):
         if line["metric"] == "status"
     }
     assert status == dict.fromkeys(("darts", "gdas"), "seed 0: cut short by the limit, no epoch done")
+
+
+def test_a_run_that_was_refused_may_be_given_other_options(tmp_path):
+    folder, data = tmp_path / "train", write_tiny_npz(tmp_path / "tiny.npz")
+    options = "--genotype=DARTS_V2", "--backend=cpu", f"--dataset=npz:{data}"
+    with pytest.raises(SystemExit, match="do not fill a batch of 96"):
+        _processes.Run("evaluate", folder, options).carry_out(None, math.inf, commit="a", per_device=1)
+    _processes.Run("evaluate", folder, (*options, "--batch-size=8")).check()
+    folder.mkdir()
+    (folder / "result.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds a run with other options"):
+        _processes.Run("evaluate", folder, (*options, "--batch-size=8")).check()
 
 
 @pytest.mark.slow
