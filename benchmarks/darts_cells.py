@@ -9,9 +9,9 @@ script is started again with the same folder, so it can be done in pieces; figur
 there. The runs also serve a call with one more strategy after the others.
 
 ``accuracy`` is that of the test pictures after the last epoch, ``search_s`` and ``train_s`` are the seconds
-of the phases over all pieces. The case's name tells the data, the size of the trained networks, their epochs
-and the options of the searches; all options are kept beside the genotypes. ``--draw`` only draws what the
-results hold, a panel a case.
+of the phases over all pieces, of a GPU that as many as ``runs_per_device`` shared. The case's name tells the
+data, the size of the trained networks, their epochs and the options of the searches; all options are kept
+beside the genotypes. ``--draw`` only draws what the results hold, a panel a case.
 """
 
 import argparse
@@ -98,27 +98,35 @@ def record(
     case = case_of(arguments, trainings[0][1])
     options = {"search_options": arguments.search_options, "training_options": arguments.training_options}
     found: dict[str, list[dict[str, Any]]] = {}
-    commits: dict[str, list[list[str]]] = {}
+    runs: dict[str, list[Run]] = {}
     for name, run in trainings:
         found.setdefault(name, []).append(result_of(run))
-        commits.setdefault(name, []).append(run.commits)
+        runs.setdefault(name, []).append(run)
+    runs[RESNET] = runs[trainings[0][0]]
     found[RESNET] = [result["controls"][RESNET] for result in found[trainings[0][0]]]
     for name, of_name in found.items():
         metrics = {"accuracy": "test_accuracy", "parameters": "parameters", "train_s": "training_seconds"}
         for metric, key in metrics.items():
-            add(results, case, name, metric, [result[key] for result in of_name])
-        of_runs = {"values": [result.get("genotype") for result in of_name], "commits": commits.get(name)}
-        results.record(case, name, "as shipped", "genotypes", **of_runs, **options)
+            add(results, case, name, metric, [result[key] for result in of_name], runs[name])
+        made = [result.get("genotype") for result in of_name]
+        commits = [run.commits for run in runs[name]]
+        results.record(case, name, "as shipped", "genotypes", values=made, commits=commits, **options)
     for run in searches:
         strategy = json.loads((run.folder / "config.json").read_text())["strategy"]
-        add(results, case, strategy, "search_s", [result_of(run)["seconds_by_phase"]["search"]])
+        add(results, case, strategy, "search_s", [result_of(run)["seconds_by_phase"]["search"]], [run])
     print(verdict(found))
 
 
-def add(results: Results, case: str, name: str, metric: str, values: list[float]) -> None:
+def add(
+    results: Results, case: str, name: str, metric: str, values: Sequence[float], runs: Sequence[Run]
+) -> None:
     spread = Spread.of(values) if len(values) > 1 else Spread.exactly(values[0])
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    figures = {"mean": statistics.fmean(values), "deviation": deviation, "values": values}
+    figures = {
+        "mean": statistics.fmean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+        "runs_per_device": [run.per_device for run in runs],
+    }
     results.record(case, name, "as shipped", metric, **asdict(spread), **figures)
     print(f"{case:28} {name:13} {metric:10} {figures['mean']:12.4f}  {values}", flush=True)
 

@@ -295,6 +295,8 @@ def test_darts_cells_go_on_where_the_limit_stopped_them(tmp_path):
     assert found["values"] == [json.loads((runs / "search-gdas-0/genotype.json").read_text())]
     assert found["commits"] == [[found["commit"]]]
     assert found["training_options"] == ["no-auxiliary", *small]
+    (timed,) = (line for line in lines if (line["implementation"], line["metric"]) == ("random", "train_s"))
+    assert timed["runs_per_device"] == [2]
     assert found["case"] == "-".join(["tiny-l3-c2-1epochs", *(f"search-{option}" for option in small)])
     assert figure.read_bytes().startswith(b"\x89PNG")
     refused = run_benchmark(*arguments, "label-smoothing=0.2")
