@@ -72,7 +72,8 @@ class RunConfig:
     precision: str = setting("fp32", "of what networks keep for backward passes: fp32, or bf16 (autocast)")
     channels_last: bool | None = setting(
         None,
-        "memory layout of derived networks in training (default: channels-last on the CPU in fp32, on a GPU in bf16)",
+        "memory layout of derived networks in training (default: channels-last on the CPU in fp32 and on a "
+        "GPU in bf16)",
     )
     seed: int = setting(0, "seed of everything random")
     backend: str = setting("auto", "auto, cpu, cuda, cuda:triton, ...")
