@@ -76,8 +76,8 @@ class RunConfig:
     )
     compile: bool | None = setting(
         None,
-        "train derived networks through torch.compile (default: on a GPU, pictures in bf16, channels-last, "
-        "10,000 steps or more)",
+        "train derived networks through torch.compile (default: on a GPU pictures in bf16, channels-last, "
+        "where there are 10,000 steps or more)",
     )
     seed: int = setting(0, "seed of everything random")
     backend: str = setting("auto", "auto, cpu, cuda, cuda:triton, ...")
