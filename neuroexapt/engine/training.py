@@ -236,7 +236,7 @@ class TrainPhase(Phase):
         """Compile the network, in training mode, for such batches if that is wanted; once, before the first
         step.
         """
-        if self._is_to_be_compiled() and not self._is_prepared:
+        if not self._is_prepared and self._is_to_be_compiled():
             self._compile(inputs, labels)
         self._is_prepared = True
 
