@@ -60,7 +60,7 @@ class Run:
 
     def check(self) -> None:
         """End the script if the folder holds a run that was begun with other options."""
-        for record in self._processes[:1]:
+        for record in self._processes[:1] if self.was_begun or self.is_done else ():
             options = tuple(record.get("options", self.options))
             if options != self.options:
                 raise SystemExit(
@@ -82,6 +82,7 @@ class Run:
     def carry_out(self, gpu: str | None, deadline: float, **facts: Any) -> None:
         """To its end, or so far as the deadline lets it; ``gpu`` is one of ``visible_gpus``, ``facts`` are
         kept of the process."""
+        mode = "a" if self.was_begun else "w"  # what ended before its first checkpoint counts for nothing
         environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         start, command = time.monotonic(), list(self.command())
         with open(self.folder.with_suffix(".log"), "a") as log:
@@ -92,7 +93,7 @@ class Run:
                 _stop(process)
                 code = 0
         record = {"seconds": time.monotonic() - start, "options": self.options, **facts}
-        with open(self._processes_file, "a") as processes:
+        with open(self._processes_file, mode) as processes:
             processes.write(json.dumps(record) + "\n")
         if code:
             raise SystemExit(f"{' '.join(command)} failed:\n{self.folder.with_suffix('.log').read_text()}")

@@ -3,11 +3,15 @@
 ``python benchmarks/darts_cells.py [--dataset cifar10 --data-root DIR] --runs FOLDER`` searches in the space
 ``darts`` with every strategy and seed, trains the network of every genotype from scratch by the fast recipe,
 and by the same recipe as many random genotypes, and torchvision's ResNet-18 from every seed; ``--jobs`` runs
-at a time, shared out over the GPUs. That takes hours. What the ``--limit`` cuts short goes on when the script
-is started again with the same folder, so it can be done in pieces; figures are recorded when all is there.
+at a time, shared out over the GPUs. That takes hours. It takes a fraction with smaller networks, as with
+``--training-options layers=8 init-channels=24 epochs=20``. What the ``--limit`` cuts short goes on when the
+script is started again with the same folder, so it can be done in pieces; figures are recorded when all is
+there. The runs also serve a call with one more strategy after the others.
 
 ``accuracy`` is that of the test pictures after the last epoch, ``search_s`` and ``train_s`` are the seconds
-of the phases over all pieces. ``--draw`` only draws what the results hold.
+of the phases over all pieces, of a GPU that as many as ``runs_per_device`` shared. The case's name tells the
+data, the size of the trained networks, their epochs and the options of the searches; all options are kept
+beside the genotypes. ``--draw`` only draws what the results hold, a panel a case.
 """
 
 import argparse
@@ -31,7 +35,7 @@ STRATEGIES_COMPARED = ("darts", "drnas", "beta-darts", "p-darts")
 RANDOM, RESNET = "random", "resnet18"
 FIGURE = RESULTS.parent.parent / "docs" / "images" / "darts_cells.png"
 LAYERS = 20
-"""Of the networks that are trained, as published."""
+"""Of the networks that random genotypes are drawn for; what is drawn does not depend on it."""
 
 
 def search_runs(arguments: argparse.Namespace) -> Iterator[Run]:
@@ -77,31 +81,52 @@ def result_of(run: Run) -> dict[str, Any]:
     return json.loads((run.folder / "result.json").read_text())
 
 
+def case_of(arguments: argparse.Namespace, training: Run) -> str:
+    """Not the same for trainings of another size or length, nor for searches of other options."""
+    config = json.loads((training.folder / "config.json").read_text())
+    size = f"l{config['layers']}-c{config['init_channels']}-{config['epochs']}epochs"
+    of_search = (f"search-{option}" for option in arguments.search_options)
+    return "-".join([Path(arguments.dataset).stem, size, *of_search])
+
+
 def record(
-    results: Results, case: str, searches: Sequence[Run], trainings: Sequence[tuple[str, Run]]
+    results: Results,
+    arguments: argparse.Namespace,
+    searches: Sequence[Run],
+    trainings: Sequence[tuple[str, Run]],
 ) -> None:
+    case = case_of(arguments, trainings[0][1])
+    options = {"search_options": arguments.search_options, "training_options": arguments.training_options}
     found: dict[str, list[dict[str, Any]]] = {}
-    commits: dict[str, list[list[str]]] = {}
+    runs: dict[str, list[Run]] = {}
     for name, run in trainings:
         found.setdefault(name, []).append(result_of(run))
-        commits.setdefault(name, []).append(run.commits)
+        runs.setdefault(name, []).append(run)
+    runs[RESNET] = runs[trainings[0][0]]
     found[RESNET] = [result["controls"][RESNET] for result in found[trainings[0][0]]]
     for name, of_name in found.items():
         metrics = {"accuracy": "test_accuracy", "parameters": "parameters", "train_s": "training_seconds"}
         for metric, key in metrics.items():
-            add(results, case, name, metric, [result[key] for result in of_name])
-        of_runs = {"values": [result.get("genotype") for result in of_name], "commits": commits.get(name)}
-        results.record(case, name, "as shipped", "genotypes", **of_runs)
+            add(results, case, name, metric, [result[key] for result in of_name], runs[name])
+        made = [result.get("genotype") for result in of_name]
+        commits = [run.commits for run in runs[name]]
+        results.record(case, name, "as shipped", "genotypes", values=made, commits=commits, **options)
     for run in searches:
         strategy = json.loads((run.folder / "config.json").read_text())["strategy"]
-        add(results, case, strategy, "search_s", [result_of(run)["seconds_by_phase"]["search"]])
+        add(results, case, strategy, "search_s", [result_of(run)["seconds_by_phase"]["search"]], [run])
     print(verdict(found))
 
 
-def add(results: Results, case: str, name: str, metric: str, values: list[float]) -> None:
+def add(
+    results: Results, case: str, name: str, metric: str, values: Sequence[float], runs: Sequence[Run]
+) -> None:
     spread = Spread.of(values) if len(values) > 1 else Spread.exactly(values[0])
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    figures = {"mean": statistics.fmean(values), "deviation": deviation, "values": values}
+    figures = {
+        "mean": statistics.fmean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+        "runs_per_device": [run.per_device for run in runs],
+    }
     results.record(case, name, "as shipped", metric, **asdict(spread), **figures)
     print(f"{case:28} {name:13} {metric:10} {figures['mean']:12.4f}  {values}", flush=True)
 
@@ -121,31 +146,43 @@ def verdict(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def draw(path: Path, figure_path: Path) -> None:
-    """A dot a training, a line a mean, a strip of what random genotypes reach."""
+    """A panel a case: a dot a training, a line a mean, a strip of what random genotypes reach."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
-    from neuroexapt.report.style import ACCENT, CONTRAST, MUTED, RC_PARAMS
+    from neuroexapt.report.style import RC_PARAMS
 
-    latest = {line["implementation"]: line for line in read_records(path) if line["metric"] == "accuracy"}
-    if not latest:
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in read_records(path):
+        if line["metric"] == "accuracy":
+            cases.setdefault(line["case"], {})[line["implementation"]] = line
+    if not cases:
         print("nothing to draw: the results hold no accuracies")
         return
     with matplotlib.rc_context(RC_PARAMS):
-        figure = Figure(figsize=(7.5, 4), layout="constrained")
-        axes = figure.subplots()
-        for place, (name, line) in enumerate(latest.items()):
-            colour = {RANDOM: MUTED, RESNET: CONTRAST}.get(name, ACCENT)
-            axes.plot([place] * len(line["values"]), line["values"], "o", color=colour, alpha=0.7)
-            axes.plot([place - 0.25, place + 0.25], [line["mean"]] * 2, color=colour, linewidth=2)
-        if RANDOM in latest:
-            mean, deviation = latest[RANDOM]["mean"], latest[RANDOM]["deviation"] or 0.0
-            axes.axhspan(mean - deviation, mean + deviation, color=MUTED, alpha=0.15, linewidth=0)
-        axes.set_xticks(range(len(latest)), list(latest))
-        axes.set(ylabel="test accuracy", title="cells trained alike, by the strategy that found them")
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
+        figure = Figure(figsize=(7.5, 4 * len(cases)), layout="constrained")
+        panels = figure.subplots(len(cases), squeeze=False)[:, 0]
+        for axes, (case, latest) in zip(panels, cases.items(), strict=True):
+            draw_case(axes, latest)
+            axes.set_title(f"cells trained alike, by the strategy that found them\n{case}")
         figure.savefig(figure_path, dpi=160)
+
+
+def draw_case(axes: Any, latest: dict[str, dict[str, Any]]) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    from neuroexapt.report.style import ACCENT, CONTRAST, MUTED
+
+    for place, (name, line) in enumerate(latest.items()):
+        colour = {RANDOM: MUTED, RESNET: CONTRAST}.get(name, ACCENT)
+        axes.plot([place] * len(line["values"]), line["values"], "o", color=colour, alpha=0.7)
+        axes.plot([place - 0.25, place + 0.25], [line["mean"]] * 2, color=colour, linewidth=2)
+    if RANDOM in latest:
+        mean, deviation = latest[RANDOM]["mean"], latest[RANDOM]["deviation"] or 0.0
+        axes.axhspan(mean - deviation, mean + deviation, color=MUTED, alpha=0.15, linewidth=0)
+    axes.set_xticks(range(len(latest)), list(latest))
+    axes.set(ylabel="test accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
 
 
 def arguments_from_command_line() -> argparse.Namespace:
@@ -179,8 +216,7 @@ def measure(arguments: argparse.Namespace) -> bool:
     trainings = list(training_runs(arguments))
     if not carry_out_all([run for _, run in trainings], jobs, deadline, describe, results.commit):
         return False
-    epochs = json.loads((trainings[0][1].folder / "config.json").read_text())["epochs"]
-    record(results, f"{Path(arguments.dataset).stem}-{epochs}epochs", searches, trainings)
+    record(results, arguments, searches, trainings)
     return True
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 from neuroexapt.backend import use_backend
 from neuroexapt.core.genotypes import load_genotype
@@ -15,7 +17,9 @@ from neuroexapt.spaces.nas_bench_201 import genotype_of_id
 from tests.engine.tiny import write_tiny_npz
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import _processes
 import _sequences
+import darts_cells
 import full_search
 import nas_bench_201
 import search_fidelity
@@ -257,6 +261,18 @@ def test_nas_bench_201_records_what_its_limit_cuts_short(tmp_path):
     assert status == dict.fromkeys(("darts", "gdas"), "seed 0: cut short by the limit, no epoch done")
 
 
+def test_a_run_that_was_refused_may_be_given_other_options(tmp_path):
+    folder, data = tmp_path / "train", write_tiny_npz(tmp_path / "tiny.npz")
+    options = "--genotype=DARTS_V2", "--backend=cpu", f"--dataset=npz:{data}"
+    with pytest.raises(SystemExit, match="do not fill a batch of 96"):
+        _processes.Run("evaluate", folder, options).carry_out(None, math.inf, commit="a", per_device=1)
+    _processes.Run("evaluate", folder, (*options, "--batch-size=8")).check()
+    folder.mkdir()
+    (folder / "result.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds a run with other options"):
+        _processes.Run("evaluate", folder, (*options, "--batch-size=8")).check()
+
+
 @pytest.mark.slow
 def test_darts_cells_go_on_where_the_limit_stopped_them(tmp_path):
     out, figure = tmp_path / "results.jsonl", tmp_path / "figure.png"
@@ -278,10 +294,26 @@ def test_darts_cells_go_on_where_the_limit_stopped_them(tmp_path):
     (found,) = (line for line in lines if (line["implementation"], line["metric"]) == ("gdas", "genotypes"))
     assert found["values"] == [json.loads((runs / "search-gdas-0/genotype.json").read_text())]
     assert found["commits"] == [[found["commit"]]]
+    assert found["training_options"] == ["no-auxiliary", *small]
+    (timed,) = (line for line in lines if (line["implementation"], line["metric"]) == ("random", "train_s"))
+    assert timed["runs_per_device"] == [2]
+    assert found["case"] == "-".join(["tiny-l3-c2-1epochs", *(f"search-{option}" for option in small)])
     assert figure.read_bytes().startswith(b"\x89PNG")
     refused = run_benchmark(*arguments, "label-smoothing=0.2")
     assert refused.returncode == 1
     assert "train-gdas-0 holds a run with other options" in refused.stderr
+
+
+def test_cells_trained_by_two_protocols_are_drawn_apart(tmp_path):
+    line = {"metric": "accuracy", "implementation": "darts", "values": [0.9, 0.92], "mean": 0.91}
+    heights = []
+    for count in (1, 2):
+        out, figure = tmp_path / f"{count}.jsonl", tmp_path / f"{count}.png"
+        lines = (json.dumps(line | {"case": f"cifar10-l8-c24-{epochs}epochs"}) for epochs in range(count))
+        out.write_text("\n".join(lines))
+        darts_cells.draw(out, figure)
+        heights.append(imread(figure).shape[0])
+    assert heights[1] == 2 * heights[0]
 
 
 TRAIN_STEPS = ("eager", "eager-nhwc", "eager-graph", "eager-nhwc-graph", "graph", "nhwc-graph")

@@ -1,6 +1,7 @@
+import json
 import random
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,10 +63,12 @@ def choices(genotype):
 
 
 class AttentionIsAll:
-    """In place of a pool of processes: α says little, and what validates best attends most often."""
+    """In place of a pool of processes: α says little, and what validates best attends most often, but that
+    from ``lucky`` seeds not to attend is better than to attend once.
+    """
 
-    def __init__(self):
-        self.trained = []
+    def __init__(self, lucky=()):
+        self.trained, self.lucky = [], lucky
 
     def search(self, results, searches):
         alpha = {"cell": torch.full((6, 8), 1 / 8).tolist(), "head": [[1.0, 0.0, 0.0, 0.0]]}
@@ -76,9 +79,27 @@ class AttentionIsAll:
         found = defaultdict(list)
         for training in trainings:
             run = {key: 0.0 for key, _ in FIGURES.values()}
-            ndcg = training.genotype.count("attn_ln") / 10
+            attentions = training.genotype.count("attn_ln")
+            ndcg = 0.15 if training.seed in self.lucky and not attentions else attentions / 10
             found[training.name].append(run | {"valid_ndcg": ndcg, "genotype": training.genotype})
         return found
+
+
+class SearchOfMadeUp:
+    """The part ``search`` on made-up data, in ``pool``: what it trained and recorded."""
+
+    def __init__(self, folder, pool, **arguments):
+        write_made_up(folder / "made_up.csv")
+        dataset, variant = f"seq:{folder / 'made_up.csv'}", Variant(QUICK)
+        self.limit = Limit("SASRec", dataset, variant)
+        usual = {"strategies": ["darts"], "searches": 1, "search_epochs": 1, "candidate_epochs": 1}
+        usual |= {"quick": True, "pool": 2, "jobs": 8, "finalists": 2, "seeds": 3, "refine_until": 0}
+        results = Results("sequence_recommenders", folder / "results.jsonl", "abc", "cpu")
+        search_and_train(results, pool, dataset, self.limit, variant, SimpleNamespace(**usual | arguments))
+        self.briefly = [training for training in pool.trained if training.variant.settings["epochs"] == 1]
+        self.in_full = [training for training in pool.trained if training not in self.briefly]
+        lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        self.recorded = {(line["implementation"], line["metric"]): line for line in lines}
 
 
 @pytest.mark.parametrize(
@@ -86,18 +107,23 @@ class AttentionIsAll:
 )
 def test_refinement_ends_in_the_best_recommender_within_the_limit(tmp_path, seeded, refine_until, attentions):
     """Two attentions are what SASRec's parameters allow for; the pool of two has none but SASRec's own."""
-    write_made_up(tmp_path / "made_up.csv")
-    dataset, variant, pool = f"seq:{tmp_path / 'made_up.csv'}", Variant(QUICK), AttentionIsAll()
-    limit = Limit("SASRec", dataset, variant)
-    arguments = {"strategies": ["darts"], "searches": 1, "search_epochs": 1, "candidate_epochs": 1}
-    arguments |= {"quick": True, "pool": 2, "jobs": 8, "finalists": 2, "seeds": 3}
-    results = Results("sequence_recommenders", tmp_path / "results.jsonl", "abc", "cpu")
-    arguments |= {"seeded": seeded, "refine_until": refine_until}
-    search_and_train(results, pool, dataset, limit, variant, SimpleNamespace(**arguments))
-    assert [training.name for training in pool.trained[-3:]] == ["searched" + ", seeded" * seeded] * 3
-    assert [training.seed for training in pool.trained[-3:]] == [0, 1, 2]
-    (chosen,) = {training.genotype for training in pool.trained[-3:]}
+    search = SearchOfMadeUp(tmp_path, AttentionIsAll(), seeded=seeded, refine_until=refine_until)
+    (chosen,) = set(search.recorded["searched" + ", seeded" * seeded, "genotypes"]["values"])
     assert chosen.count("attn_ln") == attentions
-    assert all(limit.admits(load_genotype(training.genotype)) for training in pool.trained)
-    candidates = [training.genotype for training in pool.trained if training.variant.settings["epochs"] == 1]
+    trained = search.briefly + search.in_full
+    assert all(search.limit.admits(load_genotype(training.genotype)) for training in trained)
+    candidates = [training.genotype for training in search.briefly if training.seed == 3]
     assert len(candidates) == len(set(candidates)) >= 2
+
+
+@pytest.mark.parametrize("finalists", [1, 2])
+def test_a_lucky_seed_makes_neither_a_finalist_nor_the_result(tmp_path, finalists):
+    """With the seeds that are lucky alone, HSTU would come before SASRec."""
+    pool = AttentionIsAll(lucky=(0, 3))
+    search = SearchOfMadeUp(tmp_path, pool, seeded=True, finalists=finalists)
+    assert search.recorded["searched, seeded", "genotypes"]["values"] == [str(load_genotype("SASRec"))] * 3
+    assert search.recorded["searched, seeded", "valid_ndcg@10"]["values"] == [0.1] * 3
+    trainings = Counter(training.genotype for training in search.in_full)
+    assert len(trainings) == finalists
+    assert set(trainings.values()) == {3}
+    assert {training.seed for training in search.briefly}.isdisjoint(t.seed for t in search.in_full)

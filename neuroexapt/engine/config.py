@@ -72,7 +72,7 @@ class RunConfig:
     precision: str = setting("fp32", "of what networks keep for backward passes: fp32, or bf16 (autocast)")
     channels_last: bool | None = setting(
         None,
-        "memory layout of derived networks in training (default: channels-last on the CPU and in bf16)",
+        "memory layout of derived networks in training (default: channels-last on the CPU in fp32, on a GPU in bf16)",
     )
     compile: bool | None = setting(
         None,

@@ -15,7 +15,6 @@ from neuroexapt.core.supernet import Supernet
 from neuroexapt.data import ImageDataset, Loader, split_indices
 from neuroexapt.engine.checkpoint import load_checkpoint
 from neuroexapt.engine.config import SearchConfig
-from neuroexapt.engine.device import place
 from neuroexapt.engine.result import RunResult, finish, read_curves
 from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.search_phase import SearchPhase
@@ -118,9 +117,7 @@ def _search_phase(run: OpenRun[SearchConfig]) -> SearchPhase:
     torch.manual_seed(seed_for(config.seed, SearchPhase.name))
     supernet = run.space.supernet(**run.data.facts, channels=config.init_channels, layers=config.layers)
     table = load_table(config.table) if config.table else None
-    phase = SearchPhase(
-        place(supernet, run.device), train_loader, valid_loader, config, table, run.data.facts
-    )
+    phase = SearchPhase(supernet, train_loader, valid_loader, config, table, run.data.facts)
     phase.table_accuracies(phase.genotype())  # refuses a table of another space before anything is computed
     return phase
 

@@ -83,7 +83,8 @@ class SearchPhase(Phase):
     def _shape_network(self) -> None:
         """Make the search network what the strategy wants it to be."""
         self.strategy.shape(self.supernet)
-        place(self.supernet, self.device)
+        channels_last = self.device.type == "cpu" and self._config.precision == "fp32"  # kernels want NCHW
+        place(self.supernet, self.device, channels_last)
 
     def _make_resources(self) -> Resources | None:
         config = self._config
