@@ -97,7 +97,9 @@ class Case:
             place(network, self.device, implementation.channels_last),
             loader,
             loader,
-            EvaluateConfig(precision="bf16" if precision == "bfloat16" else "fp32"),
+            EvaluateConfig(
+                precision="bf16" if precision == "bfloat16" else "fp32", compile=implementation.compiled
+            ),
             epochs=1,
             auxiliary_weight=0.4 if auxiliary else 0.0,
             label_smoothing=0.1,
@@ -105,9 +107,6 @@ class Case:
         )
         if not implementation.captured:
             phase._take_step = phase._step
-        if implementation.compiled:
-            for cell in phase.network.cells:
-                cell.compile()
         phase.network.train()
         return phase
 
@@ -141,6 +140,7 @@ def measure(case: Case, name: str, precision: str, expected: float, results: Res
     with in_force(implementation.tier, precision, case.device):
         phase = case.phase(implementation, precision)
         pictures = case.pictures(phase)
+        phase.prepare(*pictures)
         reset_peak_memory(case.device)
         error = abs(phase._take_step(*pictures)[0].item() / expected - 1)
         if not error <= TOLERANCES[precision]:

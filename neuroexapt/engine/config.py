@@ -75,6 +75,11 @@ class RunConfig:
         "memory layout of derived networks in training (default: channels-last on the CPU in fp32 and on a "
         "GPU in bf16)",
     )
+    compile: bool | None = setting(
+        None,
+        "train derived networks through torch.compile (default: on a GPU pictures in bf16, channels-last, "
+        "where there are 10,000 steps or more)",
+    )
     seed: int = setting(0, "seed of everything random")
     backend: str = setting("auto", "auto, cpu, cuda, cuda:triton, ...")
     out: Path | None = setting(None, "folder of the run (default: runs/<time>-<data set>)")

@@ -187,6 +187,7 @@ def _make_phase(
         warmup=config.learning_rate_warmup,
         label_smoothing=config.label_smoothing,
         ema=config.ema,
+        say=run.session.progress.say,
     )
 
 

@@ -1,9 +1,14 @@
-"""How the search network is executed: fused, module by module, or through torch.compile."""
+"""How the search network is executed, fused, module by module or through torch.compile, and whether derived
+networks are trained through that.
+"""
 
+import copy
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from neuroexapt.backend.config import load_config, save_config
 from neuroexapt.core.operations import MixedOp
@@ -13,6 +18,17 @@ from neuroexapt.errors import UserError
 EXECUTIONS = ("fused", "reference", "compile")
 """``fused``: cell by cell as its plan groups it. ``reference``: module by module, every kernel launched by
 itself. ``compile``: every edge through torch.compile. On a GPU the first and the last run as one CUDA graph.
+"""
+
+STEPS_THAT_PAY = 10_000
+"""A training of so many steps is worth compiling the derived network first.
+
+That takes a minute or two. Of a step of the published network in bf16 it saved 8 of 39 ms on an H200, where
+15 of the 20 cells were compiled.
+"""
+COMPILATION: dict[str, Any] = {"dynamic": False, "options": {"fallback_random": True}}
+"""Of a derived network's cells: for the shapes that they have, dropping the paths that would be dropped
+otherwise.
 """
 
 
@@ -30,11 +46,31 @@ def compile_edges(supernet: Supernet) -> None:
     """
     # The compiler warns, edge by edge, of shapes that it cannot bound; nothing follows from it.
     logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)
-    # One graph for every kind of edge, in training and in evaluation; the default limit is eight.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+    _allow_many_kinds()
     for module in supernet.modules():
         if isinstance(module, MixedOp):
             module.compile()
+
+
+def compiled_copy(network: nn.Module, *, same_tensors: bool) -> nn.Module:
+    """A copy of a network whose cells run through torch.compile, or as a whole where it has none.
+
+    With ``same_tensors`` its parameters and buffers are those of ``network``, so that training the one trains
+    the other, which can be tested, saved and copied as if nothing were compiled.
+    """
+    tensors = (*network.parameters(), *network.buffers()) if same_tensors else ()
+    twin = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    _allow_many_kinds()
+    for module in getattr(twin, "cells", [twin]):
+        module.compile(**COMPILATION)
+    return twin
+
+
+def _allow_many_kinds() -> None:
+    """Of edges or cells, in training and in evaluation, each with a graph of its own; the default limit is
+    eight.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
 
 
 def choose_execution(measure_ms: Callable[[str], float], key: str, say: Callable[[str], None]) -> str:
@@ -61,5 +97,10 @@ def _measure(measure_ms: Callable[[str], float]) -> dict[str, str]:
         except Exception as error:  # whatever a compiler or its toolchain raises
             if execution == "reference":
                 raise
-            remarks.append(f"{execution} failed: {' '.join(str(error).split())[:200]}")
+            remarks.append(f"{execution} failed: {in_one_line(error)}")
     return {"choice": min(times, key=times.__getitem__), "reason": ", ".join(remarks)}
+
+
+def in_one_line(error: Exception) -> str:
+    """The beginning of its first paragraph, or its kind where it says nothing."""
+    return " ".join(str(error).partition("\n\n")[0].split())[:200] or type(error).__name__

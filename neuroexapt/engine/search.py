@@ -184,6 +184,7 @@ def _train_derived(
         task=task,
         valid_loader=run.valid_loader(),
         patience=config.patience,
+        say=run.session.progress.say,
     )
     seconds = run.train(phase)
     curves = read_curves(run.folder)[name]

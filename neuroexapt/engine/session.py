@@ -37,6 +37,7 @@ PLACEMENT = frozenset(
         "backend",
         "channels_last",
         "checkpoint_seconds",
+        "compile",
         "data_root",
         "download",
         "execution",

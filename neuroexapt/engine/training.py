@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuroexapt.backend.candidates import free_launches
 from neuroexapt.backend.measure import time_calls
 from neuroexapt.core.task import CLASSIFICATION, Task
 from neuroexapt.data import Loader
 from neuroexapt.engine.captured import Step, capture
 from neuroexapt.engine.config import RunConfig
+from neuroexapt.engine.execution import STEPS_THAT_PAY, compiled_copy, in_one_line
 from neuroexapt.engine.phase import Phase
+
+logger = logging.getLogger(__name__)
 
 ADAMW_BETAS = (0.9, 0.98)
 """As published for SASRec and HSTU."""
@@ -141,6 +146,7 @@ class TrainPhase(Phase):
         warmup: share of the steps over which the learning rate rises to the cosine.
         label_smoothing: share of each label that is spread over all classes while training.
         ema: decay of the ``WeightAverage`` that is tested in place of the network; 0: none.
+        say: told what takes long, or does not go as it should.
     """
 
     def __init__(
@@ -160,6 +166,7 @@ class TrainPhase(Phase):
         warmup: float = 0.0,
         label_smoothing: float = 0.0,
         ema: float = 0.0,
+        say: Callable[[str], None] = logger.warning,
     ) -> None:
         self.name = name
         self.epochs = epochs
@@ -178,6 +185,9 @@ class TrainPhase(Phase):
             network.drop_path_probability = self._drop_probability
         self._average = WeightAverage(network, ema) if ema else None
         self._best = BestNetwork(network) if valid_loader else None
+        self._say = say
+        # What steps run: the network, or a copy of the same weights whose cells are compiled.
+        self._stepped, self._is_prepared = network, False
         self._capture_steps()
 
     @property
@@ -212,21 +222,50 @@ class TrainPhase(Phase):
             set_learning_rate(self.optimizer, self.learning_rate(epoch, step))
             if self._average:
                 self._average.set_step(epoch * self.steps_per_epoch + step)
+            self.prepare(*batch)
             yield self._take_step(*batch)
 
     def step_ms(self, seconds: float) -> float:
         """Median time of a step, measured for about ``seconds``; the network is another afterwards."""
         batch = next(self._loader.epoch(0))
         self.network.train()
+        self.prepare(*batch)
         return time_calls(lambda: self._take_step(*batch), self.device, seconds).median_ms
 
+    def prepare(self, inputs: Tensor, labels: Tensor) -> None:
+        """Compile the network, in training mode, for such batches if that is wanted; once, before the first
+        step.
+        """
+        if not self._is_prepared and self._is_to_be_compiled():
+            self._compile(inputs, labels)
+        self._is_prepared = True
+
+    def _is_to_be_compiled(self) -> bool:
+        """As configured, or where it was measured to be faster and saves more than it takes."""
+        config = self._config
+        if config.compile is not None:
+            return config.compile
+        measured = self._task is CLASSIFICATION and config.precision == "bf16"
+        is_nchw = config.channels_last is False
+        pays = self.epochs * self.steps_per_epoch >= STEPS_THAT_PAY
+        return self.device.type == "cuda" and measured and not is_nchw and pays
+
+    def _compile(self, inputs: Tensor, labels: Tensor) -> None:
+        """Have steps run a compiled network once another copy has shown that compiling works."""
+        self._say(f"compiling the network of {self.name}, which takes a minute or two")
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices), free_launches():
+                self._losses(compiled_copy(self.network, same_tensors=False), inputs, labels)[0].backward()
+        except Exception as error:  # whatever a compiler or its toolchain raises
+            self._say(f"training without torch.compile, which failed: {in_one_line(error)}")
+            return
+        self._stepped = compiled_copy(self.network, same_tensors=True)
+        if self._drop_path:
+            self._stepped.drop_path_probability = self._drop_probability  # is no buffer
+
     def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        with self._autocast():
-            output, auxiliary_output = self._forward(inputs)
-        loss = self._loss(output, labels)
-        objective = loss
-        if auxiliary_output is not None:
-            objective = loss + self._auxiliary_weight * self._loss(auxiliary_output, labels)
+        objective, loss, output = self._losses(self._stepped, inputs, labels)
         self.optimizer.zero_grad()
         objective.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self._config.grad_clip)
@@ -236,11 +275,20 @@ class TrainPhase(Phase):
         with torch.no_grad():
             return torch.stack([loss.detach(), self._task.accuracy(output.detach(), labels)])
 
-    def _forward(self, inputs: Tensor) -> tuple[Any, Any]:
+    def _losses(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """What is minimised, the loss of what the network gives, and that."""
+        with self._autocast():
+            output, auxiliary_output = self._forward(network, inputs)
+        loss = self._loss(output, labels)
+        if auxiliary_output is None:
+            return loss, loss, output
+        return loss + self._auxiliary_weight * self._loss(auxiliary_output, labels), loss, output
+
+    def _forward(self, network: nn.Module, inputs: Tensor) -> tuple[Any, Any]:
         """What the network gives and, if its loss counts, the auxiliary head."""
         if self._auxiliary_weight:
-            return self.network.forward_with_auxiliary(inputs)  # type: ignore[operator]
-        return self.network(inputs), None
+            return network.forward_with_auxiliary(inputs)  # type: ignore[operator]
+        return network(inputs), None
 
     def _loss(self, output: Any, labels: Tensor) -> Tensor:
         return self._task.loss(output, labels, self._label_smoothing)
