@@ -470,8 +470,7 @@ class _EnterNode(torch.autograd.Function):
         entries = pass_.entries.pop(node.node, [])
         pass_.join()
         y = _add_up(pass_, number, entries, weights)
-        ctx.pass_, ctx.members = pass_, [entry.member for entry in entries]
-        ctx.nothing = _nothing(node, weights.shape[1])
+        ctx.pass_, ctx.node, ctx.members = pass_, node, [entry.member for entry in entries]
         ctx.has_stats = [entry.stats is not None for entry in entries]
         stats = (entry.stats for entry in entries if entry.stats is not None)
         ctx.save_for_backward(weights, *(entry.kept for entry in entries), *stats)
@@ -498,7 +497,7 @@ class _EnterNode(torch.autograd.Function):
         pass_.join()
         late = _late(pass_, summands)
         soon = {member: term for member, term in summands.items() if member not in late}
-        nothing = ctx.nothing if wants_weights and pass_.drawn_only else []
+        nothing = _nothing(ctx.node, weights.shape[1]) if wants_weights and pass_.drawn_only else []
         if soon or nothing:
             _backward_add_up(pass_, soon, weights, g, wants_weights, nothing)
         if late:

@@ -83,8 +83,8 @@ class SearchPhase(Phase):
     def _shape_network(self) -> None:
         """Make the search network what the strategy wants it to be."""
         self.strategy.shape(self.supernet)
-        channels_last = self.device.type == "cpu" and self._config.precision == "fp32"  # kernels want NCHW
-        place(self.supernet, self.device, channels_last)
+        channels_last = None if self.device.type == "cpu" else False  # kernels want NCHW
+        place(self.supernet, self.device, channels_last, self._config.precision)
 
     def _make_resources(self) -> Resources | None:
         config = self._config
@@ -215,13 +215,19 @@ class SearchPhase(Phase):
         weights = self.mixing_weights()
         if not self.strategy.single_path:
             return score(lambda x: self.supernet(x, weights), self.space.task, inputs, labels)
-        # No step trained all candidates mixed, and running statistics are those of ever changing paths.
+        # No step trained all candidates mixed.
         if self.strategy.learns_alpha:
             path = {cell: strongest(mixing) for cell, mixing in weights.items()}
         else:  # any is as good
             path = self.strategy.relax(self.supernet.choices())
+        return self.score_part(inputs, labels, path)
+
+    def score_part(self, inputs: Tensor, labels: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """``score`` of a part of the network, in training mode: by the statistics of the batch, since running
+        ones are of other parts, too; they stay as they are.
+        """
         with buffers_copied(self.supernet):
-            return score(lambda x: self.supernet(x, path), self.space.task, inputs, labels)
+            return score(lambda x: self.supernet(x, weights), self.space.task, inputs, labels)
 
     @torch.no_grad()
     def end_epoch(self, epoch: int) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuroexapt.core.buffers import buffers_copied
 from neuroexapt.core.genotypes import AnyGenotype
 from neuroexapt.engine.captured import capture
 from neuroexapt.engine.config import SearchConfig
 from neuroexapt.engine.phase import Phase
 from neuroexapt.engine.search_phase import SearchPhase
-from neuroexapt.engine.training import evaluate_figures, score
+from neuroexapt.engine.training import evaluate_figures
 from neuroexapt.strategies.random_paths import random_path
 
 LEARNING_RATE_SHARE = 0.1
@@ -104,9 +103,7 @@ class SelectPhase(Phase):
         self.search.supernet.keep(cell, kept)
 
     def accuracy_at(self, weights: Weights) -> float:
-        """On all validation data, by the statistics of each batch: running ones are of the whole network,
-        not of a part.
-        """
+        """On all validation data, by the statistics of each batch."""
 
         def score_batch(inputs: Tensor, labels: Tensor) -> Tensor:
             return self._score(inputs, labels, *weights.values())
@@ -118,11 +115,7 @@ class SelectPhase(Phase):
         cells = list(self.search.mixing_weights())
 
         def score_at(inputs: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
-            by_cell = dict(zip(cells, weights, strict=True))
-            with buffers_copied(self.search.supernet):
-                return score(
-                    lambda x: self.search.supernet(x, by_cell), self.search.space.task, inputs, labels
-                )
+            return self.search.score_part(inputs, labels, dict(zip(cells, weights, strict=True)))
 
         self._score = capture(score_at, self.device, self.search.supernet)
 
