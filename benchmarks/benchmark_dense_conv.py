@@ -16,6 +16,7 @@ from _harness import Results, device_ms, open_results, results_parser, sets_beyo
 from torch import Tensor
 
 from neuroexapt.cuda_ops import cell_kernels
+from neuroexapt.cuda_ops.branch import NoBranch
 from neuroexapt.cuda_ops.cell_operands import DenseGrad
 
 TOLERANCES = {"tf32": 1e-3, "float32": 1e-5}
@@ -76,7 +77,9 @@ class Extension:
         return zs
 
     def backward(self, operands: Operands, exact: bool, wants_weights: bool) -> list[Tensor]:
-        dxs, partials = cell_kernels.backward_dense(operands.x, operands.grads, exact, wants_weights)
+        dxs, partials = cell_kernels.backward_dense(
+            operands.x, operands.grads, exact, wants_weights, NoBranch()
+        )
         (dx,) = cell_kernels.state_gradients([cell_kernels.StateGrad(dxs[0], [], dxs)], 1, None)
         weights = [grad.weight for grad in operands.grads]
         return [dx, *(cell_kernels.reduce_partials(partials, weights) if wants_weights else [])]

@@ -12,6 +12,7 @@ from neuroexapt.core.cells import SearchCell
 from neuroexapt.core.plan import plan_cell
 from neuroexapt.cuda_ops import cell as fused
 from neuroexapt.cuda_ops import cell_kernels
+from neuroexapt.cuda_ops.branch import NoBranch
 from neuroexapt.cuda_ops.cell_operands import DenseGrad
 from tests.cuda_compilation import assembler_report, needs_nvcc
 from tests.cuda_ops import torch_kernels
@@ -101,8 +102,10 @@ def test_forward_matches_fp64(shape, grade):
 def test_backward_matches_fp64(shape, grade, wants_weights):
     exact, case = grade == "fp32", make_case(shape, grade)
     grads = make_grads(case)
-    dxs, partials = cell_kernels.backward_dense(case.x, grads, exact, wants_weights)
-    expected = torch_kernels.backward_dense(case.x.double(), in_doubles(grads), exact, wants_weights)
+    dxs, partials = cell_kernels.backward_dense(case.x, grads, exact, wants_weights, NoBranch())
+    expected = torch_kernels.backward_dense(
+        case.x.double(), in_doubles(grads), exact, wants_weights, NoBranch()
+    )
     assert_close(sum(dx.double() for dx in dxs), sum(expected[0]), grade)
     for partial, wanted in zip(partials, expected[1], strict=True):
         assert_close(partial.sum(0), wanted.sum(0), grade)
@@ -113,8 +116,10 @@ def test_backward_matches_fp64(shape, grade, wants_weights):
 def test_one_and_two_convolutions(kernel_sizes):
     case = make_case((2, 32, 8, 8), "fp32", kernel_sizes)
     grads = make_grads(case)
-    dxs, _ = cell_kernels.backward_dense(case.x, grads, True, False)
-    (wanted, *others), _ = torch_kernels.backward_dense(case.x.double(), in_doubles(grads), True, False)
+    dxs, _ = cell_kernels.backward_dense(case.x, grads, True, False, NoBranch())
+    (wanted, *others), _ = torch_kernels.backward_dense(
+        case.x.double(), in_doubles(grads), True, False, NoBranch()
+    )
     assert_close(sum(dxs), sum(others, wanted), "fp32")
 
 
@@ -137,7 +142,7 @@ def test_twenty_runs_give_the_same_bits(shape, grade):
 
     def run() -> list[Tensor]:
         zs, moments = cell_kernels.convolve_dense(*case, exact=False)
-        dxs, partials = cell_kernels.backward_dense(case.x, grads, False, True)
+        dxs, partials = cell_kernels.backward_dense(case.x, grads, False, True, NoBranch())
         return [*zs, *moments, *dxs, *partials]
 
     first = run()

@@ -435,7 +435,7 @@ class _LeaveStates(torch.autograd.Function):
         partials = [partial for stage in partials for pair in zip(*stage, strict=True) for partial in pair]
         for state, dense_grads in saved.dense_grads(source).items():
             dxs, dense_partials = kernels.backward_dense(
-                saved.xs[state], dense_grads, pass_.exact, wants_weights
+                saved.xs[state], dense_grads, pass_.exact, wants_weights, pass_.branch
             )
             addends[state] += dxs
             partials += dense_partials

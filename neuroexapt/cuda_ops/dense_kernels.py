@@ -22,6 +22,7 @@ from neuroexapt.cuda_ops.arguments import (
     stored_in_bf16,
     strided,
 )
+from neuroexapt.cuda_ops.branch import Branch, NoBranch, launch
 from neuroexapt.cuda_ops.build import extension
 from neuroexapt.cuda_ops.cell_operands import DenseGrad, Partials, ReduceGrad
 from neuroexapt.cuda_ops.node_kernels import affine_gradients, plane_moments, reduce_partials
@@ -129,9 +130,10 @@ def convolve_dense(
 
 
 def backward_dense(
-    x: Tensor, grads: Sequence[DenseGrad], exact: bool, wants_weights: bool
+    x: Tensor, grads: Sequence[DenseGrad], exact: bool, wants_weights: bool, branch: Branch | NoBranch
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors whose sum is the gradient of the state, and partial ones of the weights."""
+    """Tensors whose sum is the gradient of the state, and partial ones of the weights, as ``branch`` makes
+    them."""
     kernels, (shape, input_, x) = extension(), _dense_shape(x, exact)
     splits = kernels.dense_conv_dx_splits(shape, len(grads))
     parts = kernels.dense_conv_backward_parts(shape)
@@ -149,7 +151,9 @@ def backward_dense(
     ]
     kernels.dense_conv_input_gradient(shape, input_, jobs, splits, dxs[0].data_ptr(), current_stream())
     if wants_weights:
-        kernels.dense_conv_weight_gradients(shape, input_, jobs, current_stream())
+        with branch:
+            branch.keep(x, *gs, *partials, *(tensor for grad in grads for tensor in (grad.z, grad.coef)))
+            launch(kernels.dense_conv_weight_gradients, shape, input_, jobs)
     return dxs, partials
 
 

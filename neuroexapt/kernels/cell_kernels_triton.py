@@ -223,7 +223,7 @@ def convolve_dense(x: Tensor, weights: Sequence[Tensor], exact: bool) -> tuple[l
 
 
 def backward_dense(
-    x: Tensor, grads: Sequence[DenseGrad], exact: bool, wants_weights: bool
+    x: Tensor, grads: Sequence[DenseGrad], exact: bool, wants_weights: bool, branch: NoBranch
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors whose sum is the gradient of the state, and the gradients of the weights."""
     found = [_differentiate(_convolve_dense, [x, grad.weight], _dz(grad), wants_weights) for grad in grads]

@@ -155,7 +155,7 @@ def convolve_dense(
 
 
 def backward_dense(
-    x: Tensor, grads: Sequence[DenseGrad], exact: bool, wants_weights: bool
+    x: Tensor, grads: Sequence[DenseGrad], exact: bool, wants_weights: bool, branch: object = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     gradients = []
     for grad in grads:
