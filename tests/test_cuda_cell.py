@@ -298,6 +298,40 @@ def test_gradient_of_a_state(shape, stride, kinds, ties, stored):
 
 
 @gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("drawn_only", [False, True])
+def test_gradient_of_a_state_whose_pools_are_means(shape, stride, drawn_only, stored):
+    """They do not read the state itself, which is NaN here."""
+    batch, channels, height, width = shape
+    out = (batch, channels, -(-height // stride), -(-width // stride))
+    weights = randn(4, 2)
+
+    def state(edges: int) -> StateGrad:
+        scales = [torch.zeros(channels, 4, device="cuda") for _ in range(edges)]
+        for edge, scale in enumerate(scales):
+            scale[:, 0] = 0.0 if edge == 1 else 0.5 + edge
+        grads = [
+            PoolGrad(
+                (strided if edge % 2 else randn)(*out, dtype=stored),
+                None,
+                scales[edge] if edge != 2 else None,
+                (edge, 1) if stride == 1 and edge != 0 else None,
+            )
+            for edge in range(edges)
+        ]
+        addends = [randn(*shape, dtype=stored) for _ in range(edges + 1)]
+        return StateGrad(randn(*shape, dtype=stored), grads, addends, means_only=True)
+
+    states = [state(edges) for edges in (4, 0, 2)]
+    expected = torch_kernels.state_gradients(exact(states), stride, exact(weights))
+    for of_state in states:
+        of_state.x.fill_(torch.nan)
+    actual = cell_kernels.state_gradients(states, stride, weights, drawn_only)
+    assert_all_close(actual, expected)
+
+
+@gpu
 @pytest.mark.parametrize("shape", [(64, 64, 32, 32), (64, 256, 8, 8), (3, 48, 7, 12), (1, 16, 1, 8)])
 @pytest.mark.parametrize("kind", ["relu_conv_bn", "factorized_reduce"])
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
@@ -692,9 +726,10 @@ def test_is_chosen_for_fp32_and_for_bf16_under_autocast():
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
     # All for wide and narrow accesses of fp32 and of bf16 but for two that read no pictures; those of windows
-    # also for stride 2; windows, sums and dots also for drawn candidates only.
+    # also for stride 2; windows, sums and dots also for drawn candidates only;
+    # gradients of states also for means.
     ("source", "kernels"),
-    [("node_pools.cu", 32), ("node_statistics.cu", 5), ("node_sums.cu", 21), ("partial_sums.cu", 2)],
+    [("node_pools.cu", 48), ("node_statistics.cu", 5), ("node_sums.cu", 21), ("partial_sums.cu", 2)],
 )
 def test_keeps_everything_in_registers(tmp_path, source, kernels, arch):
     report = assembler_report(source, arch, tmp_path)

@@ -446,7 +446,7 @@ class _LeaveStates(torch.autograd.Function):
             with pass_.branch:
                 grad_weights = kernels.reduce_partials(partials, weights, **pass_.asking(flow.owners))
         totals = {
-            state: StateGrad(saved.xs[state], pool_grads, addends[state])
+            state: StateGrad(saved.xs[state], pool_grads, addends[state], flow.means_only)
             for state, pool_grads in _pool_grads(flow, g, pass_.coefs).items()
             if wants_state[state] and (pool_grads or addends[state])
         }

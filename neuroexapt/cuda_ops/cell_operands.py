@@ -94,11 +94,15 @@ class PoolGrad(NamedTuple):
 
 
 class StateGrad(NamedTuple):
-    """What the gradient of the state ``x`` adds up: what its pools and identities pass back, and addends."""
+    """What the gradient of the state ``x`` adds up: what its pools and identities pass back, and addends.
+
+    ``means_only``: whether its pools, if there are any, are averages without statistics.
+    """
 
     x: Tensor
     pools: Sequence[PoolGrad]
     addends: Sequence[Tensor]
+    means_only: bool = False
 
 
 def products_are_exact() -> bool:

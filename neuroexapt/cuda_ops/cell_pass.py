@@ -82,6 +82,7 @@ class Flow:
         self.first = tuple(term for group in groups for term in group.convs)
         self.second = tuple(term for term in self.first if len(term.blocks) == 2)
         self.pools = tuple(term for group in groups for term in group.pools)
+        self.means_only = all(term.pool.kind == "avg" and term.bn is None for term in self.pools)
         self.identities = tuple(term for group in groups for term in group.identities)
         modules = [term for group in groups for term in group.modules]
         self.reductions = tuple(term for term in modules if _is_reduction(term))

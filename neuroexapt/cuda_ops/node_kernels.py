@@ -212,6 +212,7 @@ def state_gradients(
             ],
             list(map(_tensor, state.addends)),
             dx.data_ptr(),
+            state.means_only,
         )
         for state, dx in zip(states, dxs, strict=True)
     ]

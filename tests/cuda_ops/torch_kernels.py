@@ -272,7 +272,7 @@ def state_gradients(
 
 
 def _state_gradient(state: StateGrad, stride: int, weights: Tensor) -> Tensor:
-    x, pools, addends = state
+    x, pools, addends, _ = state
     dx = sum(addends, start=torch.zeros_like(x))
     for grad in pools:
         if grad.identity is not None:

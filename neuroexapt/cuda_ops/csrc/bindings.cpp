@@ -108,7 +108,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<node::StateEdge>(m, "StateEdge")
       .def(pybind11::init<node::Tensor, Address, Address, Address>());
   pybind11::class_<node::StateJob>(m, "StateJob")
-      .def(pybind11::init<node::Tensor, std::vector<node::StateEdge>, std::vector<node::Tensor>, Address>());
+      .def(pybind11::init<node::Tensor, std::vector<node::StateEdge>, std::vector<node::Tensor>, Address,
+                           bool>());
   m.def("node_parts", &node::parts);
   m.def("node_pool_parts", &node::pool_parts);
   m.def("node_moments", &node::plane_moments);

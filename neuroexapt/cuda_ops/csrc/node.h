@@ -118,6 +118,7 @@ struct StateJob {
   std::vector<StateEdge> edges;
   std::vector<Tensor> addends;
   Address dx;
+  bool means_only;  // pools are averages without statistics: their coefs hold A alone
 };
 void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, bool drawn_only, Address stream);
 

@@ -184,12 +184,12 @@ __device__ void add_gradient(float (&gradient)[V], const Values<V>& g, const flo
 }
 
 // dx += what the windows of a row pass back to the pixels x, x + 1, … of a row that is their row ky.
-template <int K, int S, int V>
+template <int K, int S, bool kMeansOnly, int V>
 __device__ void gather_row(Values<V>& dx, const WindowGradients& windows, int row, int ky, int x) {
   constexpr int kRadius = K / 2;
   const auto add = [&](int v, float max, float avg, int first_maximum, int kx) {
     dx.v[v] += avg;
-    if (first_maximum == ky * K + kx) dx.v[v] += max;
+    if (!kMeansOnly && first_maximum == ky * K + kx) dx.v[v] += max;
   };
   if constexpr (V % S == 0) {  // x is a multiple of S, so it is known which windows hold a pixel
     constexpr int kFirst = -(K - 1 - kRadius) / S, kCount = (V - 1 + kRadius) / S - kFirst + 1;
@@ -198,9 +198,9 @@ __device__ void gather_row(Values<V>& dx, const WindowGradients& windows, int ro
     int first_maximum[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      max[i] = windows.max[start + i];
       avg[i] = windows.avg[start + i];
-      first_maximum[i] = windows.first_maximum[start + i];
+      max[i] = kMeansOnly ? 0.f : windows.max[start + i];
+      first_maximum[i] = kMeansOnly ? 0 : windows.first_maximum[start + i];
     }
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -224,8 +224,9 @@ __device__ void gather_row(Values<V>& dx, const WindowGradients& windows, int ro
 
 // Grid: (planes / Tile::planes times bands, states). Phase one leaves the gradients of windows, W of them a thread, in
 // shared memory; phase two gathers for every pixel of x, V of them a thread, those of the windows that hold it. With
-// kDrawnOnly nothing is read for what passes nothing back.
-template <typename T, int K, int S, int W, int V, bool kDrawnOnly>
+// kDrawnOnly nothing is read for what passes nothing back. With kMeansOnly all pools are averages without statistics,
+// for whose gradients x does not matter.
+template <typename T, int K, int S, int W, int V, bool kDrawnOnly, bool kMeansOnly>
 __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_constant__ StateLaunch launch) {
   launching::let_next_begin();
   extern __shared__ __align__(16) float shared[];
@@ -259,11 +260,14 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
       if (below >= window_rows) continue;
       const int plane = first_plane + in_block, y = first_window + below;
       const int picture = tile.channels.divide(plane), channel = plane - picture * shape.channels;
-      const Windows<K, S, W> pooled(
+      using Pooled = std::conditional_t<kMeansOnly, Shares<K, S, W>, Windows<K, S, W>>;
+      const Pooled pooled(
           pointer<const T>(state.x.data) + picture * state.x.batch_stride + channel * plane_pixels, y, x, shape);
       const int target = windows.column(row, x);
+      if constexpr (!kMeansOnly) {
 #pragma unroll
-      for (int v = 0; v < W; ++v) windows.first_maximum[target + v] = pooled.first_maximum(v);
+        for (int v = 0; v < W; ++v) windows.first_maximum[target + v] = pooled.first_maximum(v);
+      }
       float max_gradient[W] = {}, avg_gradient[W] = {};
       const int window = channel * out_plane + y * shape.out_width + x;
       const float4* coefs = edges.coefs + in_block * state.edges * 2;
@@ -282,16 +286,21 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
         }
 #pragma unroll
         for (int e = 0; e < kAtOnce; ++e) {
-          if (first + e < state.edges) {
-            add_gradient(max_gradient, g[e], coefs[2 * (first + e)], pooled.max);
-            add_gradient(avg_gradient, g[e], coefs[2 * (first + e) + 1], pooled.avg);
+          if (first + e >= state.edges) continue;
+          const float4 *of_max = coefs + 2 * (first + e), *of_avg = of_max + 1;
+          if constexpr (kMeansOnly) {
+#pragma unroll
+            for (int v = 0; v < W; ++v) avg_gradient[v] = fmaf(of_avg->x, g[e].v[v], avg_gradient[v]);
+          } else {
+            add_gradient(max_gradient, g[e], *of_max, pooled.max);
+            add_gradient(avg_gradient, g[e], *of_avg, pooled.avg);
           }
         }
       }
 #pragma unroll
       for (int v = 0; v < W; ++v) {
-        windows.max[target + v] = max_gradient[v];
         windows.avg[target + v] = avg_gradient[v] * pooled.share[v];
+        if constexpr (!kMeansOnly) windows.max[target + v] = max_gradient[v];
       }
     }
     __syncthreads();
@@ -341,7 +350,7 @@ __global__ void __launch_bounds__(kStateThreads, 3) state_kernel(const __grid_co
       for (int ky = 0; ky < K; ++ky) {
         const int window_y = y + kRadius - ky;  // times S
         if (window_y < 0 || window_y % S != 0 || window_y / S >= shape.out_height) continue;
-        gather_row<K, S>(dx, windows, window_plane + window_y / S, ky, x);
+        gather_row<K, S, kMeansOnly>(dx, windows, window_plane + window_y / S, ky, x);
       }
     }
     dx.store(pointer<T>(state.dx) + int64_t(picture) * shape.channels * plane_pixels + pixel);
@@ -433,9 +442,16 @@ void state_gradients(const PoolShape& shape, const std::vector<StateJob>& jobs, 
       const int groups = ceil_div(shape.batch * shape.channels, tile.planes);
       const int window_rows = has_pools ? tile.planes * tile.window_rows(shape) : 0;
       const int bytes = EdgeMemory::bytes(tile.planes, edges) + WindowGradients::bytes(window_rows, shape.out_width);
-      const auto kernel = drawn_only ? state_kernel<T, K(), S(), W(), V, true> : state_kernel<T, K(), S(), W(), V, false>;
-      launch(kernel, dim3(groups * tile.bands(shape), count), kStateThreads, bytes, stream,
-             parameters);
+      const bool means_only = std::all_of(jobs.begin() + first, jobs.begin() + first + count,
+                                          [](const StateJob& job) { return job.means_only; });
+      const auto launch_it = [&](auto drawn, auto means) {
+        launch(state_kernel<T, K(), S(), W(), V, drawn(), means()>, dim3(groups * tile.bands(shape), count),
+               kStateThreads, bytes, stream, parameters);
+      };
+      const auto with_drawn = [&](auto means) {
+        drawn_only ? launch_it(std::true_type(), means) : launch_it(std::false_type(), means);
+      };
+      means_only ? with_drawn(std::true_type()) : with_drawn(std::false_type());
     });
   });
 }

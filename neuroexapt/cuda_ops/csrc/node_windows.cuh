@@ -18,6 +18,27 @@ __device__ inline float larger(float a, float b) {
   return larger;
 }
 
+// How much of its average each pixel inside the picture is: of window v of V whose first begins at (top, left).
+template <int K, int S, int V>
+__device__ float share_of_window(int v, int top, int left, const PoolShape& shape) {
+  const auto one_of = [](int count) { return count == 3 ? 1.f / 3.f : count == 2 ? 0.5f : 1.f; };
+  // Only the first window can reach beyond the left side, only the last one beyond the right.
+  const bool cut_left = v == 0 && left < 0, cut_right = v == V - 1 && left + v * S + K > shape.width;
+  return one_of(K - (top < 0) - (top + K > shape.height)) * one_of(K - cut_left - cut_right);
+}
+
+// V neighbouring windows where the pixels themselves do not matter.
+template <int K, int S, int V>
+struct Shares {
+  float share[V];
+
+  template <typename T>
+  __device__ Shares(const T*, int y, int x, const PoolShape& shape) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) share[v] = share_of_window<K, S, V>(v, y * S - K / 2, x * S - K / 2, shape);
+  }
+};
+
 // V neighbouring windows of K x K pixels, S apart. With more than one their centres are four pixels of a row that
 // is read in one access.
 template <int K, int S, int V>
@@ -48,7 +69,6 @@ struct Windows {
         if (inside && top + ky < shape.height) column_sum[i] += pixels[ky][i];
       }
     }
-    const float share_of_row = one_of(K - (top < 0) - (top + K > shape.height));
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       max[v] = column_max[v * S];
@@ -58,9 +78,7 @@ struct Windows {
         max[v] = larger(max[v], column_max[v * S + kx]);
         sum += column_sum[v * S + kx];
       }
-      // Only the first window can reach beyond the left side, only the last one beyond the right.
-      const bool cut_left = v == 0 && left < 0, cut_right = v == V - 1 && left + v * S + K > shape.width;
-      share[v] = share_of_row * one_of(K - cut_left - cut_right);
+      share[v] = share_of_window<K, S, V>(v, top, left, shape);
       avg[v] = sum * share[v];
     }
   }
@@ -76,8 +94,6 @@ struct Windows {
   }
 
  private:
-  static __device__ float one_of(int count) { return count == 3 ? 1.f / 3.f : count == 2 ? 0.5f : 1.f; }
-
   static __device__ bool is_center(int column) { return V > 1 && column >= kRadius && column < kRadius + 4; }
 
   static __device__ bool in_picture(int column, int left, const PoolShape& shape) {
