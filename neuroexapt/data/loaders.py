@@ -21,6 +21,8 @@ from neuroexapt.data.parts import ImagePart, ResidentImages, StreamedImages
 from neuroexapt.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
+EVALUATED = 4
+"""So many training batches of pictures in memory are evaluated at a time."""
 
 
 def split_indices(
@@ -97,6 +99,7 @@ class Loader(ABC):
         self.device = device
         self.seed = seed
         self._order = _Order(count, batch_size, seed, drop_last)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -105,11 +108,17 @@ class Loader(ABC):
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The shuffled, augmented batches of one epoch, from its step `start_step` on."""
         first = epoch * self.steps_per_epoch
-        return self._training_batches(range(first + start_step, first + self.steps_per_epoch))
+        return self._made_ahead(range(first + start_step, first + self.steps_per_epoch))
 
     def forever(self, start: int = 0) -> Iterator[Batch]:
         """epoch(0), epoch(1), … without end, from step `start` on, counted over all epochs."""
-        return self._training_batches(range(start, sys.maxsize))
+        return self._made_ahead(range(start, sys.maxsize))
+
+    def _made_ahead(self, steps: range) -> Iterator[Batch]:
+        """On a GPU each batch is made on a stream of its own, beside the step that takes the one before:
+        dozens of small kernels that leave most of the GPU free."""
+        batches = self._training_batches(steps)
+        return batches if self._stream is None else _one_ahead(batches, self._stream)
 
     @abstractmethod
     def evaluation(self) -> Iterator[Batch]:
@@ -123,6 +132,23 @@ class Loader(ABC):
     @abstractmethod
     def _training_batches(self, steps: range) -> Iterator[Batch]:
         """The batches of these steps, counted over all epochs."""
+
+
+def _one_ahead(batches: Iterator[Batch], stream: torch.cuda.Stream) -> Iterator[Batch]:
+    def launch_next() -> Batch | None:
+        with torch.cuda.stream(stream):
+            return next(batches, None)
+
+    stream.wait_stream(torch.cuda.current_stream(stream.device))  # which may still fill what batches are of
+    batch = launch_next()
+    while batch is not None:
+        taker = torch.cuda.current_stream(stream.device)
+        taker.wait_stream(stream)
+        following = launch_next()
+        for tensor in batch:
+            tensor.record_stream(taker)  # its memory is not free before the taker has read it
+        yield batch
+        batch = following
 
 
 class ImageLoader(Loader):
@@ -180,9 +206,9 @@ class ResidentLoader(ImageLoader):
             yield self._images[positions], self._labels[positions]
 
     def _read_once(self) -> Iterator[Batch]:
-        """Twice as many at a time as in training, which keeps at least what a forward pass of so many takes:
-        small networks wait for launches more than for the GPU's arithmetic."""
-        for positions in self._order.of_evaluation(self.device).split(2 * self.batch_size):
+        """More at a time than in training, which keeps what all layers computed: small networks wait for
+        launches more than for the GPU's arithmetic."""
+        for positions in self._order.of_evaluation(self.device).split(EVALUATED * self.batch_size):
             yield self._images[positions], self._labels[positions]
 
 

@@ -1,7 +1,9 @@
 """Checkpoints: nested states as one safetensors file, written atomically, verified when read.
 
-Tensors keep their exact bits. Everything else of the state is JSON in the file's header, so reading a
-checkpoint never runs code from it. A digest over both reveals damage.
+Tensors keep their exact bits. Those of a dtype and device lie end to end in one, since a search network has
+thousands, and to fetch and write them one by one takes longer than some epochs. Everything else of the state
+is JSON in the file's header, so reading a checkpoint never runs code from it. A digest over both reveals
+damage.
 """
 
 import contextlib
@@ -19,17 +21,19 @@ from torch import Tensor
 
 from neuroexapt.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` (dicts, lists, JSON scalars and tensors, keys str or int) so that ``path`` is never
     half written.
     """
-    tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_flatten(state, "", tensors))
-    metadata = {"format": str(FORMAT), "tree": tree, "digest": _digest(tree, tensors)}
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    tensors: dict[str, list[Tensor]] = {}
+    flat = _flatten(state, tensors)
+    tree = json.dumps([flat, {kind: [part.numel() for part in parts] for kind, parts in tensors.items()}])
+    packed = {kind: torch.cat(parts).cpu() for kind, parts in tensors.items()}
+    metadata = {"format": str(FORMAT), "tree": tree, "digest": _digest(tree, packed)}
+    write_atomically(path, safetensors.torch.save(packed, metadata))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -47,10 +51,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is no readable checkpoint ({_one_line(error)}); it may be damaged"
         ) from error
     if file_format != FORMAT:
-        raise UserError(f"{path} has checkpoint format {file_format}, this version reads {FORMAT}")
+        raise UserError(
+            f"{path} has checkpoint format {file_format}, this version reads {FORMAT}; start anew"
+        )
     if digest != _digest(tree, tensors):
         raise UserError(f"{path} is damaged: its content does not match its digest")
-    return _unflatten(json.loads(tree), tensors)
+    flat, lengths = json.loads(tree)
+    return _unflatten(flat, {kind: packed.split(lengths[kind]) for kind, packed in tensors.items()})
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -79,27 +86,29 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
-def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON with every tensor moved to ``tensors`` and replaced by a reference."""
+def _flatten(value: Any, tensors: dict[str, list[Tensor]]) -> Any:
+    """JSON with every tensor moved to those alike, flattened, and replaced by which of them it is."""
     if isinstance(value, Tensor):
-        # Cloned, since safetensors refuses tensors that share memory.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": name}
+        kind = f"{value.dtype} {value.device}"
+        alike = tensors.setdefault(kind, [])
+        alike.append(value.detach().flatten())
+        return {"tensor": [kind, len(alike) - 1, list(value.shape)]}
     if isinstance(value, dict):
         # As pairs, since the states of optimizers have integers for keys.
-        return {"dict": [[k, _flatten(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[k, _flatten(v, tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [_flatten(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]}
-    assert value is None or isinstance(value, (str, int, float, bool)), f"{name}: {type(value)}"
+        return {type(value).__name__: [_flatten(v, tensors) for v in value]}
+    assert value is None or isinstance(value, (str, int, float, bool)), f"{type(value)} in a checkpoint"
     return value
 
 
-def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _unflatten(value: Any, tensors: dict[str, tuple[Tensor, ...]]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
-        return tensors[content]
+        alike, index, shape = content
+        return tensors[alike][index].reshape(shape).clone()  # what is left does not keep all others
     if kind == "dict":
         return {k: _unflatten(v, tensors) for k, v in content}
     items = [_unflatten(v, tensors) for v in content]

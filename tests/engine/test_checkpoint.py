@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from neuroexapt.engine import checkpoint
 from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from neuroexapt.errors import UserError
 
@@ -108,3 +110,22 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         write_atomically(tmp_path / "missing" / "file", "text")
+
+
+def test_tensors_of_a_kind_are_one_in_the_file(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", {str(i): torch.full((i, 2), i) for i in range(100)})
+    with safe_open(tmp_path / "c", "pt") as file:
+        assert len(file.keys()) == 1
+
+
+def test_what_is_read_does_not_keep_the_rest_in_memory(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", {"small": torch.ones(2), "large": torch.ones(1000)})
+    assert load_checkpoint(tmp_path / "c")["small"].untyped_storage().nbytes() == 8
+
+
+def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    save_checkpoint(tmp_path / "c", {"epoch": 1})
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="format 1, this version reads 2; start anew"):
+        load_checkpoint(tmp_path / "c")
