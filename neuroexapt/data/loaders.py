@@ -316,7 +316,7 @@ class _Order:
 def _permutation(count: int, seed: int, of: int | str, device: torch.device | str) -> Tensor:
     """The order of an epoch or of an evaluation; drawn on the CPU, so that it is the same on every device."""
     generator = torch.Generator().manual_seed(_derive_seed(seed, "order", of))
-    return torch.randperm(count, generator=generator).to(device)
+    return torch.randperm(count, generator=generator).to(device, non_blocking=True)
 
 
 def _derive_seed(*parts: int | str) -> int:

@@ -55,8 +55,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what was saved of each parameter; the settings stay, since they depend on the device."""
+    """Load what was saved of each parameter, laid out as it is, which fused optimizers want; the settings
+    stay, since they depend on the device.
+    """
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, of_it in optimizer.state.items():
+        for name, value in of_it.items():
+            is_alike = isinstance(value, Tensor) and value.shape == parameter.shape
+            if is_alike and value.stride() != parameter.stride():
+                of_it[name] = torch.empty_like(parameter).copy_(value)
 
 
 @torch.no_grad()

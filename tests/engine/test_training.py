@@ -1,8 +1,10 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
+from neuroexapt.engine.checkpoint import load_checkpoint, save_checkpoint
 from neuroexapt.engine.config import SearchConfig
 from neuroexapt.engine.training import (
     WeightAverage,
@@ -38,6 +40,24 @@ def test_a_state_that_was_saved_on_a_gpu_goes_on_elsewhere() -> None:
     (group,) = resumed.param_groups
     assert (group["lr"], group["fused"]) == (0.25, None)
     assert torch.equal(resumed.state[parameter]["momentum_buffer"], torch.ones(2))
+
+
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
+def test_a_state_is_laid_out_as_its_parameter(tmp_path: Path, optimizer_name: str) -> None:
+    """A checkpoint does not keep the layout, and a fused optimizer takes no two."""
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    parameter = torch.nn.Parameter(weight, requires_grad=True)
+    optimizer = make_optimizer([parameter], SearchConfig(optimizer=optimizer_name))
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    save_checkpoint(tmp_path / "c", optimizer.state_dict())
+
+    resumed = make_optimizer([parameter], SearchConfig(optimizer=optimizer_name))
+    load_optimizer(resumed, load_checkpoint(tmp_path / "c"))
+    for name, value in optimizer.state[parameter].items():
+        found = resumed.state[parameter][name]
+        assert torch.equal(found, value)
+        assert found.stride() == value.stride(), name
 
 
 def test_a_learning_rate_on_the_device_stays_where_it_is() -> None:
