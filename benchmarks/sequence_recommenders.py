@@ -5,7 +5,8 @@ or what ``--parts`` names of it:
 
 tune        trains the hand-built SASRec and HSTU with each of a few settings, a seed each; what validates
             best in the mean of both is used from there on
-controls    trains SASRec, HSTU and a random genotype from every one of ``--seeds``
+controls    trains SASRec, HSTU, a random genotype and what is given as ``--beside`` from every one of
+            ``--seeds``; where these are not three the case's name tells how many
 search      looks for a network of no more parameters than the better hand-built one has (see below)
 movielens   trains HSTU with and without its bias by time
 
@@ -107,6 +108,7 @@ VARIANTS = [
     Variant(space={"dropout": 0.5, "cosine": True}),
     Variant(space={"dropout": 0.3, "cosine": True, "negatives": 128}),
 ]
+SEEDS = 3
 POSITIONS = {"beauty": 12, "ml-100k": None}
 """Of a history that are trained at most, in the mean of a batch: twice what Amazon Beauty has."""
 BRIEF = {"batch_size": 256, "learning_rate": 2e-3}
@@ -437,7 +439,8 @@ def arguments_from_command_line() -> argparse.Namespace:
     parser.add_argument("--beauty", type=Path, help="sequences of Amazon Beauty, a user a line")
     parser.add_argument("--movielens", type=Path, help="MovieLens-100K, as RecBole's ml-100k.inter")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--beside", nargs="+", default=[], help="genotypes to train beside the controls")
     parser.add_argument("--jobs", type=int, default=1, help="trainings and searches at a time")
     parser.add_argument("--epochs", type=int, default=40, help="at most, of each training")
     parser.add_argument("--patience", type=int, default=8, help="epochs after the one that validates best")
@@ -486,9 +489,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     better = arguments.no_more_than or "HSTU"
     if "controls" in arguments.parts:
         record_popularity(results, "beauty", beauty)
-        names = itertools.product(range(arguments.seeds), (*HAND_BUILT, "random"))
+        names = itertools.product(range(arguments.seeds), (*HAND_BUILT, "random", *arguments.beside))
         found = pool.train(results, [Training(name, name, beauty, seed, variant) for seed, name in names])
-        record(results, "beauty", found, arguments.jobs)
+        case = "beauty" if arguments.seeds == SEEDS else f"beauty-{arguments.seeds}seeds"
+        record(results, case, found, arguments.jobs)
         better = arguments.no_more_than or max(
             HAND_BUILT, key=lambda name: sum(run["test_ndcg"] for run in found[name])
         )
