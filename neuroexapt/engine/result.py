@@ -47,12 +47,14 @@ def finish(run: OpenRun[Any], result: dict[str, Any]) -> None:
     scratch = result.get("scratch_test_accuracy")
     compared = f" (from scratch {scratch:.2%})" if scratch is not None else ""
     others = [name for name in run.space.task.figures if name != "accuracy"]
+    is_trained = getattr(run.config, "train_epochs", None) != 0
     for name, control in result.get("controls", {}).items():
         shown = f"{_outcome(control)}{_shares(control, others)}"
         run.session.progress.say(f"{name}: {shown}, {control['parameters']:,} parameters")
     run.session.progress.say(
-        f"{_outcome(result)}{compared}{_shares(result, others)}, {result['parameters']:,} parameters, "
-        f"{result['seconds']:.0f} s; report: {report}"
+        f"{'' if is_trained else 'not trained after the search: '}{_outcome(result)}{compared}"
+        f"{_shares(result, others)}, {result['parameters']:,} parameters, {result['seconds']:.0f} s; "
+        f"report: {report}"
     )
 
 

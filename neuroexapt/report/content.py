@@ -177,7 +177,8 @@ class Report:
         """(question, answer) of what the run comes to, as far as it got."""
         answers = []
         if "test_examples" in self.result:
-            answers.append(("How good", how_good(self.result)))
+            is_trained = self.config.get("train_epochs") != 0
+            answers.append(("How good", how_good(self.result, is_trained=is_trained)))
         searched = self._metrics["search"]
         if searched and "preference" in searched[-1] and self.config.get("selection") == "argmax":
             answers.append(("How sure", how_sure(searched[-1]["preference"])))

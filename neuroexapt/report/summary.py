@@ -15,6 +15,12 @@ Z = 1.96
 """Standard deviations on both sides of a normal distribution's mean that hold 95 % of it."""
 
 
+NOT_TRAINED = (
+    " The network was not trained after the search: its weights come from a search network that had all "
+    "candidates, so these figures say nothing of the architecture."
+)
+
+
 def interval(share: float, count: int) -> tuple[float, float]:
     """Where 95 of 100 such tests would have the true share, of which ``count`` examples show ``share``.
 
@@ -31,7 +37,7 @@ def chance_difference(first: float, second: float, count: int) -> float:
     return Z * sqrt((first * (1 - first) + second * (1 - second)) / count)
 
 
-def how_good(result: Mapping[str, Any]) -> str:
+def how_good(result: Mapping[str, Any], *, is_trained: bool = True) -> str:
     """With the uncertainty that a test of so many examples has, and what takes no network."""
     count, accuracy = result["test_examples"], result["test_accuracy"]
     low, high = interval(accuracy, count)
@@ -40,6 +46,7 @@ def how_good(result: Mapping[str, Any]) -> str:
         f"{percent(accuracy)} of {count:,} test examples are right{hit}. With a certainty of 95 %, of all "
         f"such examples {percent(low)} to {percent(high)} would be. To answer {result['baseline']} every "
         f"time would be right for {percent(result['baseline_accuracy'])}."
+        f"{'' if is_trained else NOT_TRAINED}"
     )
 
 

@@ -117,6 +117,14 @@ def test_overwrite_is_not_carried_out_when_the_new_run_is_refused(finished: Any)
     assert (finished.run_dir / "result.json").exists()
 
 
+def test_what_was_not_trained_is_not_shown_as_if_it_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    neuroexapt.search(**tiny_settings(tmp_path, epochs=1, train_epochs=0, quiet=False))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("not trained after the search: test accuracy ")
+    assert "was not trained after the search" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_warm_up_keeps_alpha(tmp_path: Path) -> None:
     result = neuroexapt.search(**tiny_settings(tmp_path, warmup_epochs=1, train_epochs=0))
     first, last = result.curves["search"]["alpha"]

@@ -32,6 +32,12 @@ def test_hits_of_recommenders_are_explained():
     assert text.endswith("To answer the ten commonest items every time would be right for 5.00 %.")
 
 
+def test_a_network_that_was_not_trained_is_said_to_be_none():
+    result = {"test_examples": 200, "test_accuracy": 0.1, "baseline": "1", "baseline_accuracy": 0.1}
+    assert "was not trained after the search" in how_good(result, is_trained=False)
+    assert "not trained" not in how_good(result)
+
+
 def test_chance_is_larger_with_fewer_examples():
     assert chance_difference(0.5, 0.5, 200) == pytest.approx(0.098)
     assert "can be chance" in worth_of_inheriting(0.62, 0.6075, 400)
