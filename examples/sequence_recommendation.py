@@ -39,7 +39,9 @@ class Mode(str, enum.Enum):
 def main(
     settings: dict[str, Any],
     mode: Annotated[Mode, typer.Option(help="what to do")] = Mode.EXAPT,
-    genotype: Annotated[str, typer.Option(help="of mode fixed: SASRec, HSTU, or a file")] = "HSTU",
+    genotype: Annotated[
+        str | None, typer.Option(help="of mode fixed: SASRec, HSTU (where none is given), or a file")
+    ] = None,
     model: Annotated[Path, typer.Option(help="file to save the recommender in")] = Path(
         "recommender.safetensors"
     ),
@@ -50,12 +52,20 @@ def main(
             "give a file of events with --data, such as ml-1m/ratings.dat of MovieLens-1M from "
             "https://grouplens.org/datasets/movielens"
         )
+    if "dataset" in settings:
+        raise UserError("leave out --dataset: --data names the file of events")
+    if mode is Mode.EXAPT and genotype is not None:
+        raise UserError("leave out --genotype, which is searched, or choose --mode fixed")
+    if mode is Mode.FIXED and "epochs" in settings:
+        raise UserError("mode fixed does not search: give --train-epochs instead of --epochs")
     path = settings.pop("data_root")
     settings = {"space": "seqrec", **settings, "dataset": f"seq:{path}"}
     settings.setdefault("out", Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{mode.value}")
     config = make_config(SearchConfig, settings)
     data = load_sequences(path, config.max_length)
-    found = search(**settings) if mode is Mode.EXAPT else evaluate(**config.settings_of_fixed(genotype))
+    found = (
+        search(**settings) if mode is Mode.EXAPT else evaluate(**config.settings_of_fixed(genotype or "HSTU"))
+    )
     recommender = SequenceRecommender(found.model, data.item_counts).cpu().eval()
     recommender.save(model)
     print(f"saved {model}; serve it with: neuroexapt serve-recommender {model}")

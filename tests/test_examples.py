@@ -112,6 +112,23 @@ def test_a_recommender_is_trained_saved_and_asked(tmp_path: Path, capsys: pytest
     assert SequenceRecommender.load(model).num_items == 9
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--dataset=cifar10"], "leave out --dataset"),
+        (["--genotype=SASRec"], "leave out --genotype"),
+        (["--mode=fixed", "--epochs=1"], "give --train-epochs instead of --epochs"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    arguments: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "made.txt"
+    data.write_text("".join(f"u{user} a b c d\n" for user in range(15)))
+    assert run_command(load_example("sequence_recommendation").app, [f"--data={data}", *arguments]) == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_a_recommender_without_data_is_told_where_to_get_some(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(load_example("sequence_recommendation").app, []) == 2
     assert "grouplens.org" in capsys.readouterr().err

@@ -3,11 +3,12 @@
 Shape legend: U users, N positions of a history, C what is known of each (the item, and perhaps when).
 """
 
+import csv
 import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -124,7 +125,9 @@ class SequenceDataset:
         return [self.name, self.facts, len(self.train), len(self.test)]
 
 
-def load_sequences(path: Path, max_length: int = 50, *, least_events: int = LEAST_EVENTS) -> SequenceDataset:
+def load_sequences(
+    path: Path | str, max_length: int = 50, *, least_events: int = LEAST_EVENTS
+) -> SequenceDataset:
     """Read a file of events (see ``read_histories``) and split it; histories keep their newest ``max_length``
     items.
     """
@@ -133,7 +136,7 @@ def load_sequences(path: Path, max_length: int = 50, *, least_events: int = LEAS
     return SequenceDataset(f"seq:{path}", histories, max_length, train, valid, test)
 
 
-def read_histories(path: Path, *, least_events: int = LEAST_EVENTS) -> Histories:
+def read_histories(path: Path | str, *, least_events: int = LEAST_EVENTS) -> Histories:
     """Read who chose which item when; the file may be gzipped.
 
     =====================  =================================================================
@@ -141,7 +144,7 @@ def read_histories(path: Path, *, least_events: int = LEAST_EVENTS) -> Histories
     ``*.dat``              MovieLens-1M: ``user::item::rating::time``
     ``*.csv``              MovieLens-20M and Amazon: ``user,item,rating,time``, or a header ``userId,…``
     ``*.json``             Amazon reviews: ``reviewerID``, ``asin``, ``unixReviewTime`` a line
-    ``*.data``             MovieLens-100K's ``u.data``: ``user  item  rating  time``
+    ``*.data``, ``*.tsv``  MovieLens-100K's ``u.data``: ``user  item  rating  time``
     anything else          ``user item`` a line, or ``user item item …``, in order of time
     =====================  =================================================================
 
@@ -151,6 +154,7 @@ def read_histories(path: Path, *, least_events: int = LEAST_EVENTS) -> Histories
     Raises:
         UserError: the file is missing, a line does not fit the format, or too little is left.
     """
+    path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the file of events in it")
     if not path.is_file():
@@ -158,7 +162,7 @@ def read_histories(path: Path, *, least_events: int = LEAST_EVENTS) -> Histories
             f"{path} does not exist; MovieLens is at grouplens.org/datasets/movielens, Amazon reviews at "
             "jmcauley.ucsd.edu/data/amazon"
         )
-    suffix = Path(path.name.removesuffix(".gz")).suffix
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     events = _core(_read_events(path, READERS.get(suffix, _read_plain)), least_events)
     by_user: dict[str, list[Event]] = {}
     for event in events:
@@ -248,7 +252,7 @@ def _read_events(path: Path, reader: Reader) -> list[Event]:
             return list(reader(file))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -262,20 +266,19 @@ def _core(events: list[Event], least: int) -> list[Event]:
         events = kept
 
 
-def _read_columns(file: TextIO, separator: str | None, names: tuple[str, str, str] | None) -> Iterator[Event]:
+def _read_columns(lines: Iterable[list[str]], names: tuple[str, str, str] | None = None) -> Iterator[Event]:
     """``user, item, rating, time``, or columns that the first line names as ``names``."""
     user, item, time = 0, 1, 3
-    for number, line in enumerate(file, 1):
-        fields = line.strip().split(separator)
+    for number, fields in enumerate(lines, 1):
         if number == 1 and names and set(names) <= set(fields):
             user, item, time = (fields.index(name) for name in names)
-        elif line.strip():
+        elif any(fields):
             try:
                 yield Event(fields[user], fields[item], _seconds(fields[time]))
             except (IndexError, ValueError) as error:
                 header = f"; a header names {', '.join(names)}" if number == 1 and names else ""
                 raise UserError(
-                    f"line {number} is no `user, item, rating, time`: {line.strip()!r}{header}"
+                    f"line {number} is no `user, item, rating, time`: {','.join(fields)!r}{header}"
                 ) from error
 
 
@@ -286,6 +289,10 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _read_table(file: TextIO) -> Iterator[Event]:
+    return _read_columns(line.split() for line in file)
+
+
 def _read_inter(file: TextIO) -> Iterator[Event]:
     header = file.readline().strip().split("\t")
     columns = {name.partition(":")[0]: number for number, name in enumerate(header)}
@@ -294,6 +301,8 @@ def _read_inter(file: TextIO) -> Iterator[Event]:
     time = columns.get("timestamp")
     for number, line in enumerate(file, 2):
         fields = line.rstrip("\n").split("\t")
+        if not any(fields):
+            continue
         try:
             when = None if time is None else _seconds(fields[time])
             yield Event(fields[columns["user_id"]], fields[columns["item_id"]], when)
@@ -303,11 +312,20 @@ def _read_inter(file: TextIO) -> Iterator[Event]:
 
 def _read_reviews(file: TextIO) -> Iterator[Event]:
     for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
         try:
             review = json.loads(line)
-            yield Event(review["reviewerID"], review["asin"], _seconds(review["unixReviewTime"]))
+            user, item = (_identifier(review[name]) for name in ("reviewerID", "asin"))
+            yield Event(user, item, _seconds(review["unixReviewTime"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"line {number} is no review with reviewerID, asin, unixReviewTime") from error
+
+
+def _identifier(value: Any) -> str:
+    if not isinstance(value, str | int):
+        raise TypeError(f"{value} is no identifier")
+    return str(value)
 
 
 def _read_plain(file: TextIO) -> Iterator[Event]:
@@ -320,8 +338,11 @@ def _read_plain(file: TextIO) -> Iterator[Event]:
 
 READERS: dict[str, Reader] = {
     ".inter": _read_inter,
-    ".dat": lambda file: _read_columns(file, "::", None),
-    ".csv": lambda file: _read_columns(file, ",", ("userId", "movieId", "timestamp")),
-    ".data": lambda file: _read_columns(file, None, None),
+    ".dat": lambda file: _read_columns(line.strip().split("::") for line in file),
+    ".csv": lambda file: _read_columns(
+        csv.reader(file, skipinitialspace=True), ("userId", "movieId", "timestamp")
+    ),
+    ".data": _read_table,
+    ".tsv": _read_table,
     ".json": _read_reviews,
 }

@@ -144,7 +144,7 @@ class TritonOperatorManager(nn.Module):
             with self.in_charge():
                 return pool(user_sequences, *times, lengths=None)
         order, lengths = _valid_first(attention_mask, user_sequences)
-        packed = [_taken(x, order) for x in (user_sequences, *times)]
+        packed = [_packed(x, order, lengths) for x in (user_sequences, *times)]
         with self.in_charge():
             pools, similarity = pool(*packed, lengths=lengths)
         return pools, _taken(similarity, order.argsort(dim=1))
@@ -224,13 +224,16 @@ class TritonOperatorManager(nn.Module):
         if num_iterations < 2:
             raise UserError(f"num_iterations must be at least 2, not {num_iterations}")
         calls = self._sample_calls(test_data or {})
-        was_training = self.training
+        was_training, width, was_placed = self.training, self.d_model, self._are_placed
         self.eval()
         try:
             with torch.no_grad():
                 return {name: self._benchmark(name, call, num_iterations) for name, call in calls.items()}
         finally:
             self.train(was_training)
+            if width is None:  # the first input decides, which a sample is not
+                self.d_model = self.attention_layernorm = self.sequence_fusion = None
+                self._are_placed = was_placed
 
     def _on_sequences(
         self, run: Callable[..., Tensor], attention_mask: Tensor | None, *tensors: Tensor
@@ -240,7 +243,7 @@ class TritonOperatorManager(nn.Module):
             with self.in_charge():
                 return run(*tensors, lengths=None)
         order, lengths = _valid_first(attention_mask, tensors[0])
-        packed = [_taken(x, order) for x in tensors]
+        packed = [_packed(x, order, lengths) for x in tensors]
         with self.in_charge():
             result = run(*packed, lengths=lengths)
         return _taken(result, order.argsort(dim=1))
@@ -413,6 +416,12 @@ def _taken(x: Tensor, order: Tensor) -> Tensor:
     """x [B, N, …] with the positions of each row in this order."""
     index = order.reshape(*order.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index.expand_as(x))
+
+
+def _packed(x: Tensor, order: Tensor, lengths: Tensor) -> Tensor:
+    """x in this order, with zeros after each row's length: a NaN there would reach gradients of weights."""
+    is_padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    return _taken(x, order).masked_fill(is_padding.reshape(*is_padding.shape, *[1] * (x.dim() - 2)), 0)
 
 
 def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

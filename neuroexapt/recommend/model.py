@@ -75,8 +75,10 @@ class SequenceRecommender(nn.Module):
         return scores.masked_fill(~is_item, -torch.inf)
 
     def save(self, path: Path | str) -> None:
-        """Write weights and configuration to one safetensors file; reading it runs no code."""
-        network = self.network
+        """Write weights and configuration to one safetensors file; reading it runs no code. Its folder is
+        made where it is missing."""
+        path, network = Path(path), self.network
+        path.parent.mkdir(parents=True, exist_ok=True)
         config = {
             "genotype": network.genotype.to_dict(),
             "num_items": network.num_items,
@@ -84,7 +86,7 @@ class SequenceRecommender(nn.Module):
             "layers": network.layers,
             "cosine": network.stem.cosine,
         }
-        save_checkpoint(Path(path), {"recommender": config, "state": self.state_dict()})
+        save_checkpoint(path, {"recommender": config, "state": self.state_dict()})
 
     @classmethod
     def load(cls, path: Path | str) -> "SequenceRecommender":

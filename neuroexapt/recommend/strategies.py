@@ -93,7 +93,7 @@ def check_names(names: Sequence[str]) -> None:
         raise UserError(f"strategies must be a list of names, not {names!r}")
     for name in names:
         if name not in STRATEGIES:
-            raise UserError(f"unknown strategy {name!r}; choose auto or of {', '.join(STRATEGIES)}")
+            raise UserError(f"unknown strategy {name!r}; choose of {', '.join(STRATEGIES)}")
 
 
 class Execution:
@@ -148,7 +148,10 @@ class Execution:
         """Raise what keeps a strategy from running here."""
         if name in self._runs:
             return
-        check_names([name])
+        if name not in STRATEGIES:
+            raise UserError(
+                f"unknown strategy {name!r}; choose auto or of {', '.join([*STRATEGIES, REFERENCE])}"
+            )
         reason = self.unavailable.get(name, "it was not among the strategies to prepare")
         raise BackendUnavailableError(f"strategy {name!r} cannot run here: {reason}")
 
@@ -195,7 +198,9 @@ def _reference(scorer: Scorer) -> Run:
 def _sample(model: Any, batch_size: int, device: torch.device) -> Inputs:
     """Full histories of made-up items, the case that takes longest."""
     ids = torch.arange(batch_size * model.max_length, device=device) % model.num_items + 1
-    items = ids.reshape(batch_size, model.max_length)
+    items = ids.reshape(
+        batch_size, model.max_length
+    ).clone()  # what is compiled for a view is for views alone
     lengths = items.new_full((batch_size,), model.max_length)
     return (items, lengths, items.sort().values) if model.has_times else (items, lengths)
 

@@ -25,6 +25,16 @@ FILES = {
     "ratings.csv": "userId,movieId,rating,timestamp\n"
     + "".join(f"{user},{item},5,{time}\n" for user, item, time in EVENTS),
     "amazon.csv": "".join(f"{user},{item},5.0,{time}\n" for user, item, time in EVENTS),
+    "quoted.csv": '"userId","movieId","rating","timestamp"\n'
+    + "".join(f'"{user}", "{item}",5,{time}\n\n' for user, item, time in EVENTS),
+    "RATINGS.DAT": "".join(f"{user}::{item}::5::{time}\n" for user, item, time in EVENTS),
+    "ratings.tsv": "".join(f"{user}\t{item}\t5\t{time}\n" for user, item, time in EVENTS),
+    "blank.inter": "user_id:token\titem_id:token\ttimestamp:float\n"
+    + "".join(f"{user}\t{item}\t{time}\n\n" for user, item, time in EVENTS),
+    "numbers.json": "".join(
+        f'{{"reviewerID": "{user}", "asin": "{item}", "unixReviewTime": {time}}}\n\n'
+        for user, item, time in EVENTS
+    ),
     "u.data": "".join(f"{user}\t{item}\t5\t{time}\n" for user, item, time in EVENTS),
     "reviews.json": "".join(
         f'{{"reviewerID": "{user}", "asin": "{item}", "unixReviewTime": {time}}}\n'
@@ -82,6 +92,7 @@ def test_users_and_items_with_few_events_are_left_out_until_none_is_left(tmp_pat
         ("a.json", '{"reviewerID": "u", "asin": "x", "unixReviewTime": Infinity}\n', "line 1 is no review"),
         ("a.dat", "1::2::5::soon\n", "line 1 is no `user, item, rating, time`"),
         ("a.json", '{"asin": "x"}\n', "line 1 is no review"),
+        ("a.json", '{"reviewerID": {}, "asin": "x", "unixReviewTime": 1}\n', "line 1 is no review"),
         ("a.txt", "1 a\n2\n", "line 2 is no `user item …`"),
         ("a.txt", "1 a\n", "leaves 0 users with at least 5 events"),
         ("a.txt.gz", "not zipped", "cannot be read"),
@@ -92,6 +103,12 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, text: str, mess
     with pytest.raises(UserError, match=message) as caught:
         read_histories(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_comma_may_be_part_of_a_quoted_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('u,"a, b",5,1\nu,c,5,2\nv,"a, b",5,1\nv,c,5,2\n')
+    histories = read_histories(str(tmp_path / "a.csv"), least_events=1)
+    assert named(histories) == {"u": ["a, b", "c"], "v": ["a, b", "c"]}
 
 
 def test_a_damaged_archive_is_one_clear_line(tmp_path: Path) -> None:

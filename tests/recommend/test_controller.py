@@ -352,3 +352,14 @@ def test_times_make_a_difference_to_a_model_that_looks_at_them(saved):
 
 def by_item(answer: dict) -> dict[int, float]:
     return {entry["item_id"]: entry["score"] for entry in answer["recommendations"]}
+
+
+def test_strategies_are_prepared_on_tensors_like_those_of_requests(controller):
+    """torch.compile keeps what it made for views for views."""
+    sample = strategies._sample(controller.model, 2, torch.device("cpu"))
+    assert not any(x._is_view() for x in sample)
+
+
+def test_only_strategies_that_can_be_prepared_are_offered():
+    with pytest.raises(UserError, match="unknown strategy 'auto'; choose of eager, "):
+        strategies.check_names(["auto"])

@@ -41,6 +41,8 @@ def test_the_valid_positions_are_the_sequence_wherever_they_lie(operator, side, 
     full_length = torch.cat([x[:, :3], torch.zeros(B, 2, D)], dim=1)
     expected = apply(manager, operator, full_length, torch.arange(N).lt(3).expand(B, N))
     found = apply(manager, operator, padded, mask)
+    found.sum().backward() if found.requires_grad else None
+    assert all(w.grad is None or w.grad.isfinite().all() for w in manager.parameters())
     torch.testing.assert_close(found[:, places], expected[:, :3])
     assert found.isfinite().all()
     assert not found[mask == 0].any()
@@ -221,6 +223,15 @@ def test_benchmark_times_every_operator_and_leaves_the_statistics_alone(x):
     assert all(stats["calls"] == 0 for stats in manager.get_operator_stats().values())
     with pytest.raises(UserError, match="test_data has no key 'hidden_state'; did you mean 'hidden_states'"):
         manager.benchmark_all_operators({"hidden_state": x})
+
+
+def test_benchmark_does_not_decide_about_the_width(x):
+    manager = make_manager()
+    assert manager.d_model is None
+    for data in ({}, {"hidden_states": x.half()}):
+        manager.benchmark_all_operators(data, 2)
+    assert apply(manager, "hierarchical_sequence_fusion", x, None).dtype == torch.float32
+    assert manager.d_model == D
 
 
 def test_benchmark_gives_no_time_to_a_kernel_that_is_wrong(x, kernel_on_cpu):

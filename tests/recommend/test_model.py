@@ -54,8 +54,8 @@ def test_the_query_is_that_of_the_trained_network() -> None:
 @pytest.mark.parametrize("space", [SEQREC, SEQREC_SAMPLED])
 def test_what_is_saved_is_loaded(tmp_path: Path, space: SequenceSpace) -> None:
     recommender = make_recommender(space)
-    recommender.save(tmp_path / "model.safetensors")
-    loaded = SequenceRecommender.load(tmp_path / "model.safetensors")
+    recommender.save(tmp_path / "new" / "model.safetensors")
+    loaded = SequenceRecommender.load(tmp_path / "new" / "model.safetensors")
     assert not loaded.training
     assert torch.equal(loaded.scores(loaded(*CALL)), recommender.scores(recommender(*CALL)))
     assert torch.equal(loaded.item_counts, torch.arange(10))

@@ -99,6 +99,8 @@ def test_a_body_nested_deeply_is_refused_at_whatever_depth(client):
 def test_other_calls_are_refused_too(client):
     assert client.get("/recommend").status_code == 405
     assert client.get("/nothing").json() == {"error": "Not Found"}
+    answer = client.post("/recommend", content=b"{", headers={"content-type": "Application/JSON"})
+    assert answer.status_code == 422
     answer = client.post("/recommend", content=b"history=1", headers={"content-type": "text/plain"})
     assert answer.status_code == 415
     assert answer.json() == {"error": "send JSON, with the header content-type: application/json"}

@@ -111,7 +111,7 @@ def _explain_refusals(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(call: Call, error: RequestValidationError) -> Response:
-        if "json" not in call.headers.get("content-type", ""):
+        if "json" not in call.headers.get("content-type", "").lower():
             return JSONResponse({"error": "send JSON, with the header content-type: application/json"}, 415)
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import signal
 import socket
+import sys
 
 import uvicorn
 
@@ -31,6 +32,7 @@ def serve(
         raise UserError(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
         ) from error
+    print("preparing and timing what can answer, which may take a minute", file=sys.stderr, flush=True)
     controller.warm_up()
     # What is there now stays; without it in the way, no collection holds requests up for long.
     gc.collect()
