@@ -10,7 +10,7 @@ What the ``--limit`` cuts short is recorded as such.
 was not started by this script needs RUNS/STRATEGY-SEED.processes.jsonl, a line ``{"commit": "1a2b3c4",
 "per_device": 2}`` for each of its processes: its code, and how many searches shared its GPU.
 
-``accuracy`` is the table's test accuracy on CIFAR-10 of the last epoch's genotype, ``wall_s`` its processes
+``accuracy`` is the table's test accuracy on CIFAR-10 of the genotype that was found, ``wall_s`` its processes
 from start to end, ``search_s`` the epochs of the search, validation included, ``searches_per_device`` the
 most that ran at a time on the GPU of each. ``commits`` beside the genotypes are those of the code that
 searched: a search that broke off goes on in its folder of ``--runs``.
@@ -77,10 +77,15 @@ class Search:
         return self.run.folder
 
     def curve(self) -> tuple[list[float], list[float]]:
-        """Seconds at the end of each epoch so far, and the true accuracy of its genotype."""
+        """Seconds at the end of each epoch so far, and the true accuracy of its genotype, at the end that of
+        what was found: by a selection, or before a stop.
+        """
         metrics, timing = (read_records(self.folder / f"{name}.jsonl") for name in ("metrics", "timing"))
         seconds = [record["seconds"] for record in timing if record["phase"] == "search"]
-        return list(accumulate(seconds)), [record[METRIC] for record in metrics if METRIC in record]
+        accuracies = [record[METRIC] for record in metrics if METRIC in record]
+        if self.run.is_done:
+            accuracies[-1] = self.result()[METRIC]
+        return list(accumulate(seconds)), accuracies
 
     def describe(self) -> str:
         _, accuracies = self.curve()

@@ -194,6 +194,13 @@ class SearchConfig(RunConfig):
             )
         if self.stop and not strategy.learns_alpha:
             raise UserError(f"--stop watches α, which {self.strategy} leaves as it is; leave it out")
+        if self.stop == "skips" and "skip_connect" not in get_space(self.space).primitives:
+            raise UserError(f"{self.space} has no skip connections; leave out --stop skips")
+        if self.stop == "eigenvalue" and strategy.single_path:
+            raise UserError(
+                f"the eigenvalue is that of a sum of all candidates, and the weights of {self.strategy} "
+                "never learned to be summed; leave out --stop eigenvalue"
+            )
         if self.stop and self.selection != "argmax":
             raise UserError(
                 f"--stop {self.stop} goes back to an earlier α, --selection {self.selection} judges the "

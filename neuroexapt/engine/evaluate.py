@@ -1,6 +1,7 @@
 """Training a given genotype from scratch and testing it, over several seeds and next to controls."""
 
 import itertools
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from neuroexapt.engine.result import RunResult, finish, read_curves
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.errors import UserError
+from neuroexapt.spaces import SPACES
 
 PHASE = "evaluate"
 RESNET = "resnet18"
@@ -32,8 +34,11 @@ def evaluate(
 
     With ``seeds`` as often, and with ``controls`` other networks alike: ``random``, a genotype that is drawn
     anew for every seed, and ``resnet18``. ``settings`` are the fields of ``EvaluateConfig``; ``resume`` and
-    ``config`` as in ``search``.
+    ``config`` as in ``search``. The space of a ``genotype`` that is the folder of a run is that of the run,
+    where none is given.
     """
+    if resume is None and config is None:
+        settings = {**_space_of(settings.get("genotype")), **settings}
     run_config, folder = open_run(
         EvaluateConfig,
         settings,
@@ -43,6 +48,15 @@ def evaluate(
     )
     with running(run_config, folder, "evaluate") as run:
         return _evaluate(run, new=resume is None)
+
+
+def _space_of(genotype: object) -> dict[str, str]:
+    """As a setting, if it is the folder of a run."""
+    path = Path(str(genotype)) / "config.json"
+    if genotype is None or not path.is_file():
+        return {}
+    space = json.loads(path.read_text()).get("space")
+    return {"space": space} if space in SPACES else {}
 
 
 @dataclass(frozen=True)

@@ -74,15 +74,18 @@ class SearchPhase(Phase):
         self._say: Callable[[str], None] = lambda text: None
         self._is_warned = False
         self._execution = "reference"
-        self._shape_network()
+        self._place_network()
         if config.recompute and next(supernet.search_cells(), None) is None:
             raise UserError(f"only cells of pictures can --recompute; leave it out for {self.space.name}")
-        self.resources = self._make_resources()
+        self.resources = self._make_resources()  # before the strategy makes the network another one
         self._make_step()
 
     def _shape_network(self) -> None:
         """Make the search network what the strategy wants it to be."""
         self.strategy.shape(self.supernet)
+        self._place_network()
+
+    def _place_network(self) -> None:
         channels_last = None if self.device.type == "cpu" else False  # kernels want NCHW
         place(self.supernet, self.device, channels_last, self._config.precision)
 
@@ -292,8 +295,10 @@ class SearchPhase(Phase):
                 "search collapses, as DARTS is known to. Made against it are --strategy "
                 f"{', '.join(against_collapse())}; --stop ends a search in time"
             )
+        # What α has not decided is chance, in spaces of few candidates often skip connections.
+        chosen = skips if record["preference"] >= PREFERRED else 0
         return self.stopping.after_epoch(
-            self.mixing_weights(), skips=skips, eigenvalue=record.get("eigenvalue"), seconds=seconds
+            self.mixing_weights(), skips=chosen, eigenvalue=record.get("eigenvalue"), seconds=seconds
         )
 
     def time_is_over(self, seconds: float) -> bool:

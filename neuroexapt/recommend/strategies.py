@@ -198,9 +198,7 @@ def _reference(scorer: Scorer) -> Run:
 def _sample(model: Any, batch_size: int, device: torch.device) -> Inputs:
     """Full histories of made-up items, the case that takes longest."""
     ids = torch.arange(batch_size * model.max_length, device=device) % model.num_items + 1
-    items = ids.reshape(
-        batch_size, model.max_length
-    ).clone()  # what is compiled for a view is for views alone
+    items = ids.reshape(batch_size, model.max_length).clone()  # what is compiled for views is for them alone
     lengths = items.new_full((batch_size,), model.max_length)
     return (items, lengths, items.sort().values) if model.has_times else (items, lengths)
 

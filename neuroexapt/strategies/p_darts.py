@@ -42,11 +42,11 @@ class PDarts(Darts):
     paper = "Chen, Xie, Wu, Tian: Progressive Differentiable Architecture Search, ICCV 2019"
     defaults: ClassVar = {
         "epochs": 75,
-        "layers": 17,
         "batch_size": 96,
         "learning_rate_min": 0.0,
         "arch_learning_rate": 6e-4,
     }
+    defaults_of_space: ClassVar = {name: {"layers": 17} for name in ("darts", "s1", "s2", "s3", "s4")}
     against_collapse = True
     drop_rate: Tensor
     stage: Tensor
@@ -84,7 +84,7 @@ class PDarts(Darts):
         self.drop_rate.fill_(DROP_RATES[stage] * falls_to)
         self.stage.fill_(stage)
         changed = keep_strongest(
-            supernet, self.mixing(supernet.choices()), lambda count: max(1, round(KEPT[stage] * count))
+            supernet, self.mixing(supernet.choices()), lambda count: max(2, round(KEPT[stage] * count))
         )
         if changed:
             with torch.no_grad():

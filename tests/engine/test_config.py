@@ -104,6 +104,18 @@ def test_no_criterion_is_no_choice() -> None:
         make_config(SearchConfig, {"stop": "soon"})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop": "skips", "space": "s4"}, "s4 has no skip connections; leave out --stop skips"),
+        ({"stop": "eigenvalue", "strategy": "gdas"}, "the weights of gdas never learned to be summed"),
+    ],
+)
+def test_refuses_to_watch_what_is_not_there(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config(SearchConfig, settings)
+
+
 def test_controls_are_told_once_each() -> None:
     assert EvaluateConfig(controls="random, resnet18,random,").control_names == ("random", "resnet18")
     assert EvaluateConfig().control_names == ()

@@ -141,3 +141,13 @@ def test_resnet_keeps_small_pictures_large() -> None:
     assert network(torch.randn(2, 1, 8, 8)).shape == (2, 10)
     assert seen == [(2, 64, 8, 8)]
     assert sum(p.numel() for p in resnet18(3, 10).parameters()) == 11_173_962
+
+
+def test_the_space_is_that_of_the_run_whose_genotype_it_is(tmp_path: Path) -> None:
+    found = neuroexapt.search(**tiny_settings(tmp_path, space="s2", epochs=1, train_epochs=0))
+    settings = fast_settings(tmp_path, out=tmp_path / "evaluated", epochs=1, controls="random", seeds=1)
+    result = neuroexapt.evaluate(**{**settings, "genotype": str(found.run_dir)})
+    assert json.loads((result.run_dir / "config.json").read_text())["space"] == "s2"
+    (control,) = result.result["controls"]["random"]["genotypes"]
+    operations = {operation for name in ("normal", "reduce") for operation, _ in control[name]}
+    assert operations <= {"skip_connect", "sep_conv_3x3"}

@@ -51,6 +51,21 @@ def test_expected_cost_is_that_of_the_network_for_weights_of_one_and_zero(settin
     )
 
 
+@pytest.mark.parametrize("strategy", ["pc-darts", "p-darts"])
+@pytest.mark.parametrize("setting", ["max_params", "max_flops"])
+def test_costs_are_those_of_what_is_derived_whatever_a_strategy_searches_in(
+    strategy: str, setting: str
+) -> None:
+    """Partial channels, and the shallow network of a first stage."""
+    expected = []
+    for name in ("darts", strategy):
+        phase = make_phase(strategy=name, layers=6, **{setting: 1e6})
+        assert phase.resources is not None
+        (budget,) = phase.resources._budgets
+        expected.append(budget.expected({cell: torch.ones(5, 4) for cell in budget.shares}).item())
+    assert expected[1] == pytest.approx(expected[0])
+
+
 def test_the_penalty_is_the_excess_of_the_strongest_and_lowers_what_costs() -> None:
     phase, limited = make_resources(max_params=4000)
     (budget,) = limited._budgets

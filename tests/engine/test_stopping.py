@@ -100,6 +100,16 @@ def test_half_of_a_cell_in_skip_connections_is_a_collapse(
     assert bool(said) == is_collapse
 
 
+def test_skips_by_chance_do_not_stop_a_search(small_space: None) -> None:
+    """α is as good as untouched; the genotype has more of them than a cell may have."""
+    phase = make_phase(stop="skips")
+    phase.prepare_execution(print)
+    for preferred, reason in ((0.01, ""), (5.0, "4 skip connections in the normal cell")):
+        with torch.no_grad():
+            phase.supernet.alphas["normal"][:, 1] = preferred
+        assert phase.reason_to_stop(phase.end_epoch(0), 0.0) == reason
+
+
 @pytest.mark.parametrize("kept", [[True, True, True, True], [False, True, True, False]])
 def test_chance_is_no_collapse(kept: list[bool], small_space: None) -> None:
     phase, said = make_phase(), []

@@ -3,7 +3,7 @@ import torch
 
 from neuroexapt.core.operations import Zero
 from neuroexapt.engine.config import SearchConfig, make_config
-from neuroexapt.spaces import DARTS
+from neuroexapt.spaces import DARTS, get_space
 from neuroexapt.strategies.p_darts import PDarts
 from tests.strategies.small import make_phase, make_step, some_alphas, values_by_epoch
 
@@ -22,6 +22,19 @@ def test_each_stage_has_fewer_candidates_and_starts_with_a_new_alpha() -> None:
         counts += supernet.kept("normal").sum(dim=-1).unique().tolist()
     assert counts == [8] * 3 + [5] * 3 + [3] * 3
     assert supernet.kept("normal")[:, 5:].all(), "the strongest stay"
+
+
+def test_of_two_candidates_none_is_ruled_out() -> None:
+    """Else a stage's share of a small space would decide everything before α has learned."""
+    strategy, supernet = (
+        PDarts(),
+        get_space("s2").supernet(in_channels=1, num_classes=2, channels=2, layers=3),
+    )
+    strategy.shape(supernet)
+    before = supernet.kept("normal").clone()
+    for epoch in range(6):
+        strategy.start_epoch(supernet, epoch, 6)
+    assert torch.equal(supernet.kept("normal"), before)
 
 
 def test_each_stage_is_deeper_and_starts_with_new_weights() -> None:
@@ -75,7 +88,11 @@ def test_learning_rate_starts_anew_with_the_weights_of_each_stage(small_space: N
 
 
 def test_the_last_stage_has_the_published_depth() -> None:
+    """In DARTS' stack; other spaces keep their own."""
     assert make_config(SearchConfig, {"dataset": "cifar10", "strategy": "p-darts"}).layers == 17
+    mobile = {"dataset": "cifar10", "space": "mobile"}
+    others = [make_config(SearchConfig, {**mobile, "strategy": name}).layers for name in ("p-darts", "darts")]
+    assert others[0] == others[1]
 
 
 def test_a_search_resumes_in_a_deeper_stage(small_space: None) -> None:
