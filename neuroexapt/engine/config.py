@@ -325,12 +325,16 @@ def make_config(cls: type[Config], overrides: dict[str, Any], file: Path | None 
 
 
 def _published(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the strategy's paper; a warm-up keeps its share of the epochs."""
+    """Settings of the strategy's paper; a warm-up keeps its share of the epochs. Where a space has another
+    optimizer than SGD, what it sets itself stands.
+    """
     fields = SearchConfig.__dataclass_fields__
     strategy, space = (given.get(name, fields[name].default) for name in ("strategy", "space"))
-    settings = published_settings(strategy, space)
+    settings, own = published_settings(strategy, space), get_space(space).defaults
     if "warmup_epochs" in settings and isinstance(given.get("epochs"), int):
         settings["warmup_epochs"] = settings["warmup_epochs"] * given["epochs"] // settings["epochs"]
+    if "optimizer" in own:
+        return {name: value for name, value in settings.items() if name not in own}
     return settings
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from neuroexapt.engine.config import PRESETS, RECIPES, EvaluateConfig, SearchConfig, make_config
 from neuroexapt.errors import UserError
+from neuroexapt.spaces import SEQREC
 
 
 def test_explicit_over_file_over_preset_over_default(tmp_path: Path) -> None:
@@ -136,3 +137,10 @@ def test_a_fixed_genotype_is_trained_as_what_a_search_finds() -> None:
     assert (evaluated.genotype, evaluated.epochs, evaluated.auxiliary) == ("SASRec", 7, False)
     assert (evaluated.layers, evaluated.init_channels, evaluated.seed) == (2, 32, 3)
     assert evaluated.learning_rate_min == config.learning_rate_min
+
+
+@pytest.mark.parametrize("strategy", ["fair-darts", "gdas", "p-darts"])
+def test_what_was_published_of_sgd_is_not_taken_for_another_optimizer(strategy: str) -> None:
+    config = make_config(SearchConfig, {"space": "seqrec", "dataset": "seq:events", "strategy": strategy})
+    own = SEQREC.defaults.items()
+    assert all(getattr(config, name) == value for name, value in own if hasattr(config, name))
