@@ -238,6 +238,10 @@ class EvaluateConfig(RunConfig):
         for name in ("drop_path", "learning_rate_warmup", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: choose a value from 0 to below 1")
+        if self.control_budget != "epochs" and not self.control_names:
+            raise UserError(
+                f"--control-budget {self.control_budget} is of controls; add --controls, or leave it out"
+            )
         for name in self.control_names:
             if name not in CONTROLS:
                 raise UserError(

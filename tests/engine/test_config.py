@@ -89,6 +89,7 @@ def test_refuses(settings: dict, message: str) -> None:
         ({"recipe": 3}, "recipe=3: expected str"),
         ({"seeds": 0}, "seeds=0: choose a value above 0"),
         ({"controls": "random, resnet50"}, "unknown control 'resnet50'; choose of random, resnet18"),
+        ({"control_budget": "time"}, "--control-budget time is of controls; add --controls, or leave it out"),
         ({"ema": 1.0}, "ema=1.0: choose a value from 0 to below 1"),
         ({"label_smoothing": -0.1}, "label_smoothing=-0.1: choose a value from 0 to below 1"),
         ({"drop_path": 1}, "drop_path=1.0: choose a value from 0 to below 1"),

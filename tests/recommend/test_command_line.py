@@ -30,7 +30,8 @@ def server(model):
     """A server of ``model`` and its address."""
     command = [sys.executable, "-m", "neuroexapt", "serve-recommender", str(model), "--port=0"]
     options = ["--device=cpu", "--strategies=eager, captured", "--max-batch=2"]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, *options], **pipes, text=True) as process:
         try:
             yield process, process.stdout.readline().split()[-1]
         finally:
@@ -52,6 +53,7 @@ def test_the_server_answers_until_it_is_told_to_stop(server):
         recommend({})
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
+    assert "without strategy captured: " in process.stderr.read()
 
 
 def test_what_keeps_it_from_starting_is_one_line(model, tmp_path, capsys):

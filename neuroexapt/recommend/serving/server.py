@@ -34,6 +34,8 @@ def serve(
         ) from error
     print("preparing and timing what can answer, which may take a minute", file=sys.stderr, flush=True)
     controller.warm_up()
+    for name, reason in controller.get_comprehensive_stats()["unavailable_strategies"].items():
+        print(f"without strategy {name}: {reason}", file=sys.stderr, flush=True)
     # What is there now stays; without it in the way, no collection holds requests up for long.
     gc.collect()
     gc.freeze()
