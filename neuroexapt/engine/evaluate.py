@@ -1,7 +1,7 @@
 """Training a given genotype from scratch and testing it, over several seeds and next to controls."""
 
 import itertools
-import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from neuroexapt.core.genotypes import AnyGenotype, genotype_from_dict, load_geno
 from neuroexapt.core.task import CLASSIFICATION
 from neuroexapt.engine.config import EvaluateConfig
 from neuroexapt.engine.result import RunResult, finish, read_curves
+from neuroexapt.engine.run import RunFolder
 from neuroexapt.engine.session import OpenRun, open_run, running, seed_for
 from neuroexapt.engine.training import TrainPhase
 from neuroexapt.errors import UserError
@@ -51,11 +52,11 @@ def evaluate(
 
 
 def _space_of(genotype: object) -> dict[str, str]:
-    """As a setting, if it is the folder of a run."""
-    path = Path(str(genotype)) / "config.json"
-    if genotype is None or not path.is_file():
+    """As a setting, if it is the folder of a run; it may as well be a text that is too long for a path."""
+    folder = str(genotype)
+    if not os.path.isfile(os.path.join(folder, "config.json")):
         return {}
-    space = json.loads(path.read_text()).get("space")
+    space = RunFolder(Path(folder)).read_json("config.json").get("space")
     return {"space": space} if space in SPACES else {}
 
 

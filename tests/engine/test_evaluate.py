@@ -11,6 +11,7 @@ from neuroexapt.core.genotypes import DARTS_V2, Genotype
 from neuroexapt.engine import evaluate
 from neuroexapt.engine.evaluate import resnet18
 from neuroexapt.engine.training import TrainPhase
+from neuroexapt.errors import UserError
 from tests.engine.tiny import dataset_of, killed_at, tiny_settings, weights_of
 
 
@@ -141,6 +142,19 @@ def test_resnet_keeps_small_pictures_large() -> None:
     assert network(torch.randn(2, 1, 8, 8)).shape == (2, 10)
     assert seen == [(2, 64, 8, 8)]
     assert sum(p.numel() for p in resnet18(3, 10).parameters()) == 11_173_962
+
+
+def test_a_genotype_may_be_a_text_too_long_for_a_file_name(tmp_path: Path) -> None:
+    text = str(DARTS_V2)
+    assert len(text) > 255
+    result = neuroexapt.evaluate(**evaluate_settings(tmp_path, genotype=text))
+    assert result.genotype == DARTS_V2
+
+
+def test_a_damaged_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
+        neuroexapt.evaluate(**evaluate_settings(tmp_path, genotype=str(tmp_path)))
 
 
 def test_the_space_is_that_of_the_run_whose_genotype_it_is(tmp_path: Path) -> None:
