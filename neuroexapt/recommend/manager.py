@@ -1,6 +1,7 @@
 """The five operators of sequence recommenders behind switches, with a record of what ran."""
 
 import contextlib
+import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,8 +144,7 @@ class TritonOperatorManager(nn.Module):
         if attention_mask is None:
             with self.in_charge():
                 return pool(user_sequences, *times, lengths=None)
-        order, lengths = _valid_first(attention_mask, user_sequences)
-        packed = [_packed(x, order, lengths) for x in (user_sequences, *times)]
+        packed, order, lengths = _packed(attention_mask, user_sequences, *times)
         with self.in_charge():
             pools, similarity = pool(*packed, lengths=lengths)
         return pools, _taken(similarity, order.argsort(dim=1))
@@ -224,16 +224,17 @@ class TritonOperatorManager(nn.Module):
         if num_iterations < 2:
             raise UserError(f"num_iterations must be at least 2, not {num_iterations}")
         calls = self._sample_calls(test_data or {})
-        was_training, width, was_placed = self.training, self.d_model, self._are_placed
+        was_training = self.training
+        # A sample does not decide what the first input does: the weights' width, where they are, their dtype.
+        own = self.d_model, self.attention_layernorm, self.sequence_fusion, self._are_placed
+        self.attention_layernorm, self.sequence_fusion = copy.deepcopy(own[1:3])
         self.eval()
         try:
             with torch.no_grad():
                 return {name: self._benchmark(name, call, num_iterations) for name, call in calls.items()}
         finally:
+            self.d_model, self.attention_layernorm, self.sequence_fusion, self._are_placed = own
             self.train(was_training)
-            if width is None:  # the first input decides, which a sample is not
-                self.d_model = self.attention_layernorm = self.sequence_fusion = None
-                self._are_placed = was_placed
 
     def _on_sequences(
         self, run: Callable[..., Tensor], attention_mask: Tensor | None, *tensors: Tensor
@@ -242,8 +243,7 @@ class TritonOperatorManager(nn.Module):
         if attention_mask is None:
             with self.in_charge():
                 return run(*tensors, lengths=None)
-        order, lengths = _valid_first(attention_mask, tensors[0])
-        packed = [_packed(x, order, lengths) for x in tensors]
+        packed, order, lengths = _packed(attention_mask, *tensors)
         with self.in_charge():
             result = run(*packed, lengths=lengths)
         return _taken(result, order.argsort(dim=1))
@@ -404,24 +404,27 @@ def _of_lengths(operation: SequenceOperation) -> Callable[..., Tensor]:
     return run
 
 
-def _valid_first(mask: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The order [B, N] that brings valid positions to the front, and how many there are, [B]."""
-    if mask.shape != x.shape[:2]:
-        raise UserError(f"attention_mask must be {[*x.shape[:2]]}, a value a position, not {[*mask.shape]}")
-    valid = mask != 0
-    return (~valid).to(torch.int8).argsort(dim=1, stable=True), valid.sum(dim=1)
+def _packed(mask: Tensor, *tensors: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Tensors [B, N, …] with valid positions at the front, the order [B, N] that brings them there, and how
+    many there are, [B]. Zeros follow: a NaN there would reach gradients of weights.
+    """
+    shape = tensors[0].shape[:2]
+    if mask.shape != shape:
+        raise UserError(f"attention_mask must be {[*shape]}, a value a position, not {[*mask.shape]}")
+    is_padding = mask == 0
+    order = is_padding.to(torch.int8).argsort(dim=1, stable=True)
+    packed = [_taken(x.masked_fill(_like(is_padding, x), 0), order) for x in tensors]
+    return packed, order, (~is_padding).sum(dim=1)
 
 
 def _taken(x: Tensor, order: Tensor) -> Tensor:
     """x [B, N, …] with the positions of each row in this order."""
-    index = order.reshape(*order.shape, *[1] * (x.dim() - 2))
-    return x.gather(1, index.expand_as(x))
+    return x.gather(1, _like(order, x))
 
 
-def _packed(x: Tensor, order: Tensor, lengths: Tensor) -> Tensor:
-    """x in this order, with zeros after each row's length: a NaN there would reach gradients of weights."""
-    is_padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-    return _taken(x, order).masked_fill(is_padding.reshape(*is_padding.shape, *[1] * (x.dim() - 2)), 0)
+def _like(of_positions: Tensor, x: Tensor) -> Tensor:
+    """[B, N] as the shape of x [B, N, …]."""
+    return of_positions.reshape(*of_positions.shape, *[1] * (x.dim() - 2)).expand_as(x)
 
 
 def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -225,11 +225,14 @@ def test_benchmark_times_every_operator_and_leaves_the_statistics_alone(x):
         manager.benchmark_all_operators({"hidden_state": x})
 
 
-def test_benchmark_does_not_decide_about_the_width(x):
-    manager = make_manager()
-    assert manager.d_model is None
+@pytest.mark.parametrize("width", [None, D])
+def test_benchmark_decides_nothing_about_the_weights(width, x):
+    manager = make_manager(hstu={"num_heads": 2, "d_model": width})
+    before = [weight.clone() for weight in manager.parameters()]
     for data in ({}, {"hidden_states": x.half()}):
         manager.benchmark_all_operators(data, 2)
+    assert manager.d_model == width
+    assert all(torch.equal(a, b) for a, b in zip(before, manager.parameters(), strict=True))
     assert apply(manager, "hierarchical_sequence_fusion", x, None).dtype == torch.float32
     assert manager.d_model == D
 
