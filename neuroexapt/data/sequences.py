@@ -282,6 +282,11 @@ def _read_columns(lines: Iterable[list[str]], names: tuple[str, str, str] | None
                 ) from error
 
 
+def _numbered(file: TextIO, first: int = 1) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank."""
+    return ((number, line) for number, line in enumerate(file, first) if line.strip())
+
+
 def _seconds(value: Any) -> float:
     seconds = float(value)
     if not abs(seconds) < 2**62:
@@ -299,10 +304,8 @@ def _read_inter(file: TextIO) -> Iterator[Event]:
     if not {"user_id", "item_id"} <= set(columns):
         raise UserError("the first line must name the columns, as user_id:token, item_id:token, …")
     time = columns.get("timestamp")
-    for number, line in enumerate(file, 2):
+    for number, line in _numbered(file, 2):
         fields = line.rstrip("\n").split("\t")
-        if not any(fields):
-            continue
         try:
             when = None if time is None else _seconds(fields[time])
             yield Event(fields[columns["user_id"]], fields[columns["item_id"]], when)
@@ -311,9 +314,7 @@ def _read_inter(file: TextIO) -> Iterator[Event]:
 
 
 def _read_reviews(file: TextIO) -> Iterator[Event]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
+    for number, line in _numbered(file):
         try:
             review = json.loads(line)
             user, item = (_identifier(review[name]) for name in ("reviewerID", "asin"))
@@ -329,9 +330,9 @@ def _identifier(value: Any) -> str:
 
 
 def _read_plain(file: TextIO) -> Iterator[Event]:
-    for number, line in enumerate(file, 1):
-        user, *items = line.split() or [""]
-        if user and not items:
+    for number, line in _numbered(file):
+        user, *items = line.split()
+        if not items:
             raise UserError(f"line {number} is no `user item …`: {line.strip()!r}")
         yield from (Event(user, item, None) for item in items)
 

@@ -107,8 +107,8 @@ def _unflatten(value: Any, tensors: dict[str, tuple[Tensor, ...]]) -> Any:
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
-        alike, index, shape = content
-        return tensors[alike][index].reshape(shape).clone()  # what is left does not keep all others
+        of_kind, index, shape = content
+        return tensors[of_kind][index].reshape(shape).clone()  # what is left does not keep all others
     if kind == "dict":
         return {k: _unflatten(v, tensors) for k, v in content}
     items = [_unflatten(v, tensors) for v in content]

@@ -13,8 +13,6 @@ from neuroexapt.spaces import BUILT_IN
 
 Z = 1.96
 """Standard deviations on both sides of a normal distribution's mean that hold 95 % of it."""
-
-
 NOT_TRAINED = (
     " The network was not trained after the search: its weights come from a search network that had all "
     "candidates, so these figures say nothing of the architecture."
